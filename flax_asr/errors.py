@@ -1,0 +1,49 @@
+"""The errors a user can meet and mend: each message says what, where, and what to do.
+
+The command line prints the message alone and exits with status 2 (75 for `Interrupted`).
+"""
+
+
+class FlaxAsrError(Exception):
+    """What went wrong is in the user's hands; the message is all they need."""
+
+
+class ConfigError(FlaxAsrError):
+    """A configuration file or an option on the command line cannot be used."""
+
+
+class DataError(FlaxAsrError):
+    """A corpus, a prepared folder or a transcript table cannot be used."""
+
+
+class ModelError(FlaxAsrError):
+    """A model folder, a weight file or a model configuration cannot be used."""
+
+
+class CheckpointError(FlaxAsrError):
+    """A run folder or a checkpoint cannot be used."""
+
+
+class TrainingError(FlaxAsrError):
+    """A run cannot go on: its numbers are bad."""
+
+
+class AudioError(FlaxAsrError):
+    """One clip cannot be used.
+
+    Attributes:
+        reason: one word of the table that `prepare` prints, for example "truncated".
+        detail: what was seen in this file.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self):
+        return type(self), (self.reason, self.detail)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and saved everything; the same command goes on from there."""

@@ -1,0 +1,252 @@
+"""The batch plan, pure: which rows form which group, in which static shape, at which update.
+
+A *group* is `group_rows` rows that share one padded length; it is the unit that the devices see. Rows
+of one bucket are chunked into groups; what is left over of a bucket moves up into the first group of
+the next larger one, so that an epoch has `ceil(clips / group_rows)` groups and every row is in exactly
+one of them. Several random groups make an update.
+
+Everything here is a function of lengths, seed and step: nothing is stored, nothing depends on the
+number of hosts or devices.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from flax_asr import errors
+
+FRAME_MULTIPLE = 16
+_NEVER = np.int64(2**61)
+
+
+class Group(NamedTuple):
+    """Rows that are computed together, at the padded length `shapes[shape]`."""
+
+    shape: int
+    rows: Int32[np.ndarray, " group_rows"]
+    """Row numbers of the examples; -1 is a filler that counts for nothing."""
+
+
+def smallest_samples(
+    frames: int,
+    kernels: Sequence[int] = (10, 3, 3, 3, 3, 2, 2),
+    strides: Sequence[int] = (5, 2, 2, 2, 2, 2, 2),
+) -> int:
+    """The fewest samples from which unpadded convolutions make `frames` frames.
+
+    The defaults are those of wav2vec 2.0: 320 * frames + 80.
+
+    Source: inverse of `floor((n - kernel) / stride) + 1`, applied from the last layer to the first.
+    """
+    samples = frames
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
+def choose_shapes(
+    samples: Int[np.ndarray, " clips"],
+    num_buckets: int,
+    *,
+    group_rows: int = 1,
+    frame_samples: Callable[[int], int] = smallest_samples,
+) -> tuple[int, ...]:
+    """Padded lengths that make an epoch cheapest, ascending, at most `num_buckets` of them.
+
+    Each is the smallest sample count that gives a multiple of 16 frames; the largest one covers the
+    longest clip. The optimum is exact, left-overs and filler rows included: with the cascade, the
+    groups of all buckets up to an edge number `floor(clips up to the edge / group_rows)`, so a
+    bucket's cost depends on its own two edges only, and dynamic programming over edges applies.
+
+    Args:
+        samples: length of every clip.
+        num_buckets: the most shapes allowed.
+        group_rows: rows in a group; 1 minimises the padding of single clips.
+        frame_samples: the fewest samples that make this many frames.
+
+    Raises:
+        errors.DataError: there are no clips.
+    """
+    if len(samples) == 0:
+        raise errors.DataError("There are no clips to choose batch shapes for.")
+    candidates = _candidates(int(samples.max()), frame_samples)
+    clips_up_to = np.cumsum(
+        np.bincount(np.searchsorted(candidates, samples), minlength=len(candidates))
+    )
+    groups_up_to = clips_up_to // group_rows
+    groups_up_to[-1] = -(-len(samples) // group_rows)
+
+    # cost[j]: the cheapest way to serve all groups up to candidate j whose last edge is j.
+    cost = candidates * groups_up_to
+    previous_edges = []
+    best = (cost[-1], 0)
+    for bucket in range(1, min(num_buckets, len(candidates))):
+        # through[i, j]: the same with the edge before j at i < j.
+        through = cost[:, None] + candidates * (groups_up_to[None, :] - groups_up_to[:, None])
+        through[np.tril_indices(len(candidates))] = _NEVER
+        previous = through.argmin(axis=0)
+        cost = through[previous, np.arange(len(candidates))]
+        cost[:bucket] = _NEVER
+        previous_edges.append(previous)
+        best = min(best, (cost[-1], bucket))
+
+    edge = len(candidates) - 1
+    edges = [edge]
+    for previous in reversed(previous_edges[: best[1]]):
+        edge = int(previous[edge])
+        edges.append(edge)
+    return tuple(int(candidates[edge]) for edge in reversed(edges))
+
+
+def _candidates(
+    longest: int, frame_samples: Callable[[int], int]
+) -> Int[np.ndarray, " candidates"]:
+    lengths = [frame_samples(FRAME_MULTIPLE)]
+    while lengths[-1] < longest:
+        lengths.append(frame_samples(FRAME_MULTIPLE * (len(lengths) + 1)))
+    return np.array(lengths, np.int64)
+
+
+def row_shapes(
+    samples: Int[np.ndarray, " rows"], shapes: Sequence[int]
+) -> Int[np.ndarray, " rows"]:
+    """Index of the smallest shape that holds each row.
+
+    Raises:
+        errors.DataError: a clip is longer than the largest shape, or the shapes do not ascend.
+    """
+    if any(low >= high for low, high in zip(shapes, shapes[1:])):
+        raise errors.DataError(f"Batch shapes must ascend; these are {tuple(shapes)}.")
+    if len(samples) and samples.max() > shapes[-1]:
+        raise errors.DataError(
+            f"A clip of {samples.max()} samples is longer than the largest batch shape,"
+            f" {shapes[-1]} samples: lower data.max_seconds or choose the shapes from these clips."
+        )
+    return np.searchsorted(np.asarray(shapes), samples)
+
+
+def _groups(
+    order: Int[np.ndarray, " rows"], row_shape: Int[np.ndarray, " rows"], group_rows: int
+) -> tuple[Int32[np.ndarray, "groups group_rows"], Int[np.ndarray, " groups"]]:
+    """Chunks rows, already sorted by shape, into groups; returns their rows and their shapes."""
+    count = -(-len(order) // group_rows)
+    rows = np.full(count * group_rows, -1, np.int32)
+    rows[: len(order)] = order
+    last = np.minimum(np.arange(1, count + 1) * group_rows, len(order)) - 1
+    return rows.reshape(count, group_rows), row_shape[order[last]]
+
+
+def _padding(
+    samples: Int[np.ndarray, " rows"],
+    shapes: Sequence[int],
+    group_shapes: Int[np.ndarray, " groups"],
+    group_rows: int,
+) -> float:
+    padded = int(np.asarray(shapes, np.int64)[group_shapes].sum()) * group_rows
+    return 1.0 - int(samples.sum(dtype=np.int64)) / padded
+
+
+class TrainPlan:
+    """Every row once an epoch, in random groups of one bucket, `groups_per_update` of them an update.
+
+    An epoch has exactly `ceil(rows / (group_rows * groups_per_update))` updates; the last of them may
+    have fewer groups, and its last group filler rows. The plan of an epoch is computed when a step in
+    it is asked for, so starting at any step costs the same.
+
+    Args:
+        samples: length of every row.
+        shapes: padded lengths, ascending, as from `choose_shapes`.
+        group_rows: rows in a group: devices times rows on each.
+        groups_per_update: groups whose gradients make one update.
+        seed: not negative; the order of every epoch follows from it.
+
+    Raises:
+        errors.DataError: there are no rows, or a row is longer than the largest shape.
+    """
+
+    def __init__(
+        self,
+        samples: Int[np.ndarray, " rows"],
+        shapes: Sequence[int],
+        group_rows: int,
+        groups_per_update: int,
+        seed: int,
+    ) -> None:
+        if len(samples) == 0:
+            raise errors.DataError("There are no clips to train on.")
+        self.samples = samples
+        self.shapes = tuple(shapes)
+        self.group_rows = group_rows
+        self.groups_per_update = groups_per_update
+        self.seed = seed
+        self._row_shape = row_shapes(samples, shapes)
+        self._epoch: tuple[int, list[Group]] | None = None
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates in which every row is seen once."""
+        return -(-len(self.samples) // (self.group_rows * self.groups_per_update))
+
+    @property
+    def padding(self) -> float:
+        """Share of an epoch's samples that are padding or filler; the same in every epoch."""
+        order = np.argsort(self._row_shape, kind="stable")
+        _, group_shapes = _groups(order, self._row_shape, self.group_rows)
+        return _padding(self.samples, self.shapes, group_shapes, self.group_rows)
+
+    def update(self, step: int) -> tuple[Group, ...]:
+        """The groups of update `step`, counted from 0 over all epochs."""
+        epoch, update = divmod(step, self.updates_per_epoch)
+        first = update * self.groups_per_update
+        return tuple(self._epoch_groups(epoch)[first : first + self.groups_per_update])
+
+    def _epoch_groups(self, epoch: int) -> list[Group]:
+        kept = self._epoch  # read once: the loader's thread and its owner may both ask
+        if kept is not None and kept[0] == epoch:
+            return kept[1]
+        # Ranks of raw bits, because numpy promises to keep a bit generator's stream over versions
+        # but not Generator.permutation's: a resumed run must see the same plan after an upgrade.
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
+        shuffled = np.argsort(bits.random_raw(len(self.samples)), kind="stable")
+        order = shuffled[np.argsort(self._row_shape[shuffled], kind="stable")]
+        rows, group_shapes = _groups(order, self._row_shape, self.group_rows)
+        mixed = np.argsort(bits.random_raw(len(rows)), kind="stable")
+        groups = [Group(int(group_shapes[i]), rows[i]) for i in mixed]
+        self._epoch = (epoch, groups)
+        return groups
+
+
+class EvalPlan:
+    """Every row once, in order of length: iterating gives the groups, the last one filled up with -1.
+
+    Args:
+        samples: length of every row; may be empty.
+        shapes: padded lengths, ascending, as from `choose_shapes`.
+        group_rows: rows in a group: devices times rows on each.
+
+    Raises:
+        errors.DataError: a row is longer than the largest shape.
+    """
+
+    def __init__(
+        self, samples: Int[np.ndarray, " rows"], shapes: Sequence[int], group_rows: int
+    ) -> None:
+        self.samples = samples
+        self.shapes = tuple(shapes)
+        self.group_rows = group_rows
+        order = np.argsort(samples, kind="stable")
+        self._rows, self._group_shapes = _groups(order, row_shapes(samples, shapes), group_rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Group]:
+        for rows, shape in zip(self._rows, self._group_shapes, strict=True):
+            yield Group(int(shape), rows)
+
+    @property
+    def padding(self) -> float:
+        """Share of all samples that are padding or filler."""
+        return _padding(self.samples, self.shapes, self._group_shapes, self.group_rows)

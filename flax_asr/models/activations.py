@@ -1,0 +1,60 @@
+"""The activation functions that a Wav2Vec2Config may name, each equal to transformers' ACT2FN."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from flax_asr import errors
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, x * Phi(x), with erf rather than erfc: the same value at half the cost on a CPU."""
+    return x * (0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5))))
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU (Hendrycks and Gimpel 2016)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+_BY_NAME: dict[str, Activation] = {
+    "gelu": gelu,
+    "gelu_10": lambda x: jnp.clip(gelu(x), -10.0, 10.0),
+    "gelu_accurate": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_new": gelu_tanh,
+    "gelu_python": gelu,
+    "gelu_python_tanh": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "hardswish": jax.nn.hard_swish,
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": lambda x: x,
+    "mish": jax.nn.mish,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+NAMES = tuple(_BY_NAME)
+
+
+def activation(name: str, key: str) -> Activation:
+    """The function that the configuration calls `name` under `key`.
+
+    Raises:
+        ModelError: the name is unknown.
+    """
+    if name not in _BY_NAME:
+        raise errors.ModelError(
+            f"model configuration: {key}: {name!r} is not supported; it can be one of "
+            f"{', '.join(NAMES)}"
+        )
+    return _BY_NAME[name]

@@ -1,0 +1,61 @@
+"""SpecAugment's masks as pure functions of a key, in Hugging Face's distribution.
+
+Source: transformers.models.wav2vec2.modeling_wav2vec2._compute_mask_indices. One uniform epsilon
+a batch rounds the number of spans of every row; starts are drawn without replacement.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key, UInt32
+
+AnyKey = Key[Array, ""] | UInt32[Array, "2"]
+
+
+def time_mask(
+    key: AnyKey,
+    frame_lengths: Int[Array, " batch"],
+    frames: int,
+    *,
+    prob: float,
+    length: int,
+    min_spans: int,
+) -> Bool[Array, "batch frames"]:
+    """Frames to replace by the mask embedding, True where masked.
+
+    Args:
+        key: decides everything; equal keys give equal masks.
+        frame_lengths: real frames of each row; no span leaves them.
+        frames: padded frames of a row.
+        prob: share of the frames that spans would cover if none overlapped; 0 masks nothing.
+        length: frames of a span, at least 1. A row shorter than that stays unmasked.
+        min_spans: least number of spans of a row that has room for them.
+    """
+    if prob <= 0.0 or length > frames:
+        return jnp.zeros((*frame_lengths.shape, frames), bool)
+    epsilon_key, starts_key = jax.random.split(key)
+    lengths = frame_lengths.astype(jnp.int32)
+    expected = lengths.astype(jnp.float32) * (prob / length)
+    whole = jnp.floor(expected)
+    # floor(expected + epsilon), without the rounding error of that sum
+    epsilon = jax.random.uniform(epsilon_key)
+    spans = whole.astype(jnp.int32) + (epsilon >= 1.0 - (expected - whole)).astype(jnp.int32)
+    places = lengths - (length - 1)
+    spans = jnp.maximum(spans, min_spans)
+    spans = jnp.minimum(spans, frames // length)
+    spans = jnp.minimum(spans, jnp.maximum(places, 0))
+
+    positions = jnp.arange(frames)
+    draws = jax.random.uniform(starts_key, (*lengths.shape, frames))
+    draws = jnp.where(positions < places[:, None], draws, 2.0)
+    ranks = jnp.argsort(jnp.argsort(draws, axis=-1), axis=-1)
+    started = jnp.cumsum(ranks < spans[:, None], axis=-1)
+    ended = jnp.pad(started, ((0, 0), (length, 0)))[:, :frames]
+    return started > ended
+
+
+def feature_mask(
+    key: AnyKey, batch: int, features: int, *, prob: float, length: int, min_spans: int
+) -> Bool[Array, "batch features"]:
+    """Channels to set to zero, True where masked; arguments as in `time_mask`."""
+    lengths = jnp.full((batch,), features, jnp.int32)
+    return time_mask(key, lengths, features, prob=prob, length=length, min_spans=min_spans)

@@ -1,0 +1,421 @@
+"""wav2vec 2.0 in flax.linen: every architecture that transformers' Wav2Vec2Config describes.
+
+The parameter tree has the names of transformers' former Flax class; parameters are float32.
+Oracle: transformers' PyTorch Wav2Vec2ForCTC, tests/models/test_wav2vec2.py.
+"""
+
+from typing import NamedTuple, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_asr import errors
+from flax_asr.models import activations, attention, feature_encoder, layers, positional
+
+Lengths = TypeVar("Lengths", int, np.ndarray, jax.Array)
+HiddenStates = tuple[Float[Array, "batch frames hidden"], ...]
+Attentions = tuple[Float[Array, "batch heads frames frames"], ...]
+
+ATTENTION_KINDS = ("auto", "xla")
+
+
+class EncoderOutput(NamedTuple):
+    """What the encoder gives; frames past a row's length hold numbers without meaning.
+
+    `hidden_states` are the embeddings and the output of every layer, the last one after the final
+    layer norm where the architecture has one; `attentions` are the weights before dropout, zero
+    for a layer that layerdrop left out. Each is None unless asked for.
+    """
+
+    last_hidden_state: Float[Array, "batch frames hidden"]
+    extract_features: Float[Array, "batch frames channels"]
+    hidden_states: HiddenStates | None
+    attentions: Attentions | None
+
+
+class CTCOutput(NamedTuple):
+    """Scores of every token at every frame, float32 whatever the compute dtype, and the rest."""
+
+    logits: Float[Array, "batch frames vocab"]
+    hidden_states: HiddenStates | None
+    attentions: Attentions | None
+
+
+def frame_lengths(config: layers.Wav2Vec2Config, sample_lengths: Lengths) -> Lengths:
+    """How many frames come out of so many samples, for integers, numpy and jax arrays.
+
+    Nothing comes out of a clip shorter than the convolutions' field of view.
+    Source: transformers' Wav2Vec2PreTrainedModel._get_feat_extract_output_lengths.
+    """
+    lengths = _encoder_lengths(config, sample_lengths)
+    if config.add_adapter:
+        for _ in range(config.num_adapter_layers):
+            lengths = (lengths - 1) // config.adapter_stride + 1
+    return lengths * (lengths > 0)
+
+
+def _encoder_lengths(config: layers.Wav2Vec2Config, sample_lengths: Lengths) -> Lengths:
+    lengths = sample_lengths
+    for taps, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        lengths = (lengths - taps) // stride + 1
+    return lengths * (lengths > 0)
+
+
+def check(config: layers.Wav2Vec2Config) -> None:
+    """Refuses a configuration that these modules do not implement.
+
+    Raises:
+        ModelError: names the key of the configuration and what it can be.
+    """
+
+    def refuse(key: str, why: str) -> None:
+        value = getattr(config, key)
+        raise errors.ModelError(f"model configuration: {key}: {value!r} {why}")
+
+    if config.model_type != "wav2vec2":
+        refuse("model_type", "is another architecture; only 'wav2vec2' is supported")
+    if config.feat_extract_norm not in ("layer", "group"):
+        refuse("feat_extract_norm", "is neither 'layer' nor 'group'")
+    if config.adapter_attn_dim is not None:
+        refuse("adapter_attn_dim", "asks for attention adapters (MMS), which are not supported")
+    if config.hidden_size % config.num_attention_heads:
+        refuse("num_attention_heads", f"does not divide hidden_size {config.hidden_size}")
+    if config.hidden_size % config.num_conv_pos_embedding_groups:
+        refuse("num_conv_pos_embedding_groups", f"does not divide hidden_size {config.hidden_size}")
+    if not len(config.conv_dim) == len(config.conv_kernel) == len(config.conv_stride):
+        refuse("conv_dim", "differs in length from conv_kernel or conv_stride")
+    activations.activation(config.hidden_act, "hidden_act")
+    activations.activation(config.feat_extract_activation, "feat_extract_activation")
+
+
+class _FeatureProjection(nn.Module):
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "batch frames channels"]
+    ) -> tuple[Float[Array, "batch frames hidden"], Float[Array, "batch frames channels"]]:
+        config = self.config
+        normalised = layers.layer_norm(self.dtype, "layer_norm", config.layer_norm_eps)(features)
+        init = layers.uniform(config.conv_dim[-1] ** -0.5)
+        projected = nn.Dense(
+            config.hidden_size,
+            dtype=self.dtype,
+            precision=layers.precision(self.dtype),
+            kernel_init=init,
+            bias_init=init,
+            name="projection",
+        )(normalised)
+        dropout = layers.Dropout(config.feat_proj_dropout, self.deterministic)
+        return dropout(projected), normalised
+
+
+class _FeedForward(nn.Module):
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Array:
+        config = self.config
+        x = layers.dense(config, config.intermediate_size, self.dtype, "intermediate_dense")(x)
+        x = activations.activation(config.hidden_act, "hidden_act")(x)
+        x = layers.Dropout(config.activation_dropout, self.deterministic)(x)
+        x = layers.dense(config, config.hidden_size, self.dtype, "output_dense")(x)
+        return layers.Dropout(config.hidden_dropout, self.deterministic)(x)
+
+
+class _EncoderLayer(nn.Module):
+    """Attention and feed-forward, each with a residual; layer norms before them or after."""
+
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch frames hidden"],
+        frame_mask: Bool[Array, "batch frames"] | None,
+    ) -> tuple[Float[Array, "batch frames hidden"], Float[Array, "batch heads frames frames"]]:
+        config, epsilon = self.config, self.config.layer_norm_eps
+        norm = layers.layer_norm(self.dtype, "layer_norm", epsilon)
+        final_norm = layers.layer_norm(self.dtype, "final_layer_norm", epsilon)
+        attend = attention.SelfAttention(config, self.dtype, self.deterministic, name="attention")
+        feed_forward = _FeedForward(config, self.dtype, self.deterministic, name="feed_forward")
+        dropout = layers.Dropout(config.hidden_dropout, self.deterministic)
+
+        before = config.do_stable_layer_norm
+        attended, weights = attend(norm(x) if before else x, frame_mask)
+        x = x + dropout(attended)
+        if before:
+            return x + feed_forward(final_norm(x)), weights
+        x = norm(x)
+        return final_norm(x + feed_forward(x)), weights
+
+
+class _Layers(nn.Module):
+    """The transformer's layers; each left out with probability `layerdrop` while training."""
+
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+    deterministic: bool
+    remat_policy: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch frames hidden"],
+        frame_mask: Bool[Array, "batch frames"] | None,
+        keep_attentions: bool,
+    ) -> tuple[HiddenStates, Attentions]:
+        config = self.config
+        layer_class = layers.rematerialised(_EncoderLayer, self.remat_policy)
+        dropping = config.layerdrop > 0.0 and not self.deterministic and not self.is_initializing()
+        hidden_states, attentions = [x], []
+        for index in range(config.num_hidden_layers):
+            layer = layer_class(config, self.dtype, self.deterministic, name=str(index))
+
+            def run(layer: nn.Module, x: Array) -> tuple[Array, ...]:
+                y, weights = layer(x, frame_mask)
+                return (y, weights) if keep_attentions else (y,)
+
+            def skip(layer: nn.Module, x: Array) -> tuple[Array, ...]:
+                shape = (x.shape[0], config.num_attention_heads, x.shape[1], x.shape[1])
+                return (x, jnp.zeros(shape, self.dtype)) if keep_attentions else (x,)
+
+            if dropping:
+                # not `where`: a left-out layer that overflows would still give NaN gradients
+                kept = jax.random.uniform(self.make_rng("dropout")) >= config.layerdrop
+                x, *weights = nn.cond(kept, run, skip, layer, x)
+            else:
+                x, *weights = run(layer, x)
+            hidden_states.append(x)
+            attentions.extend(weights)
+        return tuple(hidden_states), tuple(attentions)
+
+
+class _Encoder(nn.Module):
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+    deterministic: bool
+    remat_policy: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch frames hidden"],
+        frame_mask: Bool[Array, "batch frames"] | None,
+        keep_attentions: bool,
+    ) -> tuple[HiddenStates, Attentions]:
+        config = self.config
+        norm = layers.layer_norm(self.dtype, "layer_norm", config.layer_norm_eps)
+        if frame_mask is not None:
+            x = jnp.where(frame_mask[:, :, None], x, jnp.zeros_like(x))
+        x = x + positional.PositionalConvEmbedding(config, self.dtype, name="pos_conv_embed")(x)
+        if not config.do_stable_layer_norm:
+            x = norm(x)
+        x = layers.Dropout(config.hidden_dropout, self.deterministic)(x)
+        stack = _Layers(config, self.dtype, self.deterministic, self.remat_policy, name="layers")
+        hidden_states, attentions = stack(x, frame_mask, keep_attentions)
+        if config.do_stable_layer_norm:
+            hidden_states = (*hidden_states[:-1], norm(hidden_states[-1]))
+        return hidden_states, attentions
+
+
+class _AdapterLayer(nn.Module):
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Array:
+        config = self.config
+        channels = config.output_hidden_size
+        y = nn.Conv(
+            2 * channels,
+            (config.adapter_kernel_size,),
+            strides=config.adapter_stride,
+            padding=((1, 1),),
+            dtype=self.dtype,
+            precision=layers.precision(self.dtype),
+            kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
+            bias_init=layers.uniform((channels * config.adapter_kernel_size) ** -0.5),
+            name="conv",
+        )(x)
+        return nn.glu(y)
+
+
+class _AdapterLayers(nn.Module):
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Array:
+        for index in range(self.config.num_adapter_layers):
+            x = _AdapterLayer(self.config, self.dtype, name=str(index))(x)
+        return x
+
+
+class _Adapter(nn.Module):
+    """Strided convolutions after the transformer (config.add_adapter); never dropped."""
+
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Array:
+        config = self.config
+        if config.output_hidden_size != config.hidden_size:
+            x = layers.dense(config, config.output_hidden_size, self.dtype, "proj")(x)
+            x = layers.layer_norm(self.dtype, "proj_layer_norm")(x)
+        return _AdapterLayers(config, self.dtype, name="layers")(x)
+
+
+class Wav2Vec2Module(nn.Module):
+    """Feature encoder, feature projection and transformer.
+
+    Attributes:
+        config: a transformers.Wav2Vec2Config.
+        dtype: of the computation: float32, bfloat16 or float16.
+        remat_policy: one of layers.REMAT_POLICIES, applied to each layer.
+        attention: one of ATTENTION_KINDS; "auto" picks the quickest that is right for the case.
+    """
+
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype = jnp.float32
+    remat_policy: str = "none"
+    attention: str = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        input_values: Float[Array, "batch samples"],
+        attention_mask: Bool[Array, "batch samples"] | Int[Array, "batch samples"] | None = None,
+        mask_time_indices: Bool[Array, "batch frames"] | None = None,
+        mask_feature_indices: Bool[Array, "batch hidden"] | None = None,
+        deterministic: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        freeze_feature_encoder: bool = False,
+    ) -> EncoderOutput:
+        """Encodes a padded batch.
+
+        Args:
+            input_values: normalised audio, 16 kHz, padded at the end.
+            attention_mask: true for real samples, which come first. None: all are real.
+            mask_time_indices: frames that get the mask embedding, whether or not `deterministic`,
+                as in transformers; ignored when config.apply_spec_augment is false.
+            mask_feature_indices: likewise channels of the projected features that become zero.
+            deterministic: no dropout and no layerdrop; otherwise a "dropout" key is needed.
+            output_attentions: return every layer's attention weights.
+            output_hidden_states: return the embeddings and every layer's output.
+            freeze_feature_encoder: no gradient for the feature encoder.
+
+        Raises:
+            ModelError: the configuration or an attribute asks for what is not implemented.
+        """
+        config = self.config
+        check(config)
+        if self.attention not in ATTENTION_KINDS:
+            raise errors.ModelError(
+                f"model.attention: {self.attention!r} is not one of {', '.join(ATTENTION_KINDS)}"
+            )
+        features = feature_encoder.FeatureEncoder(
+            config,
+            self.dtype,
+            self.remat_policy,
+            freeze_feature_encoder,
+            name="feature_extractor",
+        )(input_values)
+        frame_mask = None
+        if attention_mask is not None:
+            lengths = _encoder_lengths(config, attention_mask.astype(jnp.int32).sum(axis=-1))
+            frame_mask = jnp.arange(features.shape[1]) < lengths[:, None]
+
+        project = _FeatureProjection(config, self.dtype, deterministic, name="feature_projection")
+        x, normalised = project(features)
+        embedding = self.param("masked_spec_embed", nn.initializers.uniform(1.0), (x.shape[-1],))
+        if config.apply_spec_augment and mask_time_indices is not None:
+            x = jnp.where(mask_time_indices[:, :, None], embedding.astype(x.dtype), x)
+        if config.apply_spec_augment and mask_feature_indices is not None:
+            x = jnp.where(mask_feature_indices[:, None, :], jnp.zeros_like(x), x)
+
+        encoder = _Encoder(config, self.dtype, deterministic, self.remat_policy, name="encoder")
+        hidden_states, attentions = encoder(x, frame_mask, output_attentions)
+        last = hidden_states[-1]
+        if config.add_adapter:
+            last = _Adapter(config, self.dtype, name="adapter")(last)
+        return EncoderOutput(
+            last_hidden_state=last,
+            extract_features=normalised,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+
+
+class _Head(nn.Module):
+    """A linear layer whose products add up, and come out, in float32."""
+
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch frames hidden"]
+    ) -> Float[Array, "batch frames vocab"]:
+        shape = (x.shape[-1], self.config.vocab_size)
+        init = nn.initializers.normal(self.config.initializer_range)
+        kernel = self.param("kernel", init, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:])
+        logits = jax.lax.dot_general(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (((2,), (0,)), ((), ())),
+            precision=layers.precision(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return logits + bias
+
+
+class Wav2Vec2ForCTCModule(nn.Module):
+    """`Wav2Vec2Module` with a linear head over the vocabulary; attributes as there."""
+
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype = jnp.float32
+    remat_policy: str = "none"
+    attention: str = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        input_values: Float[Array, "batch samples"],
+        attention_mask: Bool[Array, "batch samples"] | Int[Array, "batch samples"] | None = None,
+        mask_time_indices: Bool[Array, "batch frames"] | None = None,
+        mask_feature_indices: Bool[Array, "batch hidden"] | None = None,
+        deterministic: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        freeze_feature_encoder: bool = False,
+    ) -> CTCOutput:
+        """Scores a padded batch; arguments and errors as of `Wav2Vec2Module`."""
+        encoder = Wav2Vec2Module(
+            self.config, self.dtype, self.remat_policy, self.attention, name="wav2vec2"
+        )
+        encoded = encoder(
+            input_values,
+            attention_mask,
+            mask_time_indices,
+            mask_feature_indices,
+            deterministic,
+            output_attentions,
+            output_hidden_states,
+            freeze_feature_encoder,
+        )
+        x = layers.Dropout(self.config.final_dropout, deterministic)(encoded.last_hidden_state)
+        logits = _Head(self.config, self.dtype, name="lm_head")(x)
+        return CTCOutput(logits, encoded.hidden_states, encoded.attentions)

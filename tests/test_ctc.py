@@ -1,0 +1,359 @@
+"""The CTC loss against torch where torch's loss is finite, against every alignment elsewhere."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from flax_asr import ctc
+
+
+@functools.cache
+def compiled(**options):
+    """Losses, and the gradient of the weighted sum of the finite ones."""
+
+    def weighted(logits, arguments, weights):
+        loss = ctc.ctc_loss(logits, *arguments, **options)
+        return (jnp.where(jnp.isfinite(loss), loss, 0) * weights).sum(), loss
+
+    return jax.jit(jax.grad(weighted, has_aux=True))
+
+
+def ours(logits, logit_lengths, labels, label_lengths, *, weights=None, **options):
+    logits = np.asarray(logits)
+    weights = np.ones(len(logits)) if weights is None else weights
+    arguments = [jnp.asarray(x, jnp.int32) for x in (logit_lengths, labels, label_lengths)]
+    with jax.enable_x64(logits.dtype == np.float64):
+        gradient, loss = compiled(**options)(jnp.asarray(logits), arguments, jnp.asarray(weights))
+        return np.asarray(loss), np.asarray(gradient)
+
+
+@functools.cache
+def compiled_plainly(**options):
+    return jax.jit(jax.grad(lambda *arguments: ctc.ctc_loss(*arguments, **options).sum()))
+
+
+def plain_gradient(logits, logit_lengths, labels, label_lengths, **options):
+    """The gradient through nothing but the loss: what a careless sum over the batch would see."""
+    arguments = [jnp.asarray(x, jnp.int32) for x in (logit_lengths, labels, label_lengths)]
+    with jax.enable_x64(logits.dtype == np.float64):
+        return np.asarray(compiled_plainly(**options)(jnp.asarray(logits), *arguments))
+
+
+def torch_ctc(logits, logit_lengths, labels, label_lengths, blank, weights):
+    scores = torch.tensor(logits, requires_grad=True)
+    loss = torch.nn.functional.ctc_loss(
+        scores.log_softmax(-1).transpose(0, 1),
+        torch.tensor(labels),
+        torch.tensor(logit_lengths),
+        torch.tensor(label_lengths),
+        blank=blank,
+        reduction="none",
+    )
+    (loss * torch.tensor(weights, dtype=loss.dtype)).sum().backward()
+    return loss.detach().numpy(), scores.grad.numpy()
+
+
+def every_alignment(logits, labels, blank):
+    """Loss and gradient of one clip by summing over all vocab**frames paths, in float64."""
+    logits = np.asarray(logits, np.float64)
+    frames, vocab = logits.shape
+    softmax = np.exp(logits - logits.max(-1, keepdims=True))
+    softmax /= softmax.sum(-1, keepdims=True)
+    probability, visits = 0.0, np.zeros((frames, vocab))
+    for path in itertools.product(range(vocab), repeat=frames):
+        if [k for k, _ in itertools.groupby(path) if k != blank] == list(labels):
+            of_path = np.prod(softmax[np.arange(frames), path])
+            probability += of_path
+            visits[np.arange(frames), path] += of_path
+    if probability == 0:
+        return np.inf, np.zeros((frames, vocab))
+    return -np.log(probability), softmax - visits / probability
+
+
+def random_batch(rng, batch=6, frames=40, vocab=11, tokens=9, blank=0):
+    """Clips that all have an alignment, full of repeats, padded with nonsense."""
+    symbols = np.delete(np.arange(vocab), blank)
+    labels = rng.choice(symbols, (batch, tokens))
+    labels[0] = symbols[0]
+    label_lengths = rng.integers(0, tokens + 1, batch)
+    label_lengths[:2] = tokens
+    repeats = [
+        np.count_nonzero(row[1:length] == row[: max(length - 1, 0)])
+        for row, length in zip(labels, label_lengths, strict=True)
+    ]
+    shortest = label_lengths + repeats
+    logit_lengths = rng.integers(np.maximum(shortest, 1), frames + 1)
+    logit_lengths[1] = shortest[1]  # exactly one frame a label: one path
+    logit_lengths[2] = frames
+    return 3 * rng.standard_normal((batch, frames, vocab)), logit_lengths, labels, label_lengths
+
+
+@pytest.mark.parametrize("blank", [0, 4, 10])
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradient_equal_torch_in_float64(seed, blank):
+    rng = np.random.default_rng(seed)
+    clips = random_batch(rng, blank=blank)
+    weights = rng.uniform(0.1, 2, 6)
+    loss, gradient = ours(*clips, blank=blank, weights=weights)
+    expected_loss, expected_gradient = torch_ctc(*clips, blank, weights)
+    assert np.isfinite(expected_loss).all()
+    np.testing.assert_allclose(loss, expected_loss, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-10)
+
+
+def test_long_clips_equal_torch_in_float64():
+    rng = np.random.default_rng(7)
+    clips = random_batch(rng, batch=4, frames=499, vocab=300, tokens=40)
+    loss, gradient = ours(*clips)
+    expected_loss, expected_gradient = torch_ctc(*clips, 0, np.ones(4))
+    np.testing.assert_allclose(loss, expected_loss, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-10)
+
+
+CASES = {
+    "empty target": (5, [], 0),
+    "one label": (4, [1], 0),
+    "repeat": (5, [1, 1], 0),
+    "repeats and others": (6, [2, 2, 1], 0),
+    "one path only": (3, [1, 2, 1], 0),
+    "one path only, with repeats": (5, [2, 2, 2], 0),
+    "blank in the middle": (5, [0, 2, 0], 1),
+    "blank last": (5, [0, 0, 1], 2),
+    "too many labels": (2, [1, 2, 1], 0),
+    "repeat without room": (3, [1, 1, 2], 0),
+    "no frames, no labels": (0, [], 0),
+    "no frames, one label": (0, [2], 0),
+    "a label that is the blank": (5, [1, 0], 0),
+    "a label past the vocabulary": (5, [1, 3], 0),
+    "a negative label": (5, [-1, 2], 0),
+}
+
+
+@pytest.mark.parametrize("forbidden", ["nothing", "some", "a label", "the blank", "a frame"])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_equal_the_sum_over_all_alignments(case, forbidden):
+    frames, target, blank = CASES[case]
+    rng = np.random.default_rng(len(case))
+    logits = rng.standard_normal((1, 8, 3)) * 2
+    match forbidden:
+        case "some":
+            logits[rng.random(logits.shape) < 0.3] = -np.inf
+        case "a label":
+            logits[..., 2] = -np.inf
+        case "the blank":
+            logits[..., blank] = -np.inf
+        case "a frame":
+            logits[0, frames // 2] = -np.inf
+    labels = np.array([[*target, -100, 1, 2, 1, 1][:5]])
+    if forbidden == "a frame" and frames:
+        expected_loss, expected = np.inf, np.zeros((frames, 3))
+    else:
+        expected_loss, expected = every_alignment(logits[0, :frames], target, blank)
+
+    loss, gradient = ours(logits, [frames], labels, [len(target)], blank=blank)
+    np.testing.assert_allclose(loss, [expected_loss], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(gradient[0, :frames], expected, rtol=0, atol=1e-10)
+    assert (gradient[0, frames:] == 0).all()
+
+    zeroed, _ = ours(logits, [frames], labels, [len(target)], blank=blank, zero_infinity=True)
+    assert zeroed == (loss if np.isfinite(expected_loss) else 0)
+
+
+@pytest.mark.parametrize("zero_infinity", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_clip_without_alignment_has_no_gradient_and_leaves_its_neighbours_alone(
+    dtype, zero_infinity
+):
+    rng = np.random.default_rng(0)
+    logits, logit_lengths, labels, label_lengths = random_batch(rng)
+    logits = logits.astype(dtype)
+    alone_loss, alone = ours(logits, logit_lengths, labels, label_lengths)
+    logit_lengths[0] = 2 * labels.shape[1] - 2  # nine times the same label needs 17 frames
+    logits[3, 0, :] = -np.inf
+    loss, _ = ours(logits, logit_lengths, labels, label_lengths, zero_infinity=zero_infinity)
+    gradient = plain_gradient(
+        logits, logit_lengths, labels, label_lengths, zero_infinity=zero_infinity
+    )
+    assert (loss[[0, 3]] == (0 if zero_infinity else np.inf)).all()
+    assert (gradient[[0, 3]] == 0).all()
+    np.testing.assert_array_equal(loss[[1, 2, 4, 5]], alone_loss[[1, 2, 4, 5]])
+    np.testing.assert_allclose(gradient[[1, 2, 4, 5]], alone[[1, 2, 4, 5]], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_forbidden_symbols_never_make_a_nan(seed):
+    rng = np.random.default_rng(seed)
+    logits, logit_lengths, labels, label_lengths = random_batch(rng, batch=32, frames=24)
+    logits = logits.astype(np.float32) * 30
+    logits[rng.random(logits.shape) < 0.02] = -np.inf
+    logits[rng.random(logits.shape) < 0.01] = np.finfo(np.float32).min
+    logits[1, 0, labels[1, 0]] = -np.inf  # this clip has one path only
+    clips = logits, logit_lengths, labels, label_lengths
+    loss, gradient = ours(*clips)
+    assert not np.isnan(loss).any()
+    assert (loss >= 0).all()
+    assert loss[1] == np.inf
+    assert np.isfinite(loss).sum() > 16
+    assert np.isfinite(gradient).all()
+    assert np.isfinite(plain_gradient(*clips)).all()
+
+
+def test_what_lies_past_the_lengths_changes_nothing():
+    rng = np.random.default_rng(3)
+    logits, logit_lengths, labels, label_lengths = random_batch(rng)
+    loss, gradient = ours(logits, logit_lengths, labels, label_lengths)
+    past_frames = np.arange(logits.shape[1]) >= logit_lengths[:, None]
+    past_labels = np.arange(labels.shape[1]) >= label_lengths[:, None]
+    assert past_labels.any()
+    for logit, label in [(np.nan, -100), (np.inf, -1), (-np.inf, 10**6), (1e30, 0)]:
+        other_loss, other = ours(
+            np.where(past_frames[..., None], logit, logits),
+            logit_lengths,
+            np.where(past_labels, label, labels),
+            label_lengths,
+        )
+        np.testing.assert_array_equal(other_loss, loss)
+        np.testing.assert_array_equal(other, gradient)
+    assert (gradient[past_frames] == 0).all()
+
+
+def test_more_padding_changes_nothing():
+    rng = np.random.default_rng(4)
+    logits, logit_lengths, labels, label_lengths = random_batch(rng)
+    loss, gradient = ours(logits, logit_lengths, labels, label_lengths)
+    wide_loss, wide = ours(
+        np.pad(logits, ((0, 0), (0, 24), (0, 0))),
+        logit_lengths,
+        np.pad(labels, ((0, 0), (0, 7))),
+        label_lengths,
+    )
+    np.testing.assert_allclose(wide_loss, loss, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(wide[:, :40], gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("label_length", [-1, 4])
+def test_an_impossible_label_length_costs_infinity(label_length):
+    logits = np.random.default_rng(0).standard_normal((1, 9, 5))
+    loss, gradient = ours(logits, [9], [[1, 2, 3]], [label_length])
+    assert loss == np.inf
+    assert (gradient == 0).all()
+
+
+def test_no_label_columns_at_all():
+    logits = np.random.default_rng(0).standard_normal((2, 4, 3))
+    loss, gradient = ours(logits, [4, 2], np.zeros((2, 0)), [0, 0])
+    for row, frames in enumerate([4, 2]):
+        expected_loss, expected = every_alignment(logits[row, :frames], [], 0)
+        np.testing.assert_allclose(loss[row], expected_loss, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(gradient[row, :frames], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shift", [0, 300], ids=["fresh head", "confident and wrong"])
+def test_float32_is_at_least_as_exact_as_torch(shift):
+    rng = np.random.default_rng(5)
+    logits, logit_lengths, labels, label_lengths = random_batch(
+        rng, batch=8, frames=499, vocab=200, tokens=40
+    )
+    logits = (logits / 3).astype(np.float32)
+    logits[..., 0] += shift / 10
+    arguments = logit_lengths, labels, label_lengths
+    true_loss, true_gradient = torch_ctc(logits.astype(np.float64), *arguments, 0, np.ones(8))
+    torch_loss, torch_gradient = torch_ctc(logits, *arguments, 0, np.ones(8))
+    loss, gradient = ours(logits, *arguments)
+    assert loss.dtype == gradient.dtype == np.float32
+    assert np.abs(loss - true_loss).max() <= np.abs(torch_loss - true_loss).max()
+    assert np.abs(gradient - true_gradient).max() <= np.abs(torch_gradient - true_gradient).max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    rng = np.random.default_rng(6)
+    logits, *arguments = random_batch(rng, frames=120)
+    logits = logits.astype(dtype)
+    loss, gradient = ours(logits, *arguments)
+    full_loss, full_gradient = ours(logits.astype(np.float32), *arguments)
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(loss, full_loss)
+    # Rounded once, at the end: at most half a unit in the last place.
+    np.testing.assert_array_equal(gradient, full_gradient.astype(dtype))
+
+
+def test_a_certain_transcript_costs_nothing_and_never_less():
+    logits = np.full((1, 499, 8), -40.0, np.float32)
+    path = np.repeat([0, 1, 0, 2, 3, 0, 3, 0], [100, 50, 49, 100, 60, 40, 60, 40])
+    logits[0, np.arange(499), path] = np.random.default_rng(0).uniform(40, 80, 499)
+    loss, _ = ours(logits, [499], [[1, 2, 3, 3]], [4])
+    assert 0 <= loss[0] < 1e-6
+    assert not np.signbit(loss[0])
+
+
+@pytest.mark.parametrize("zero_infinity", [False, True])
+@pytest.mark.parametrize("column", [0, 1, 5], ids=["blank", "label", "other"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_overflow_in_the_model_stays_visible(bad, column, zero_infinity):
+    rng = np.random.default_rng(8)
+    logits = rng.standard_normal((3, 12, 6)).astype(np.float32)
+    logits[1, 4, column] = bad
+    logits[2, 4, column] = bad
+    labels = np.array([[1, 2, 1], [1, 2, 1], [-5, 2, 1]])  # the last has no alignment either
+    clips = logits, [12, 12, 12], labels, [3, 3, 3]
+    loss, _ = ours(*clips, zero_infinity=zero_infinity)
+    gradient = plain_gradient(*clips, zero_infinity=zero_infinity)
+    assert np.isfinite(loss[0])
+    assert np.isnan(loss[1:]).all()
+    assert np.isfinite(gradient[0]).all()
+    assert not np.isfinite(gradient[1]).all()
+    assert not np.isfinite(gradient[2]).all()
+
+
+def test_a_blank_outside_the_vocabulary_is_refused():
+    arguments = jnp.zeros((1, 4, 3)), jnp.array([4]), jnp.array([[1]]), jnp.array([1])
+    for blank in (-1, 3):
+        with pytest.raises(ValueError, match=rf"blank must lie in 0..2, got {blank}"):
+            ctc.ctc_loss(*arguments, blank=blank)
+
+
+def test_pmap_and_vmap_give_what_jit_gives():
+    rng = np.random.default_rng(9)
+    logits, logit_lengths, labels, label_lengths = random_batch(rng)
+    clips = (
+        logits.astype(np.float32),
+        logit_lengths.astype(np.int32),
+        labels.astype(np.int32),
+        label_lengths.astype(np.int32),
+    )
+
+    def total(logits, *arguments):
+        return ctc.ctc_loss(logits, *arguments).sum()
+
+    loss, gradient = ours(*clips)
+    halves = [array.reshape(2, 3, *array.shape[1:]) for array in clips]
+    for transform in (jax.pmap, jax.vmap):
+        # Without gradient the loss has a program of its own.
+        alone = np.concatenate(transform(ctc.ctc_loss)(*halves))
+        np.testing.assert_allclose(alone, loss, rtol=1e-6)
+        together = np.concatenate(transform(jax.grad(total))(*halves))
+        np.testing.assert_allclose(together, gradient, rtol=0, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_vocabulary():
+    batch, frames, tokens = 8, 200, 20
+
+    def temporary_bytes(vocab):
+        shapes = (
+            jax.ShapeDtypeStruct((batch, frames, vocab), jnp.float32),
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+            jax.ShapeDtypeStruct((batch, tokens), jnp.int32),
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+        )
+        total = jax.value_and_grad(lambda *arguments: ctc.ctc_loss(*arguments).sum())
+        return jax.jit(total).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(500), temporary_bytes(4000)
+    assert 0 < small <= 10 * batch * frames * (tokens + 1) * 4
+    assert large <= small

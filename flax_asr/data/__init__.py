@@ -1,1 +1,1 @@
-"""From Common Voice clips to numpy batches: preparation, shards, plan, loader. numpy only, never jax."""
+"""From Common Voice clips to numpy batches: shards, plan, loader. numpy only, never jax."""

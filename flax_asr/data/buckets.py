@@ -1,14 +1,15 @@
 """The batch plan, pure: which rows form which group, in which static shape, at which update.
 
-A *group* is `group_rows` rows that share one padded length; it is the unit that the devices see. Rows
-of one bucket are chunked into groups; what is left over of a bucket moves up into the first group of
-the next larger one, so that an epoch has `ceil(clips / group_rows)` groups and every row is in exactly
-one of them. Several random groups make an update.
+A *group* is `group_rows` rows that share one padded length; it is the unit that the devices see.
+Rows of one bucket are chunked into groups; what is left over of a bucket moves up into the first
+group of the next larger one, so that an epoch has `ceil(clips / group_rows)` groups and every row
+is in exactly one of them. Several random groups make an update.
 
 Everything here is a function of lengths, seed and step: nothing is stored, nothing depends on the
 number of hosts or devices.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ def row_shapes(
     Raises:
         errors.DataError: a clip is longer than the largest shape, or the shapes do not ascend.
     """
-    if any(low >= high for low, high in zip(shapes, shapes[1:])):
+    if any(low >= high for low, high in itertools.pairwise(shapes)):
         raise errors.DataError(f"Batch shapes must ascend; these are {tuple(shapes)}.")
     if len(samples) and samples.max() > shapes[-1]:
         raise errors.DataError(
@@ -149,11 +150,11 @@ def _padding(
 
 
 class TrainPlan:
-    """Every row once an epoch, in random groups of one bucket, `groups_per_update` of them an update.
+    """Every row once an epoch, in random groups of one bucket, several of them an update.
 
-    An epoch has exactly `ceil(rows / (group_rows * groups_per_update))` updates; the last of them may
-    have fewer groups, and its last group filler rows. The plan of an epoch is computed when a step in
-    it is asked for, so starting at any step costs the same.
+    An epoch has exactly `ceil(rows / (group_rows * groups_per_update))` updates; the last of them
+    may have fewer groups, and one group of the epoch may have filler rows. The plan of an epoch is
+    computed when a step in it is asked for, so starting at any step costs the same.
 
     Args:
         samples: length of every row.
@@ -219,7 +220,7 @@ class TrainPlan:
 
 
 class EvalPlan:
-    """Every row once, in order of length: iterating gives the groups, the last one filled up with -1.
+    """Every row once, in order of length; iterating gives the groups, the last filled up with -1.
 
     Args:
         samples: length of every row; may be empty.

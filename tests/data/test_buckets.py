@@ -44,7 +44,7 @@ def test_smallest_samples_are_the_fewest_that_make_the_frames():
         assert smallest_samples(count) == 320 * count + 80
         assert frames(smallest_samples(count)) == count
         assert frames(smallest_samples(count) - 1) == count - 1
-    small = dict(kernels=(32, 8, 4), strides=(16, 5, 4))
+    small = {"kernels": (32, 8, 4), "strides": (16, 5, 4)}
     assert frames(smallest_samples(48, **small), **small) == 48
     assert frames(smallest_samples(48, **small) - 1, **small) == 47
 
@@ -54,7 +54,8 @@ def test_smallest_samples_are_the_fewest_that_make_the_frames():
 def test_shapes_are_the_best_of_all_possible_ones(samples, num_buckets, group_rows):
     shapes = choose_shapes(samples, num_buckets, group_rows=group_rows)
     assert 1 <= len(shapes) <= num_buckets
-    assert shapes[-1] >= samples.max() and shapes == tuple(sorted(set(shapes)))
+    assert shapes[-1] >= samples.max()
+    assert shapes == tuple(sorted(set(shapes)))
     assert all((shape - 80) % (320 * 16) == 0 for shape in shapes)
     top = shapes[-1]
     assert top - 320 * 16 < samples.max()
@@ -94,7 +95,8 @@ def test_every_row_is_seen_exactly_once_an_epoch(samples, num_buckets, rows, gro
         assert (seen < 0).sum() == -len(samples) % rows
         padded = 0
         for group in itertools.chain.from_iterable(updates):
-            assert group.rows.dtype == np.int32 and group.rows.shape == (rows,)
+            assert group.rows.dtype == np.int32
+            assert group.rows.shape == (rows,)
             assert samples[group.rows[group.rows >= 0]].max() <= shapes[group.shape]
             padded += rows * shapes[group.shape]
         assert plan.padding == pytest.approx(1 - samples.sum() / padded, abs=1e-12)
@@ -167,7 +169,7 @@ def test_a_hundred_thousand_clips_are_planned_in_a_moment():
 
 
 def test_a_clip_longer_than_every_shape_is_refused():
-    with pytest.raises(errors.DataError, match="20000 samples is longer.*10320"):
+    with pytest.raises(errors.DataError, match=r"20000 samples is longer.*10320"):
         row_shapes(np.array([400, 20_000]), (5200, 10_320))
     with pytest.raises(errors.DataError, match="must ascend"):
         row_shapes(np.array([400]), (10_320, 5200))

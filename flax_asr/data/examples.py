@@ -1,0 +1,216 @@
+"""Prepared splits with their labels: what the loader batches and evaluation scores.
+
+Text is normalised and encoded here, on every start: the audio of a prepared split serves any
+vocabulary. Whatever cannot be learnt from is left out and named.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float32, Int, Int16, Int32, Int64
+
+from flax_asr import audio, errors, text
+from flax_asr.data import shards
+
+FrameLengths = Callable[[Int[np.ndarray, " rows"]], Int[np.ndarray, " rows"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Rows to train on or to score; several splits may be joined.
+
+    Attributes:
+        splits: where the audio is.
+        samples: length of each row at 16 kHz.
+        gains: float value = int16 value * gain.
+        label_lengths: tokens of each row.
+        ids: of the clips, unique.
+        references: the normalised transcripts.
+        left_out: clips of the splits that are not here, and why.
+        clips_available: how many rows there were before `max_clips` took a part of them.
+    """
+
+    splits: tuple[shards.PreparedSplit, ...]
+    samples: Int32[np.ndarray, " rows"]
+    gains: Float32[np.ndarray, " rows"]
+    label_lengths: Int32[np.ndarray, " rows"]
+    ids: list[str]
+    references: list[str]
+    left_out: list[shards.LeftOut]
+    clips_available: int
+    _split_of: Int32[np.ndarray, " rows"] = field(repr=False)
+    _clip_of: Int32[np.ndarray, " rows"] = field(repr=False)
+    _tokens: Int32[np.ndarray, " tokens"] = field(repr=False)
+    _token_start: Int64[np.ndarray, " rows"] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def seconds(self) -> float:
+        """Audio in all rows."""
+        return int(self.samples.sum(dtype=np.int64)) / audio.SAMPLE_RATE_HZ
+
+    @property
+    def release(self) -> str:
+        """Of the splits; several different ones are joined by " + "."""
+        return " + ".join(dict.fromkeys(split.release for split in self.splits))
+
+    @property
+    def hash(self) -> str:
+        """Of audio, raw text and choice of rows: two equal hashes score the same clips."""
+        content = [split.hash for split in self.splits] + self.ids
+        return hashlib.sha256("\n".join(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def audio(self, row: int) -> Int16[np.ndarray, " samples"]:
+        """The row's samples, straight from the memory map."""
+        return self.splits[self._split_of[row]].audio(self._clip_of[row])
+
+    def labels(self, row: int) -> Int32[np.ndarray, " tokens"]:
+        """The row's token ids."""
+        start = self._token_start[row]
+        return self._tokens[start : start + self.label_lengths[row]]
+
+    def facts(self, row: int) -> dict[str, str]:
+        """Speaker, age, gender and accent; "" where unknown."""
+        split, clip = self.splits[self._split_of[row]], self._clip_of[row]
+        return {
+            "speaker": split.speakers[clip],
+            "age": split.ages[clip],
+            "gender": split.genders[clip],
+            "accent": split.accents[clip],
+        }
+
+    def left_out_summary(self) -> str:
+        """For example "2 empty_transcript, 1 label_too_long"; "" if nothing is left out."""
+        return summary(self.left_out)
+
+
+def summary(left_out: Iterable[shards.LeftOut]) -> str:
+    """Reasons with their counts, the commonest first."""
+    counts = Counter(entry.reason for entry in left_out)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def build(
+    splits: Sequence[shards.PreparedSplit],
+    *,
+    normalize: Callable[[str], str],
+    vocabulary: text.Vocabulary,
+    frame_lengths: FrameLengths,
+    exclude: Sequence[shards.PreparedSplit] = (),
+    max_clips: int | None = None,
+    seed: int = 0,
+) -> Examples:
+    """Joins splits into one set of rows with labels.
+
+    Left out are, in this order: a clip id that came before (`duplicate`); with `exclude`, clips
+    whose id, speaker or normalised sentence is in one of those splits (`held_out_clip`,
+    `held_out_speaker`, `held_out_sentence`: Common Voice's `validated` contains all of dev and
+    test, and their prompts read by others); nothing left after normalisation
+    (`empty_transcript`); more labels, with a blank between equal neighbours, than frames
+    (`label_too_long`).
+
+    Args:
+        splits: to be joined, in this order.
+        normalize: from a raw sentence to what is learnt.
+        vocabulary: encodes the normalised sentence.
+        frame_lengths: from samples to frames of the model.
+        exclude: splits that are scored and must not be trained on.
+        max_clips: keep only so many rows, drawn once from `seed`, in their order.
+        seed: of that draw.
+
+    Raises:
+        errors.DataError: nothing is left.
+    """
+    held_out = _HeldOut.of(exclude, normalize)
+    seen: set[str] = set()
+    left_out: list[shards.LeftOut] = []
+    rows: list[tuple[int, int, str, np.ndarray]] = []
+    for number, split in enumerate(splits):
+        frames = frame_lengths(split.samples)
+        for clip, clip_id in enumerate(split.ids):
+            reference = normalize(split.sentences[clip])
+            labels = vocabulary.encode(reference) if reference else np.zeros(0, np.int32)
+            if clip_id in seen:
+                reason, detail = "duplicate", "in an earlier split"
+            elif found := held_out.reason(clip_id, split.speakers[clip], reference):
+                reason, detail = found
+            elif len(labels) == 0:
+                reason, detail = "empty_transcript", repr(split.sentences[clip])
+            elif (needed := _min_frames(labels)) > frames[clip]:
+                reason, detail = "label_too_long", f"{needed} frames needed, {frames[clip]} there"
+            else:
+                rows.append((number, clip, reference, labels))
+                seen.add(clip_id)
+                continue
+            left_out.append(shards.LeftOut(clip_id, reason, detail))
+    if not rows:
+        names = ", ".join(split.split for split in splits)
+        why = summary(left_out) or "there were none"
+        raise errors.DataError(f"No clip of {names} can be used: {why}.")
+    available = len(rows)
+    if max_clips is not None and max_clips < available:
+        # Ranks of raw bits: numpy keeps a bit generator's stream over its versions.
+        drawn = np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(available))
+        rows = [rows[row] for row in sorted(drawn[:max_clips])]
+    return _collect(splits, rows, left_out, available)
+
+
+def _collect(
+    splits: Sequence[shards.PreparedSplit],
+    rows: Sequence[tuple[int, int, str, np.ndarray]],
+    left_out: list[shards.LeftOut],
+    available: int,
+) -> Examples:
+    split_of = np.array([number for number, _, _, _ in rows], np.int32)
+    clip_of = np.array([clip for _, clip, _, _ in rows], np.int32)
+    label_lengths = np.array([len(labels) for _, _, _, labels in rows], np.int32)
+    return Examples(
+        splits=tuple(splits),
+        samples=np.array([splits[s].samples[c] for s, c, _, _ in rows], np.int32),
+        gains=np.array([splits[s].gains[c] for s, c, _, _ in rows], np.float32),
+        label_lengths=label_lengths,
+        ids=[splits[s].ids[c] for s, c, _, _ in rows],
+        references=[reference for _, _, reference, _ in rows],
+        left_out=left_out,
+        clips_available=available,
+        _split_of=split_of,
+        _clip_of=clip_of,
+        _tokens=np.concatenate([labels for _, _, _, labels in rows]).astype(np.int32),
+        _token_start=np.cumsum(label_lengths, dtype=np.int64) - label_lengths,
+    )
+
+
+def _min_frames(labels: Int[np.ndarray, " tokens"]) -> int:
+    """Frames that an alignment needs: a blank stands between equal neighbours."""
+    return len(labels) + int((labels[1:] == labels[:-1]).sum())
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    ids: frozenset[str]
+    speakers: frozenset[str]
+    sentences: frozenset[str]
+
+    @classmethod
+    def of(
+        cls, splits: Sequence[shards.PreparedSplit], normalize: Callable[[str], str]
+    ) -> "_HeldOut":
+        return cls(
+            frozenset(clip_id for split in splits for clip_id in split.ids),
+            frozenset(speaker for split in splits for speaker in split.speakers if speaker),
+            frozenset(normalize(sentence) for split in splits for sentence in split.sentences),
+        )
+
+    def reason(self, clip_id: str, speaker: str, reference: str) -> tuple[str, str] | None:
+        if clip_id in self.ids:
+            return "held_out_clip", "is scored"
+        if speaker in self.speakers:
+            return "held_out_speaker", "speaks in a split that is scored"
+        if reference and reference in self.sentences:
+            return "held_out_sentence", "is read in a split that is scored"
+        return None

@@ -1,0 +1,212 @@
+"""numpy batches for this host, straight from the memory maps, assembled ahead by one thread.
+
+The loader's whole state is the step number: the plan says which rows, the examples say what is in
+them.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Float32, Int, Int16, Int32
+
+from flax_asr import errors
+from flax_asr.data import buckets, examples
+
+LABEL_MULTIPLE = 8
+_Item = TypeVar("_Item")
+
+
+class Batch(NamedTuple):
+    """This host's rows of a group; a filler row has length and weight 0."""
+
+    audio: Int16[np.ndarray, "rows samples"]
+    gains: Float32[np.ndarray, " rows"]
+    sample_lengths: Int32[np.ndarray, " rows"]
+    labels: Int32[np.ndarray, "rows tokens"]
+    label_lengths: Int32[np.ndarray, " rows"]
+    weights: Float32[np.ndarray, " rows"]
+
+
+def label_widths(
+    data: examples.Examples, shapes: Sequence[int], multiple: int = LABEL_MULTIPLE
+) -> tuple[int, ...]:
+    """Tokens to which labels are padded in each shape: static, so that nothing is compiled twice.
+
+    The longest label of a row that can ever be in the shape (rows move up from smaller ones),
+    rounded up to a multiple of 8.
+    """
+    longest = np.zeros(len(shapes), np.int64)
+    np.maximum.at(longest, buckets.row_shapes(data.samples, shapes), data.label_lengths)
+    widths = -(-np.maximum.accumulate(np.maximum(longest, 1)) // multiple) * multiple
+    return tuple(int(width) for width in widths)
+
+
+def assemble(
+    data: examples.Examples, rows: Int[np.ndarray, " rows"], samples: int, tokens: int
+) -> Batch:
+    """One batch: `rows` of the examples (-1 = filler) padded to `samples` and `tokens`."""
+    # Fresh arrays each time: the device may read them long after the next batch is assembled.
+    batch = Batch(
+        audio=np.empty((len(rows), samples), np.int16),
+        gains=np.ones(len(rows), np.float32),
+        sample_lengths=np.zeros(len(rows), np.int32),
+        labels=np.zeros((len(rows), tokens), np.int32),
+        label_lengths=np.zeros(len(rows), np.int32),
+        weights=np.zeros(len(rows), np.float32),
+    )
+    for place, row in enumerate(rows.tolist()):
+        clip = data.audio(row) if row >= 0 else batch.audio[place, :0]
+        batch.audio[place, : len(clip)] = clip
+        batch.audio[place, len(clip) :] = 0
+        if row >= 0:
+            label = data.labels(row)
+            batch.labels[place, : len(label)] = label
+            batch.label_lengths[place] = len(label)
+            batch.sample_lengths[place] = len(clip)
+            batch.gains[place] = data.gains[row]
+            batch.weights[place] = 1.0
+    return batch
+
+
+class Prefetched(Generic[_Item]):
+    """An iterator whose items a thread makes ahead, at most `depth` of them.
+
+    An error of the thread is raised where the item would have come. Close it (or use it in a `with`
+    statement) to stop early; a forgotten one stops its thread when it is collected.
+
+    Attributes:
+        wait_seconds: time that the consumer has waited for items so far.
+    """
+
+    def __init__(self, items: Iterator[_Item], depth: int) -> None:
+        self.wait_seconds = 0.0
+        self._stop = threading.Event()
+        self._queue: queue.Queue = queue.Queue(max(depth, 1))
+        # The thread must not know `self`, or a forgotten iterator would never be collected.
+        self._thread = threading.Thread(
+            target=_produce, args=(items, self._queue, self._stop), name="loader", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> "Prefetched[_Item]":
+        return self
+
+    def __next__(self) -> _Item:
+        if self._stop.is_set():
+            raise StopIteration
+        start = time.perf_counter()
+        item, error = self._queue.get()
+        self.wait_seconds += time.perf_counter() - start
+        if error is not None:
+            self.close()
+            raise error
+        return item
+
+    def close(self) -> None:
+        """Stops the thread and waits for it."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> "Prefetched[_Item]":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._stop.set()
+
+
+def _produce(items: Iterator[_Item], out: queue.Queue, stop: threading.Event) -> None:
+    try:
+        for item in items:
+            if not _put(out, (item, None), stop):
+                return
+        _put(out, (None, StopIteration()), stop)
+    except Exception as error:  # whatever it is, it belongs to the consumer
+        _put(out, (None, error), stop)
+
+
+def _put(out: queue.Queue, entry: tuple, stop: threading.Event) -> bool:
+    while not stop.is_set():
+        try:
+            out.put(entry, timeout=0.1)
+            return True
+        except queue.Full:
+            pass
+    return False
+
+
+def updates(
+    data: examples.Examples,
+    plan: buckets.TrainPlan,
+    start_step: int = 0,
+    host_index: int = 0,
+    host_count: int = 1,
+    prefetch: int = 2,
+) -> Prefetched[tuple[int, list[tuple[Batch, buckets.Group]]]]:
+    """Endless `(step, [(batch, group), ...])` from `start_step` on, `prefetch` updates ahead.
+
+    A batch holds this host's share of the group's rows, the `host_index`-th of `host_count` equal
+    parts; the group names all of them.
+
+    Raises:
+        errors.DataError: the group does not divide by the hosts.
+    """
+    share = _Share(data, plan.shapes, plan.group_rows, host_index, host_count)
+
+    def produce() -> Iterator[tuple[int, list[tuple[Batch, buckets.Group]]]]:
+        step = start_step
+        while True:
+            yield step, [(share.batch(group), group) for group in plan.update(step)]
+            step += 1
+
+    return Prefetched(produce(), prefetch)
+
+
+def evaluation(
+    data: examples.Examples,
+    plan: buckets.EvalPlan,
+    host_index: int = 0,
+    host_count: int = 1,
+    prefetch: int = 4,
+) -> Prefetched[tuple[Batch, buckets.Group]]:
+    """Every group of the plan once, as `(batch, group)`, `prefetch` groups ahead.
+
+    Raises:
+        errors.DataError: the group does not divide by the hosts.
+    """
+    share = _Share(data, plan.shapes, plan.group_rows, host_index, host_count)
+    return Prefetched(((share.batch(group), group) for group in plan), prefetch)
+
+
+class _Share:
+    """A host's part of every group."""
+
+    def __init__(
+        self,
+        data: examples.Examples,
+        shapes: Sequence[int],
+        group_rows: int,
+        host_index: int,
+        host_count: int,
+    ) -> None:
+        if group_rows % host_count:
+            raise errors.DataError(
+                f"A group of {group_rows} rows does not divide by {host_count} hosts: choose a"
+                " per-device batch and a number of devices that each host has an equal part of."
+            )
+        rows = group_rows // host_count
+        self._data = data
+        self._shapes = shapes
+        self._widths = label_widths(data, shapes)
+        self._rows = slice(host_index * rows, (host_index + 1) * rows)
+
+    def batch(self, group: buckets.Group) -> Batch:
+        samples, tokens = self._shapes[group.shape], self._widths[group.shape]
+        return assemble(self._data, group.rows[self._rows], samples, tokens)

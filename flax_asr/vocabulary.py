@@ -1,0 +1,290 @@
+"""The character vocabulary: labels from text, text from labels, and the tokenizer's files."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from flax_asr import errors
+
+_MOST_BYTES = 64 * 2**20
+# What Wav2Vec2CTCTokenizer assumes where a folder says nothing, in its order.
+_ASSUMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Tokens and their ids; code points are the characters, beyond the BMP too.
+
+    Attributes:
+        tokens: the place of a token is its id, the column of the logits.
+        blank: the id of the blank, which is Hugging Face's padding token.
+        unknown: the id for what has no token; None: such text is refused.
+        delimiter: the token that stands for a space; None where no transcript has one.
+        bos, eos: two tokens that old tokenizers carry and no CTC model uses.
+        lower_case: the model writes capitals that are meant as small letters.
+    """
+
+    tokens: tuple[str, ...]
+    blank: int
+    unknown: int | None = None
+    delimiter: str | None = None
+    bos: int | None = None
+    eos: int | None = None
+    lower_case: bool = False
+
+    def __post_init__(self):
+        if len(set(self.tokens)) != len(self.tokens):
+            twice = [token for token, count in Counter(self.tokens).items() if count > 1]
+            raise errors.ModelError(f"vocabulary: these tokens stand in it twice: {twice[:10]}")
+        for name in ("blank", "unknown", "bos", "eos"):
+            place = getattr(self, name)
+            if place is not None and not 0 <= place < len(self.tokens):
+                raise errors.ModelError(
+                    f"vocabulary: {name} is {place}, but there are {len(self.tokens)} tokens"
+                )
+        if self.delimiter is not None and self.delimiter not in self.tokens:
+            raise errors.ModelError(f"vocabulary: the delimiter {self.delimiter!r} has no token")
+
+    @classmethod
+    def from_transcripts(
+        cls, texts: Iterable[str], min_count: int = 1, layout: str = "blank-first"
+    ) -> "Vocabulary":
+        """The characters of normalised transcripts.
+
+        Args:
+            texts: normalised transcripts. A literal "|" counts as the delimiter.
+            min_count: rarer characters get no token, and so become the unknown one.
+            layout: "blank-first": [PAD] (the blank), [UNK], "|" if there is a space, characters
+                by code point. "hf-4.17": characters by code point with "|" in the space's place,
+                [UNK], [PAD] (the blank), <s>, </s>.
+
+        Raises:
+            errors.DataError: there is no character at all.
+        """
+        counts = Counter(character for text in texts for character in text)
+        spaces = counts.pop(" ", 0) + counts.pop("|", 0)
+        characters = sorted(c for c, count in counts.items() if count >= min_count)
+        if not characters:
+            raise errors.DataError(
+                "the transcripts have no characters left: look at text.normalization"
+                + (f" and text.min_count {min_count}" if min_count > 1 else "")
+            )
+        if layout == "hf-4.17":
+            # Every target ended with a space there, so there always was one.
+            written = ["|" if c == " " else c for c in sorted([" ", *characters])]
+            size = len(written)
+            tokens = (*written, "[UNK]", "[PAD]", "<s>", "</s>")
+            return cls(tokens, size + 1, size, "|", bos=size + 2, eos=size + 3)
+        if layout != "blank-first":
+            raise ValueError(f"layout {layout!r}: blank-first or hf-4.17")
+        delimiter = "|" if spaces else None
+        head = ("[PAD]", "[UNK]", *([delimiter] if delimiter else []))
+        return cls((*head, *characters), blank=0, unknown=1, delimiter=delimiter)
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are: the width of the logits."""
+        return len(self.tokens)
+
+    @functools.cached_property
+    def _special(self) -> frozenset[int]:
+        places = (self.blank, self.unknown, self.bos, self.eos)
+        return frozenset(place for place in places if place is not None)
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self.tokens) if i not in self._special}
+
+    @functools.cached_property
+    def _pieces(self) -> re.Pattern[str]:
+        several = sorted((token for token in self._ids if len(token) > 1), key=len, reverse=True)
+        return re.compile("|".join([*map(re.escape, several), "."]), re.DOTALL)
+
+    @functools.cached_property
+    def _only_capitals(self) -> bool:
+        letters = [token for token in self._ids if len(token) == 1 and token.isalpha()]
+        return any(c.isupper() for c in letters) and not any(c.islower() for c in letters)
+
+    def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
+        """Labels of a normalised transcript, without special tokens.
+
+        A vocabulary that has capital letters only (facebook/wav2vec2-base-960h) reads every text
+        as capitals.
+
+        Raises:
+            errors.DataError: a character has no token and there is no unknown token.
+        """
+        if self._only_capitals:
+            text = text.upper()
+        if self.delimiter is not None:
+            text = text.replace(" ", self.delimiter)
+        unknown = -1 if self.unknown is None else self.unknown
+        pieces = self._pieces.findall(text)
+        labels = np.array([self._ids.get(piece, unknown) for piece in pieces], np.int32)
+        if (labels < 0).any():
+            strange = sorted({piece for piece in pieces if piece not in self._ids})
+            raise errors.DataError(f"these characters have no token: {' '.join(strange[:20])!r}")
+        return labels
+
+    def decode(self, ids: Sequence[int] | Int32[np.ndarray, " tokens"]) -> str:
+        """Text of labels that are collapsed already; special tokens are dropped."""
+        written = "".join(
+            " " if self.tokens[i] == self.delimiter else self.tokens[i]
+            for i in map(int, ids)
+            if i not in self._special
+        ).strip()
+        return written.lower() if self.lower_case else written
+
+    def to_json(self) -> str:
+        """All of it as one JSON object."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Vocabulary":
+        """What `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(**(fields | {"tokens": tuple(fields["tokens"])}))
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Writes vocab.json and tokenizer_config.json, for transformers' AutoTokenizer.
+
+        Tokens that do not exist are null: left out, they would get the class's own and lengthen
+        the tokenizer past the logits.
+        """
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def token(place: int | None) -> str | None:
+            return None if place is None else self.tokens[place]
+
+        settings = {
+            "tokenizer_class": "Wav2Vec2CTCTokenizer",
+            "bos_token": token(self.bos),
+            "eos_token": token(self.eos),
+            "unk_token": token(self.unknown),
+            "pad_token": token(self.blank),
+            "word_delimiter_token": self.delimiter,
+            "replace_word_delimiter_char": " ",
+            "do_lower_case": self.lower_case,
+            "clean_up_tokenization_spaces": False,
+        }
+        places = {token: place for place, token in enumerate(self.tokens)}
+        for name, content in (("vocab.json", places), ("tokenizer_config.json", settings)):
+            written = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+            (folder / name).write_text(written, encoding="utf-8")
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike, target_lang: str | None = None) -> "Vocabulary":
+        """The vocabulary of a Hugging Face wav2vec2-CTC folder, or of a single vocab.json.
+
+        Args:
+            folder: holds vocab.json, and where they exist tokenizer_config.json,
+                special_tokens_map.json and added_tokens.json.
+            target_lang: which language of a nested vocabulary (MMS); by default the one that
+                tokenizer_config.json names.
+
+        Raises:
+            errors.ModelError: a file is missing or does not hold a character vocabulary.
+        """
+        folder = pathlib.Path(folder)
+        file = folder / "vocab.json" if folder.is_dir() else folder
+        places = _read_object(file)
+        if places is None:
+            raise errors.ModelError(f"{file}: no such file; a wav2vec2-CTC folder has a vocab.json")
+        settings, special, added = {}, {}, {}
+        if folder.is_dir():
+            settings = _read_object(folder / "tokenizer_config.json") or {}
+            special = _read_object(folder / "special_tokens_map.json") or {}
+            added = _read_object(folder / "added_tokens.json") or {}
+        kind = str(settings.get("tokenizer_class", "Wav2Vec2CTCTokenizer"))
+        if not kind.startswith("Wav2Vec2CTC"):
+            raise errors.ModelError(
+                f"{folder}: its tokenizer is a {kind}; only Wav2Vec2CTCTokenizer writes characters"
+            )
+        if any(isinstance(value, dict) for value in places.values()):
+            places = _one_language(places, target_lang or settings.get("target_lang"), file)
+        places = dict(places) | added
+        for place, token in dict(settings.get("added_tokens_decoder", {})).items():
+            places.setdefault(_content(token), int(place))
+        names = _special_names(settings, special, places)
+        for name in names.values():
+            if name is not None and name not in places:
+                places[name] = len(places)
+        numbers = [place for place in places.values() if type(place) is int]
+        if sorted(numbers) != list(range(len(places))):
+            raise errors.ModelError(
+                f"{file}: the {len(places)} ids are not 0 to {len(places) - 1}, each once"
+            )
+        tokens = sorted(places, key=places.__getitem__)
+        if names["pad_token"] is None:
+            raise errors.ModelError(f"{folder}: no pad_token, which is the blank of such a model")
+        delimiter = settings.get("word_delimiter_token", "|")
+        delimiter = _content(delimiter) if delimiter else None
+        found = {key: places[name] if name else None for key, name in names.items()}
+        return cls(
+            tuple(tokens),
+            blank=found["pad_token"],
+            unknown=found["unk_token"],
+            delimiter=delimiter if delimiter in places else None,
+            bos=found["bos_token"],
+            eos=found["eos_token"],
+            lower_case=bool(settings.get("do_lower_case", False)),
+        )
+
+
+def _read_object(file: pathlib.Path) -> dict | None:
+    """A JSON object, or None where there is no such file."""
+    if not file.is_file():
+        return None
+    if file.stat().st_size > _MOST_BYTES:
+        raise errors.ModelError(f"{file}: {file.stat().st_size} bytes are no vocabulary")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise errors.ModelError(f"{file}: not JSON in UTF-8: {error}") from None
+    if not isinstance(content, dict):
+        raise errors.ModelError(f"{file}: holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _content(token: object) -> str:
+    """A token as text; newer folders write it as an object with flags."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _one_language(nested: dict, language: str | None, file: pathlib.Path) -> dict:
+    known = sorted(name for name, value in nested.items() if isinstance(value, dict))
+    if language is None or not isinstance(nested.get(language), dict):
+        asked = "none is chosen" if language is None else f"{language!r} is not among them"
+        raise errors.ModelError(
+            f"{file}: a vocabulary for each of {len(known)} languages, and {asked}: "
+            f"{', '.join(known[:12])}{', ...' if len(known) > 12 else ''}. Set target_lang in "
+            "tokenizer_config.json"
+        )
+    return nested[language]
+
+
+def _special_names(settings: dict, special: dict, places: dict) -> dict[str, str | None]:
+    """Names of the special tokens, in the order in which transformers adds missing ones."""
+    # Before added_tokens_decoder existed, special_tokens_map.json had the last word.
+    if "added_tokens_decoder" not in settings:
+        settings = settings | special
+    names = {}
+    for key, assumed in _ASSUMED.items():
+        if key in settings:
+            names[key] = _content(settings[key]) if settings[key] else None
+        elif settings:
+            names[key] = assumed
+        else:
+            # A bare vocab.json: whatever of the two usual spellings it holds.
+            usual = (assumed, f"[{assumed.strip('<>').upper()}]")
+            names[key] = next((name for name in usual if name in places), None)
+    return names

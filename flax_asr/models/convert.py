@@ -96,6 +96,17 @@ def _encoder_layer(config: "Wav2Vec2Config", name: str) -> Iterator[_Parameter]:
     yield from _norm(f"{name}.final_layer_norm", hidden)
 
 
+def _adapter(config: "Wav2Vec2Config") -> Iterator[_Parameter]:
+    outputs = config.output_hidden_size
+    if outputs != config.hidden_size:
+        yield from _linear("adapter.proj", config.hidden_size, outputs)
+        yield from _norm("adapter.proj_layer_norm", outputs)
+    for layer in range(config.num_adapter_layers):
+        conv, shape = f"adapter.layers.{layer}.conv", (outputs, config.adapter_kernel_size)
+        yield _parameter(conv, "kernel", "weight", (2 * outputs, *shape))
+        yield _parameter(conv, "bias", "bias", (2 * outputs,))
+
+
 def _encoder(config: "Wav2Vec2Config") -> Iterator[_Parameter]:
     """Every tensor of a Wav2Vec2Model, names without the `wav2vec2.` prefix."""
     hidden = config.hidden_size
@@ -114,11 +125,12 @@ def _encoder(config: "Wav2Vec2Config") -> Iterator[_Parameter]:
     yield from _norm("encoder.layer_norm", hidden)
     for layer in range(config.num_hidden_layers):
         yield from _encoder_layer(config, f"encoder.layers.{layer}")
+    if config.add_adapter:
+        yield from _adapter(config)
 
 
 def _parameters(config: "Wav2Vec2Config", *, head: bool) -> list[_Parameter]:
     """Every tensor of Wav2Vec2ForCTC (`head`) or of Wav2Vec2Model."""
-    refuse_unsupported(config)
     encoder = list(_encoder(config))
     if not head:
         return encoder
@@ -126,18 +138,8 @@ def _parameters(config: "Wav2Vec2Config", *, head: bool) -> list[_Parameter]:
         _Parameter(PREFIX + entry.torch_name, ("wav2vec2", *entry.path), *entry[2:])
         for entry in encoder
     ]
-    return [*nested, *_linear("lm_head", config.hidden_size, config.vocab_size)]
-
-
-def refuse_unsupported(config: "Wav2Vec2Config") -> None:
-    """Raises ModelError for the members of the family that have parts we do not build."""
-    if config.add_adapter or config.adapter_attn_dim is not None:
-        option = "add_adapter" if config.add_adapter else "adapter_attn_dim"
-        raise errors.ModelError(
-            f"The model's configuration sets {option}: wav2vec 2.0 with adapter layers is not "
-            "supported. Use an encoder without adapters, for example facebook/"
-            "wav2vec2-xls-r-300m."
-        )
+    inputs = config.output_hidden_size if config.add_adapter else config.hidden_size
+    return [*nested, *_linear("lm_head", inputs, config.vocab_size)]
 
 
 def shapes(config: "Wav2Vec2Config", *, head: bool) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -203,7 +205,8 @@ def _float32(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> np.nda
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
+    # repr: a name out of a file may carry control characters.
+    shown = ", ".join(map(repr, names[:5]))
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
@@ -245,7 +248,8 @@ def params_from_torch(
         branch = params
         for key in entry.path[:-1]:
             branch = branch.setdefault(key, {})
-        branch[entry.path[-1]] = np.ascontiguousarray(values.transpose(entry.axes))
+        # A copy: `tensors` may be views of a mapped file, which may change or go.
+        branch[entry.path[-1]] = np.array(values.transpose(entry.axes), order="C")
     return params
 
 

@@ -21,6 +21,15 @@ def _flat(tree):
     return {"/".join(path): leaf for path, leaf in convert._leaves(tree)}
 
 
+@pytest.mark.parametrize("adapter", [{"output_hidden_size": 24}, {"output_hidden_size": 20}])
+def test_adapter_convolutions_round_trip(adapter):
+    config = small_torch.config(add_adapter=True, num_adapter_layers=2, **adapter)
+    before = _tensors(config=config)
+    after = convert.torch_from_params(convert.params_from_torch(before, config, head=True), config)
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[key], before[key]) for key in before)
+
+
 @pytest.mark.parametrize("architecture", small_torch.ARCHITECTURES)
 @pytest.mark.parametrize("name", ["Wav2Vec2ForCTC", "Wav2Vec2Model"])
 def test_torch_to_ours_to_torch_is_exact_to_the_bit(architecture, name):
@@ -105,7 +114,7 @@ def test_pretraining_checkpoints_of_transformers_load_as_encoders():
     params = convert.params_from_torch(tensors, config, head=False)
     assert "lm_head" not in params
     assert not convert.has_head(tensors)
-    with pytest.raises(errors.ModelError, match=r"missing: lm_head\.bias, lm_head\.weight"):
+    with pytest.raises(errors.ModelError, match=r"missing: 'lm_head\.bias', 'lm_head\.weight'"):
         convert.params_from_torch(tensors, config, head=True)
 
 
@@ -163,7 +172,7 @@ def test_half_precision_becomes_float32(dtype):
 def test_a_tensor_left_over_or_missing_is_named():
     config = small_torch.config()
     tensors = _tensors()
-    with pytest.raises(errors.ModelError, match=r"left over: wav2vec2\.encoder\.surprise"):
+    with pytest.raises(errors.ModelError, match=r"left over: 'wav2vec2\.encoder\.surprise"):
         convert.params_from_torch(
             {**tensors, "wav2vec2.encoder.surprise": np.zeros(3, np.float32)}, config, head=True
         )
@@ -173,7 +182,7 @@ def test_a_tensor_left_over_or_missing_is_named():
 
 
 def test_a_configuration_with_other_layers_or_norms_is_refused():
-    with pytest.raises(errors.ModelError, match=r"left over: wav2vec2\.encoder\.layers\.1"):
+    with pytest.raises(errors.ModelError, match=r"left over: 'wav2vec2\.encoder\.layers\.1"):
         convert.params_from_torch(_tensors(), small_torch.config(num_hidden_layers=1), head=True)
     with pytest.raises(errors.ModelError, match=r"left over: .*conv_layers\.1\.layer_norm"):
         convert.params_from_torch(_tensors(), small_torch.config("group-stable"), head=True)
@@ -199,14 +208,8 @@ def test_trees_that_do_not_fit_the_configuration_are_not_exported():
     with pytest.raises(errors.ModelError, match=r"lm_head/kernel.*\(11, 24\).*\(24, 11\)"):
         convert.torch_from_params(params, config)
     del params["lm_head"]["bias"]
-    with pytest.raises(errors.ModelError, match="missing: lm_head/bias"):
+    with pytest.raises(errors.ModelError, match="missing: 'lm_head/bias'"):
         convert.torch_from_params(params, config)
-
-
-@pytest.mark.parametrize("changes", [{"add_adapter": True}, {"adapter_attn_dim": 16}])
-def test_adapter_models_are_refused_by_the_option_name(changes):
-    with pytest.raises(errors.ModelError, match=next(iter(changes))):
-        convert.shapes(small_torch.config(**changes), head=True)
 
 
 def test_flax_names_become_torch_names():

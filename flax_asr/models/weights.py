@@ -1,0 +1,371 @@
+"""Weight files and where they come from: all input and output of models is here.
+
+Read are safetensors and torch's zip (one file or several with an index) and Flax's msgpack, all
+with torch's names; written is safetensors. Nothing in a file is trusted: no code is run, and sizes
+that a header states are compared with the file's before memory is taken.
+"""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from flax_asr import errors
+from flax_asr.models import convert, torch_pickle
+
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+TORCH = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+MSGPACK = "flax_model.msgpack"
+
+SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+# The limit of the safetensors library.
+MAX_HEADER_BYTES = 100_000_000
+# XLS-R 2B's program has 0.2 MB.
+MAX_PROGRAM_BYTES = 16_000_000
+MAX_INDEX_BYTES = 16_000_000
+
+Tensors = dict[str, np.ndarray]
+
+
+def _damaged(path: Path, why: str) -> errors.ModelError:
+    return errors.ModelError(f"{path} is damaged: {why}. Download or copy the model again.")
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise errors.ModelError(
+                f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder."
+            )
+
+
+def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise ValueError("a name stands twice")
+        return dict(pairs)
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its JSON cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "its JSON is not a table of names")
+    return content
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int, np.dtype, tuple[int, ...]]:
+    """First byte, end, type and shape of one tensor in a safetensors header, checked."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"the header's entry for {name!r} is not a tensor's")
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise errors.ModelError(
+            f"{path}: the tensor {name!r} has the type {entry['dtype']!r}, which is not supported."
+        )
+    dtype, shape, offsets = (
+        SAFETENSORS_DTYPES[entry["dtype"]],
+        entry["shape"],
+        entry["data_offsets"],
+    )
+    for sizes in (shape, offsets):
+        if not isinstance(sizes, list) or not all(map(_is_size, sizes)):
+            raise _damaged(path, f"the header's entry for {name!r} has sizes that are none")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise _damaged(path, f"the tensor {name!r} of shape {shape} does not fill its place")
+    return offsets[0], offsets[1], dtype, tuple(shape)
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    """Views of the mapped file. (The library's numpy reader refuses bfloat16.)"""
+    _refuse_pointer(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
+            raise _damaged(path, "it is shorter than its header says")
+        header = _parse_json(path, file.read(header_bytes))
+    metadata = header.pop("__metadata__", {})
+    spans = {name: _span(path, name, entry) for name, entry in header.items()}
+
+    data_bytes, end = size - 8 - header_bytes, 0
+    for name, (start, stop, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
+        if start != end:
+            raise _damaged(path, f"there is a gap or an overlap before the tensor {name!r}")
+        end = stop
+    if end != data_bytes:
+        raise _damaged(path, f"it holds {data_bytes} bytes of tensors, its header says {end}")
+
+    mapped = np.memmap(path, np.uint8, mode="r").view(np.ndarray)[8 + header_bytes :]
+    tensors = {
+        name: mapped[start:stop].view(dtype).reshape(shape)
+        for name, (start, stop, dtype, shape) in spans.items()
+    }
+    if isinstance(metadata, dict) and metadata.items() >= {("format", "flax")}:
+        return convert.torch_names(_nested(tensors))
+    return tensors
+
+
+def _nested(tensors: Tensors) -> dict[str, Any]:
+    """The tree of names like `lm_head.kernel`, as transformers 4 wrote Flax safetensors."""
+    tree: dict[str, Any] = {}
+    for name, values in tensors.items():
+        *parents, leaf = name.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = values
+    return tree
+
+
+def _torch_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The archive's members by their names inside of its one folder, sizes checked."""
+    infos = archive.infolist()
+    if any(i.compress_type != zipfile.ZIP_STORED or i.file_size != i.compress_size for i in infos):
+        raise errors.ModelError(f"{path}: refused, torch writes no compressed members.")
+    if sum(info.file_size for info in infos) > path.stat().st_size:
+        raise _damaged(path, "its members are larger than the file")
+    members = {info.filename.partition("/")[2]: info for info in infos}
+    if len(members) < len(infos) or "data.pkl" not in members:
+        raise errors.ModelError(f"{path} is a zip archive, but not one that torch wrote.")
+    if members["data.pkl"].file_size > MAX_PROGRAM_BYTES:
+        raise errors.ModelError(f"{path}: refused, its data.pkl is too large for a model's.")
+    return members
+
+
+def _read_torch(path: Path) -> Tensors:
+    _refuse_pointer(path)
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start[:1] == b"\x80":
+        raise errors.ModelError(
+            f"{path} is in the format of torch before 1.6, which cannot be read without running "
+            "its code. Convert it where you trust it, with transformers and torch: "
+            "`AutoModelForCTC.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)`."
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = _torch_members(path, archive)
+
+            def read_storage(key: str) -> bytes:
+                return archive.read(members[f"data/{key}"])
+
+            if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+                raise errors.ModelError(f"{path}: written by a big-endian machine: not supported.")
+            program = archive.read(members["data.pkl"])
+            return torch_pickle.state_dict(program, read_storage, source=str(path))
+    # zipfile raises NotImplementedError and RuntimeError for encrypted members and odd versions.
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _read_msgpack(path: Path) -> Tensors:
+    from flax import serialization
+
+    _refuse_pointer(path)
+    try:
+        tensors = convert.torch_names(serialization.msgpack_restore(path.read_bytes()))
+    # msgpack's own errors are ValueErrors; the others come from arrays and trees that are none.
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"it is not a tree of Flax's msgpack ({error})") from error
+    for name, values in tensors.items():
+        if values.dtype.hasobject or values.dtype.kind in "SU":
+            raise _damaged(path, f"{name!r} is not a tensor")
+    return tensors
+
+
+def _read_index(path: Path, read_shard: Callable[[Path], Tensors]) -> Tensors:
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise errors.ModelError(f"{path}: refused, too large for an index.")
+    index = _parse_json(path, path.read_bytes())
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+        raise _damaged(path, "it has no weight_map of tensor names to files")
+    tensors: Tensors = {}
+    for shard in sorted(set(places.values())):
+        if shard != os.path.basename(shard) or shard in ("", ".", ".."):
+            raise errors.ModelError(f"{path}: refused, it names {shard!r}, outside of its folder.")
+        if not (path.parent / shard).is_file():
+            raise errors.ModelError(f"{path.parent / shard} is missing: {path.name} names it.")
+        content = read_shard(path.parent / shard)
+        listed = {name for name, place in places.items() if place == shard}
+        if listed != content.keys():
+            differs = min(listed ^ content.keys())
+            raise _damaged(path.parent / shard, f"it and {path.name} disagree about {differs!r}")
+        tensors |= content
+    return tensors
+
+
+_READERS: dict[str, Callable[[Path], Tensors]] = {
+    SAFETENSORS: _read_safetensors,
+    SAFETENSORS_INDEX: lambda path: _read_index(path, _read_safetensors),
+    TORCH: _read_torch,
+    TORCH_INDEX: lambda path: _read_index(path, _read_torch),
+    MSGPACK: _read_msgpack,
+}
+# In the order of preference when a folder has several.
+FILES = tuple(_READERS)
+
+
+def read(folder: str | os.PathLike) -> Tensors:
+    """A model folder's tensors, with torch's names and layouts, in the type they are stored in.
+
+    The arrays may be read-only views of the file. Of several weight files the first of `FILES` is
+    taken.
+
+    Raises:
+        ModelError: no weights, or they are damaged, truncated or ask for code to be run.
+    """
+    for name, reader in _READERS.items():
+        path = Path(folder) / name
+        if path.is_file():
+            try:
+                return reader(path)
+            except OSError as error:
+                raise errors.ModelError(f"{path} cannot be read: {error.strerror}.") from error
+    raise errors.ModelError(f"{folder} holds no weights: one of {', '.join(FILES)} must be there.")
+
+
+def write(
+    folder: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes model.safetensors, whole or not at all; returns its path.
+
+    `metadata` defaults to what transformers expects of PyTorch's weights, {"format": "pt"}.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+    import safetensors
+    from safetensors import numpy as safetensors_numpy
+
+    path = Path(folder) / SAFETENSORS
+    # Beside the file, so that replacing it is one step of the file system.
+    part = path.with_name(f".{SAFETENSORS}.{os.getpid()}.part")
+    arrays = {name: np.asarray(values, order="C") for name, values in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            safetensors_numpy.save_file(arrays, part, dict(metadata or {"format": "pt"}))
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise errors.ModelError(f"{path} cannot be written: {error}.") from error
+    return path
+
+
+def _wanted(names: list[str]) -> list[str]:
+    """The files of a hub repository to download: no code, no folders, one format of weights."""
+    top = [name for name in names if "/" not in name]
+    wanted = [name for name in top if name.endswith(".json") or name == "vocab.txt"]
+    for name in FILES:
+        if name in top:
+            stem, _, suffix = name.removesuffix(".index.json").rpartition(".")
+            shards = (stem + "-", "." + suffix) if name.endswith(".index.json") else None
+            wanted += [n for n in top if n == name or (shards and _is_shard(n, *shards))]
+            break
+    return wanted
+
+
+def _is_shard(name: str, start: str, end: str) -> bool:
+    return name.startswith(start) and name.endswith(end)
+
+
+def _unreachable(name: str, why: str) -> errors.ModelError:
+    return errors.ModelError(
+        f"{name} is neither a folder here nor in the hub's cache, and the hub cannot be asked "
+        f"({why}). Connect once, or run `hf download {name} --local-dir FOLDER` elsewhere and give "
+        "that folder."
+    )
+
+
+def resolve(
+    name: str | os.PathLike,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> tuple[Path, str | None]:
+    """The folder of a model and, for one of the Hugging Face hub, the commit that it is at.
+
+    A folder is taken as it is. A hub id is downloaded into the hub's cache: the JSON files and the
+    weights in one format, never code. When the hub cannot be reached the cache is used.
+
+    Raises:
+        ModelError: not a folder, and not found on the hub, gated, offline or not in the cache.
+    """
+    name = os.fspath(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder, None
+    if folder.exists():
+        raise errors.ModelError(f"{name} is a file: give the folder that holds the model.")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise errors.ModelError(f"{name}: there is no such folder.")
+
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    why = "local files only"
+    try:
+        if not local_files_only:
+            try:
+                info = huggingface_hub.HfApi().model_info(name, revision=revision, token=token)
+                snapshot = huggingface_hub.snapshot_download(
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    allow_patterns=_wanted([file.rfilename for file in info.siblings or ()]),
+                )
+                return Path(snapshot), Path(snapshot).name
+            except hub.GatedRepoError as error:
+                raise errors.ModelError(
+                    f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log "
+                    "in with `hf auth login` or set HF_TOKEN."
+                ) from error
+            except hub.RepositoryNotFoundError as error:
+                raise errors.ModelError(
+                    f"{name}: neither a folder here nor a model on the Hugging Face hub. (A "
+                    "private one needs `hf auth login` or HF_TOKEN.)"
+                ) from error
+            except hub.RevisionNotFoundError as error:
+                raise errors.ModelError(f"{name} has no revision {revision!r}.") from error
+            # No connection, offline mode, the hub's own faults, a full disk.
+            except (hub.HTTPError, OSError) as error:
+                why = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        cached = huggingface_hub.try_to_load_from_cache(
+            name, "config.json", cache_dir=cache_dir, revision=revision
+        )
+    except hub.HFValidationError as error:
+        raise errors.ModelError(f"{name}: neither a folder here nor a hub id.") from error
+    if not isinstance(cached, str):
+        raise _unreachable(name, why)
+    return Path(cached).parent, Path(cached).parent.name

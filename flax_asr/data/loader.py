@@ -149,16 +149,18 @@ def updates(
     host_index: int = 0,
     host_count: int = 1,
     prefetch: int = 2,
+    tokens: Sequence[int] | None = None,
 ) -> Prefetched[tuple[int, list[tuple[Batch, buckets.Group]]]]:
     """Endless `(step, [(batch, group), ...])` from `start_step` on, `prefetch` updates ahead.
 
     A batch holds this host's share of the group's rows, the `host_index`-th of `host_count` equal
-    parts; the group names all of them.
+    parts; the group names all of them. `tokens` are the widths of the labels in each shape, where
+    several sets share their shapes; by default `label_widths` of this one.
 
     Raises:
         errors.DataError: the group does not divide by the hosts.
     """
-    share = _Share(data, plan.shapes, plan.group_rows, host_index, host_count)
+    share = _Share(data, plan.shapes, tokens, plan.group_rows, host_index, host_count)
 
     def produce() -> Iterator[tuple[int, list[tuple[Batch, buckets.Group]]]]:
         step = start_step
@@ -175,13 +177,14 @@ def evaluation(
     host_index: int = 0,
     host_count: int = 1,
     prefetch: int = 4,
+    tokens: Sequence[int] | None = None,
 ) -> Prefetched[tuple[Batch, buckets.Group]]:
-    """Every group of the plan once, as `(batch, group)`, `prefetch` groups ahead.
+    """Every group of the plan once, as `(batch, group)`, `prefetch` groups ahead; see `updates`.
 
     Raises:
         errors.DataError: the group does not divide by the hosts.
     """
-    share = _Share(data, plan.shapes, plan.group_rows, host_index, host_count)
+    share = _Share(data, plan.shapes, tokens, plan.group_rows, host_index, host_count)
     return Prefetched(((share.batch(group), group) for group in plan), prefetch)
 
 
@@ -192,6 +195,7 @@ class _Share:
         self,
         data: examples.Examples,
         shapes: Sequence[int],
+        tokens: Sequence[int] | None,
         group_rows: int,
         host_index: int,
         host_count: int,
@@ -204,7 +208,7 @@ class _Share:
         rows = group_rows // host_count
         self._data = data
         self._shapes = shapes
-        self._widths = label_widths(data, shapes)
+        self._widths = label_widths(data, shapes) if tokens is None else tokens
         self._rows = slice(host_index * rows, (host_index + 1) * rows)
 
     def batch(self, group: buckets.Group) -> Batch:

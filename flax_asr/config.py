@@ -6,6 +6,7 @@ the key and the nearest right one. Scalars are YAML 1.2: `no` is a string, `1e-8
 
 import dataclasses
 import difflib
+import inspect
 import io
 import math
 import os
@@ -105,7 +106,7 @@ class ModelConfig:
     freeze_feature_encoder: bool = True
     trainable_layers: int | None = None
     reset_head: bool = False
-    attention: Literal["auto", "plain"] = "auto"
+    attention: Literal["auto", "xla"] = "auto"
     remat_policy: str = "full"
 
     def __post_init__(self):
@@ -329,6 +330,11 @@ def as_dict(config: Config) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every option by its dotted name."""
+    return _flatten(as_dict(config), "")
+
+
 def save(config: Config, path: str | os.PathLike) -> None:
     """Writes the configuration as YAML that `load` reads back equal."""
     Path(path).write_text(dump(config), encoding="utf-8")
@@ -396,6 +402,25 @@ def _flatten(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return flat
 
 
+def options_help() -> str:
+    """One line for every option: its name, its default and what it does."""
+    lines = ["options of the configuration, each as --section.key VALUE:"]
+    defaults = flat(Config())
+    for section, kind in {"": Config, **_sections()}.items():
+        documented = inspect.getdoc(kind).partition("Attributes:")[2].replace("\n        ", " ")
+        for line in filter(None, map(str.strip, documented.splitlines())):
+            key, _, meaning = line.partition(": ")
+            name = f"{section}.{key}" if section else key
+            default = defaults[name]
+            lines.append(f"  --{name}  {meaning} [{'null' if default is None else default}]")
+    return "\n".join(lines)
+
+
+def _sections() -> dict[str, type]:
+    kinds = typing.get_type_hints(Config)
+    return {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
+
+
 def unknown_name(name: str) -> str:
     """The message for a name that is not an option, with the nearest one that is."""
     last = name.rpartition(".")[2].replace("-", "_")
@@ -420,7 +445,9 @@ def _parse_options(arguments: Sequence[str]) -> dict[str, Any]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise errors.ConfigError(f"unexpected argument {word}: options are --section.key value.")
+            raise errors.ConfigError(
+                f"unexpected argument {word}: options are --section.key value."
+            )
         name, equals, value = word[2:].partition("=")
         parent = name.rpartition(".")[0]
         inside_mapping = parent in kinds and kinds[parent] == dict[str, Any]

@@ -94,6 +94,11 @@ class Vocabulary:
         """How many tokens there are: the width of the logits."""
         return len(self.tokens)
 
+    @property
+    def characters(self) -> frozenset[str]:
+        """What it can write: tokens that are neither special nor the delimiter."""
+        return frozenset(self._ids) - {self.delimiter}
+
     @functools.cached_property
     def _special(self) -> frozenset[int]:
         places = (self.blank, self.unknown, self.bos, self.eos)

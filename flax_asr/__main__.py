@@ -1,0 +1,155 @@
+"""The commands: `flax-asr COMMAND` is `python -m flax_asr COMMAND`. Argument parsing only."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import flax_asr
+from flax_asr import config, errors
+
+USER_ERROR, INTERRUPTED = 2, 75
+
+OWN_OPTIONS = frozenset(
+    "--config --model --json --restart --legacy --step --topology --help --version".split()
+)
+
+COMMANDS = {
+    "prepare": "decode the splits that the configuration names",
+    "train": "prepare, train, evaluate, checkpoint, export and write the card; again = go on",
+    "evaluate": "loss, WER and CER of a model on the named splits",
+    "transcribe": "the text of audio files of any length",
+    "export": "a run's best checkpoint as a transformers folder",
+    "plan": "compile the run for a TPU that is not here: does it fit, how fast should it be",
+    "doctor": "look at data and machine before you pay for a run",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        own, options = split(arguments)
+        return _run(_parser().parse_args(own), options)
+    except errors.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return INTERRUPTED
+    except errors.FlaxAsrError as error:
+        print(f"flax-asr: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(words of the command itself, options of the configuration with their values)."""
+    own: list[str] = []
+    options: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        name = word.partition("=")[0]
+        if not word.startswith("--") or name in OWN_OPTIONS:
+            own.append(word)
+            continue
+        options.append(word)
+        if "=" not in word and words and not words[0].startswith("--"):
+            options.append(words.pop(0))
+    return own, options
+
+
+def _run(known: argparse.Namespace, options: list[str]) -> int:
+    if known.command == "prepare":
+        cfg = config.load(known.config, options)
+        from flax_asr.data import prepare
+
+        prepare.command(cfg)
+    elif known.command == "train":
+        cfg = config.load(known.config, options)
+        from flax_asr import loop
+
+        loop.train(cfg, restart=known.restart)
+    elif known.command == "evaluate":
+        from flax_asr import evaluate
+
+        evaluate.command(known.model, options, known.json, legacy=known.legacy)
+    elif known.command == "transcribe":
+        from flax_asr import transcribe
+
+        return transcribe.command(known.model, known.audio, known.json, options)
+    elif known.command == "export":
+        if options:
+            raise errors.ConfigError(f"export takes no option {options[0]}.")
+        from flax_asr import export
+
+        export.command(known.run, known.out, known.step)
+    elif known.command == "plan":
+        from flax_asr import plan
+
+        plan.command(config.load(known.config, options), known.topology, known.json)
+    else:
+        from flax_asr import doctor
+
+        doctor.command(config.load(known.config, options), known.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="flax-asr",
+        description="Fine-tune wav2vec 2.0 / XLS-R with CTC in JAX.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=flax_asr.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=None if name == "export" else config.options_help(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name in ("prepare", "train", "plan", "doctor"):
+            command.add_argument("--config", help="the configuration file (YAML)")
+        if name in ("evaluate", "transcribe"):
+            command.add_argument(
+                "--model", required=True, help="a run, checkpoint, export, or hub id"
+            )
+        if name in ("evaluate", "transcribe", "plan", "doctor"):
+            command.add_argument("--json", metavar="FILE", help="results for programs; - = stdout")
+        _add_own(command, name)
+    return parser
+
+
+def _add_own(command: argparse.ArgumentParser, name: str) -> None:
+    if name == "train":
+        command.add_argument(
+            "--restart",
+            action="store_true",
+            help="keep the old run under a dated name, begin again",
+        )
+    elif name == "evaluate":
+        command.add_argument(
+            "--legacy", action="store_true", help="also score as the old scripts did"
+        )
+    elif name == "transcribe":
+        command.add_argument("audio", nargs="+", metavar="AUDIO")
+    elif name == "export":
+        command.add_argument("run", metavar="RUN")
+        command.add_argument("out", metavar="OUT")
+        command.add_argument("--step", type=int, help="which checkpoint; by default the best one")
+    elif name == "plan":
+        command.add_argument("--topology", required=True, help="for example v5e:2x4")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as those of the configuration: one line, status 2."""
+
+    def error(self, message: str):
+        raise errors.ConfigError(f"{message}. See {self.prog} --help.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

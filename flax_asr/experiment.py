@@ -1,0 +1,298 @@
+"""Everything that a run is made of, from its configuration: corpus, vocabulary, model, batches."""
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PyTree
+from transformers import Wav2Vec2Config
+
+from flax_asr import checkpoint, config, errors, optim, step, text, vocabulary
+from flax_asr.data import buckets, examples, loader, prepare
+from flax_asr.models import pretrained, wav2vec2, weights
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's weights come from.
+
+    Attributes:
+        model_config: its configuration, with this run's overrides.
+        folder: where the weights are, None for random ones.
+        vocabulary: what its head writes, None where it has no head.
+        do_normalize: whether clips are brought to zero mean and unit variance.
+        use_attention_mask: whether the model is told where clips end.
+        facts: for the card.
+    """
+
+    model_config: Wav2Vec2Config
+    folder: Path | None
+    vocabulary: vocabulary.Vocabulary | None
+    do_normalize: bool
+    use_attention_mask: bool
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The examples of a run; the scored ones are None where no split is named."""
+
+    normalizer: text.Normalizer
+    vocabulary: vocabulary.Vocabulary
+    train: examples.Examples
+    eval: examples.Examples | None
+    test: examples.Examples | None
+
+    def scored(self) -> dict[str, examples.Examples]:
+        """Examples to be scored, by the prefix of their figures in the log."""
+        named = {"eval": self.eval, "test": self.test}
+        return {name: found for name, found in named.items() if found is not None}
+
+
+def origin(model: config.ModelConfig) -> Origin:
+    """Reads what a pretrained folder, run or hub model says about itself.
+
+    Raises:
+        ModelError: it cannot be read, or an override is not a field of its configuration.
+    """
+    known = Wav2Vec2Config().to_dict()
+    for name in model.config:
+        if name not in known:
+            raise errors.ConfigError(
+                f"model.config.{name} is not a field of transformers.Wav2Vec2Config."
+            )
+    if model.pretrained is None:
+        return _described(
+            Wav2Vec2Config(**_overrides(model)), None, {"started_from": None, "revision": None}
+        )
+    if checkpoint.is_run(Path(model.pretrained)):
+        return _from_run(Path(model.pretrained), model)
+    folder, revision = weights.resolve(model.pretrained)
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    facts = {"started_from": model.pretrained, "revision": revision}
+    return _described(Wav2Vec2Config(**(stored | _overrides(model))), folder, facts)
+
+
+def _from_run(run: Path, model: config.ModelConfig) -> Origin:
+    folder = run / "export"
+    if not (folder / "config.json").is_file():
+        raise errors.ModelError(
+            f"{run} is a run that has not finished: export it first with"
+            f" `flax-asr export {run} FOLDER` and give model.pretrained that folder."
+        )
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return _described(
+        Wav2Vec2Config(**(stored | _overrides(model))),
+        folder,
+        {"started_from": str(run), "revision": None},
+    )
+
+
+def resumed_origin(meta: checkpoint.Meta) -> Origin:
+    """What a checkpoint says about its own model."""
+    return Origin(
+        model_config=Wav2Vec2Config(**meta.model_config),
+        folder=None,
+        vocabulary=vocabulary.Vocabulary.from_json(meta.vocabulary),
+        do_normalize=meta.do_normalize,
+        use_attention_mask=meta.use_attention_mask,
+        facts={name: meta.facts[name] for name in ("started_from", "revision", "head")},
+    )
+
+
+def _overrides(model: config.ModelConfig) -> dict[str, Any]:
+    return {"ctc_loss_reduction": "mean", **model.config}
+
+
+def _described(model_config: Wav2Vec2Config, folder: Path | None, facts: dict) -> Origin:
+    settings: dict[str, Any] = {}
+    found = None
+    if folder is not None:
+        if (folder / "preprocessor_config.json").is_file():
+            settings = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+        if (folder / "vocab.json").is_file():
+            found = vocabulary.Vocabulary.from_folder(folder)
+    wavelike = model_config.feat_extract_norm == "layer"
+    return Origin(
+        model_config=model_config,
+        folder=folder,
+        vocabulary=found,
+        do_normalize=bool(settings["do_normalize"]) if "do_normalize" in settings else True,
+        use_attention_mask=(
+            bool(settings["return_attention_mask"])
+            if "return_attention_mask" in settings
+            else wavelike
+        ),
+        facts=facts,
+    )
+
+
+def corpus(cfg: config.Config, start: Origin) -> Corpus:
+    """Prepares the splits, makes the vocabulary and encodes the transcripts.
+
+    Raises:
+        ConfigError, DataError: what is asked for is not there.
+    """
+    cfg.require("data.source", "data.language")
+    splits = prepare.prepare(cfg)
+    data = cfg.data
+    normalizer = text.normalizer(cfg.text.normalization or data.language)
+    train = [splits[name] for name in data.train_splits]
+    if cfg.text.vocabulary is not None:
+        found = vocabulary.Vocabulary.from_folder(cfg.text.vocabulary)
+    else:
+        found = vocabulary.Vocabulary.from_transcripts(
+            [normalizer(sentence) for split in train for sentence in split.sentences],
+            min_count=cfg.text.min_count,
+        )
+        if keeps_head(cfg.model, start, found):
+            found = start.vocabulary
+    build = functools.partial(
+        examples.build,
+        normalize=normalizer,
+        vocabulary=found,
+        frame_lengths=functools.partial(wav2vec2.frame_lengths, start.model_config),
+        seed=cfg.seed,
+    )
+    scored_names = dict.fromkeys((*data.eval_splits, *data.test_splits))
+    held_out = [splits[n] for n in scored_names if n not in data.train_splits]
+    exclude = held_out if "validated" in data.train_splits else ()
+    return Corpus(
+        normalizer=normalizer,
+        vocabulary=found,
+        train=build(train, exclude=exclude, max_clips=data.max_train_clips),
+        eval=_scored(build, splits, data.eval_splits, data.max_eval_clips),
+        test=_scored(build, splits, data.test_splits, data.max_eval_clips),
+    )
+
+
+def _scored(build, splits, names: Sequence[str], max_clips: int | None):
+    return build([splits[n] for n in names], max_clips=max_clips) if names else None
+
+
+def keeps_head(model: config.ModelConfig, start: Origin, ours: vocabulary.Vocabulary) -> bool:
+    """Whether the stored head writes exactly the characters that are needed."""
+    if start.vocabulary is None or model.reset_head:
+        return False
+    spaces = ours.delimiter is None or start.vocabulary.delimiter is not None
+    return spaces and start.vocabulary.characters == ours.characters
+
+
+def initial_model(cfg: config.Config, start: Origin, corpus: Corpus) -> tuple[Origin, PyTree]:
+    """The origin with its final configuration, and the parameters to begin with."""
+    found = corpus.vocabulary
+    kept = start.folder is not None and start.vocabulary == found and not cfg.model.reset_head
+    sizes = {"vocab_size": found.size, "pad_token_id": found.blank}
+    model_config = Wav2Vec2Config(**(start.model_config.to_dict() | sizes))
+    if start.folder is None:
+        params = pretrained.fresh(model_config, cfg.seed)
+    else:
+        loaded = pretrained.load(
+            start.folder,
+            head_vocab_size=None if kept else found.size,
+            config_overrides=_overrides(cfg.model) | sizes,
+            seed=cfg.seed,
+        )
+        model_config, params = loaded.config, loaded.params
+        kept = not loaded.fresh_head
+    head = "kept" if kept else f"fresh, {found.size} symbols"
+    logger.info("weights from %s; head %s", start.folder or "random numbers", head)
+    return (
+        dataclasses.replace(start, model_config=model_config, facts={**start.facts, "head": head}),
+        params,
+    )
+
+
+def objective(cfg: config.Config, start: Origin) -> step.Objective:
+    """The model to differentiate, in the run's precision."""
+    train = cfg.train
+    module = wav2vec2.Wav2Vec2ForCTCModule(
+        start.model_config,
+        dtype=DTYPES[train.mixed_precision],
+        remat_policy=cfg.model.remat_policy if train.gradient_checkpointing else "none",
+        attention=cfg.model.attention,
+    )
+    return step.Objective(
+        module=module,
+        config=start.model_config,
+        do_normalize=start.do_normalize,
+        use_attention_mask=start.use_attention_mask,
+    )
+
+
+def parameter_shapes(model: step.Objective) -> PyTree:
+    """Shapes of the nested parameter tree, without computing anything."""
+    config = model.config
+    samples = buckets.smallest_samples(2, config.conv_kernel, config.conv_stride)
+    audio = jax.ShapeDtypeStruct((1, samples), jnp.float32)
+    return jax.eval_shape(lambda a: model.module.init(jax.random.key(0), a), audio)["params"]
+
+
+def fresh_state(
+    cfg: config.Config, params: PyTree, optimiser: optax.GradientTransformation
+) -> step.TrainState:
+    """The state before the first update; parameters may be shapes (under `jax.eval_shape`)."""
+    layers = _layer_count(params)
+    trainable, frozen = step.split(params, optim.trainable(cfg.model, layers))
+    return step.TrainState(
+        step=jnp.int32(0),
+        trainable=trainable,
+        frozen=frozen,
+        optimiser=optimiser.init(trainable),
+        loss_scale=optim.LossScale.create(cfg.train.mixed_precision),
+        key=jax.random.key_data(jax.random.key(cfg.seed)),
+        skipped=jnp.int32(0),
+        bad_in_a_row=jnp.int32(0),
+    )
+
+
+def _layer_count(params: PyTree) -> int:
+    return len(params["wav2vec2"]["encoder"]["layers"])
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The static shapes of a run: padded samples and label tokens of each bucket."""
+
+    samples: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def __iter__(self):
+        return iter(zip(self.samples, self.tokens, strict=True))
+
+
+def shapes(
+    cfg: config.Config, model_config: Wav2Vec2Config, sets: Sequence[examples.Examples]
+) -> Shapes:
+    """At most `num_buckets` shapes that serve all of these sets."""
+    samples = buckets.choose_shapes(
+        np.concatenate([data.samples for data in sets]),
+        cfg.data.num_buckets,
+        frame_samples=functools.partial(
+            buckets.smallest_samples,
+            kernels=model_config.conv_kernel,
+            strides=model_config.conv_stride,
+        ),
+    )
+    widths = [loader.label_widths(data, samples) for data in sets]
+    return Shapes(samples, tuple(max(column) for column in zip(*widths, strict=True)))
+
+
+def total_updates(train: config.TrainConfig, updates_per_epoch: int) -> int:
+    """Updates of the whole run."""
+    if train.max_steps is not None:
+        return train.max_steps
+    return int(np.ceil(train.num_train_epochs * updates_per_epoch))

@@ -1,0 +1,188 @@
+"""Devices: where arrays live and how steps are compiled. The only file that names pmap.
+
+The state is an ordinary tree, replicated by its sharding; a batch has the rows of this host, which
+are split over its devices, and in time where a group is larger than the devices take at once.
+"""
+
+import concurrent.futures
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from flax_asr import errors, step
+
+jax.config.update("jax_threefry_partitionable", True)
+
+
+class Devices:
+    """All devices of the run, over all hosts.
+
+    Attributes:
+        count: devices over all hosts.
+        local_count: devices of this host.
+        host_index: which host this is; host 0 writes the files.
+        host_count: how many there are.
+    """
+
+    def __init__(self, devices: Sequence[Any] | None = None):
+        self.devices = list(jax.devices() if devices is None else devices)
+        self.host_index = jax.process_index()
+        self.host_count = jax.process_count()
+        local = [d for d in self.devices if d.process_index == self.host_index]
+        self.count = len(self.devices)
+        self.local_count = len(local)
+        mesh = Mesh(np.array(self.devices), (step.AXIS,))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec(step.AXIS))
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """Puts the same numpy arrays on every device."""
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_callback(
+                np.shape(leaf), self._replicated, np.asarray(leaf).__getitem__
+            ),
+            tree,
+        )
+
+    def split(self, tree: PyTree) -> PyTree:
+        """Puts numpy arrays [local devices, ...] on this host's devices, one slice each."""
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(self._split, leaf), tree
+        )
+
+    def micro_batches(self, batch: PyTree, per_device: int) -> Iterator[step.Batch]:
+        """This host's rows of a group, in device-sized pieces, placed."""
+        at_once = self.local_count * per_device
+        rows = len(batch.weights)
+        if rows % at_once:
+            raise errors.ConfigError(
+                f"a group has {rows} rows on this host, which {self.local_count} devices cannot"
+                f" take {per_device} at a time each."
+            )
+        for start in range(0, rows, at_once):
+            piece = step.Batch(*(a[start : start + at_once] for a in batch))
+            yield self.split(
+                jax.tree.map(lambda a: a.reshape(self.local_count, per_device, *a.shape[1:]), piece)
+            )
+
+    def zero_sums(self, trainable: step.Parameters) -> step.Sums:
+        """Empty sums, one a device."""
+        shapes = jax.eval_shape(step.Sums.zeros, trainable)
+        return self.split(
+            jax.tree.map(lambda s: np.zeros((self.local_count, *s.shape), s.dtype), shapes)
+        )
+
+    def replicated_shapes(self, tree: PyTree) -> PyTree:
+        """Shapes of `replicate`, for compilation."""
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._replicated), tree
+        )
+
+    def sum_shapes(self, trainable: step.Parameters) -> step.Sums:
+        """Shapes of the sums over all devices, for compilation."""
+        return self._split_shapes(jax.eval_shape(step.Sums.zeros, trainable))
+
+    def batch_shapes(self, per_device: int, samples: int, tokens: int) -> step.Batch:
+        """Shapes of a placed micro-batch over all devices, for compilation."""
+        shape = jax.ShapeDtypeStruct
+        return self._split_shapes(
+            step.Batch(
+                audio=shape((per_device, samples), np.int16),
+                gains=shape((per_device,), np.float32),
+                sample_lengths=shape((per_device,), np.int32),
+                labels=shape((per_device, tokens), np.int32),
+                label_lengths=shape((per_device,), np.int32),
+                weights=shape((per_device,), np.float32),
+            )
+        )
+
+    def _split_shapes(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct((self.count, *s.shape), s.dtype, sharding=self._split),
+            tree,
+        )
+
+
+def accumulate(objective: step.Objective, devices: Devices) -> Callable:
+    """`step.accumulate(state, sums, batch) -> sums` over all devices; the sums are donated."""
+    return jax.pmap(
+        functools.partial(step.accumulate, objective),
+        axis_name=step.AXIS,
+        in_axes=(None, 0, 0),
+        out_axes=0,
+        donate_argnums=(1,),
+        devices=devices.devices,
+    )
+
+
+def update(
+    optimiser: optax.GradientTransformation, learning_rate: optax.Schedule, devices: Devices
+) -> Callable:
+    """`step.update(state, sums) -> (state, sums, metrics)` over all devices; both are donated."""
+    return jax.pmap(
+        functools.partial(step.update, optimiser, learning_rate),
+        axis_name=step.AXIS,
+        in_axes=(None, 0),
+        out_axes=(None, 0, None),
+        donate_argnums=(0, 1),
+        devices=devices.devices,
+    )
+
+
+def evaluate(objective: step.Objective, devices: Devices) -> Callable:
+    """`step.evaluate(params, batch) -> (losses, symbols, frames)` of the whole group."""
+    return jax.pmap(
+        functools.partial(step.evaluate, objective),
+        axis_name=step.AXIS,
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=devices.devices,
+    )
+
+
+def forward(
+    programs: dict[Any, Callable], params: step.Parameters, devices: Devices, per_device: int
+) -> Callable[[Any], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Scores this host's rows of a group; gives (losses, symbols, frames) of the whole group.
+
+    Args:
+        programs: what `compile_all` gave; the one for ("evaluate", padded samples) is called.
+        params: placed parameters.
+        devices: where they are.
+        per_device: rows that a device takes.
+    """
+
+    def score(batch):
+        (placed,) = devices.micro_batches(batch, per_device)
+        return jax.device_get(programs["evaluate", batch.audio.shape[1]](params, placed))
+
+    return score
+
+
+def compile_all(
+    jobs: dict[Any, tuple[Callable, tuple]], report: Callable[[Any, float], None]
+) -> dict[Any, Callable]:
+    """Compiles every (pmapped function, shapes of its arguments), the first ones first.
+
+    What comes back takes these shapes and no others: a shape nobody planned is an error, not a
+    compilation in the middle of a run. XLA compiles outside the interpreter's lock, so one thread
+    a core keeps them busy.
+    """
+
+    def one(key):
+        started = time.monotonic()
+        function, arguments = jobs[key]
+        compiled = function.lower(*arguments).compile()
+        report(key, time.monotonic() - started)
+        return compiled
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(jobs, pool.map(one, jobs), strict=True))

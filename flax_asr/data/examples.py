@@ -5,8 +5,7 @@ vocabulary. Whatever cannot be learnt from is left out and named.
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,13 +85,7 @@ class Examples:
 
     def left_out_summary(self) -> str:
         """For example "2 empty_transcript, 1 label_too_long"; "" if nothing is left out."""
-        return summary(self.left_out)
-
-
-def summary(left_out: Iterable[shards.LeftOut]) -> str:
-    """Reasons with their counts, the commonest first."""
-    counts = Counter(entry.reason for entry in left_out)
-    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        return shards.summary(self.left_out)
 
 
 def build(
@@ -150,7 +143,7 @@ def build(
             left_out.append(shards.LeftOut(clip_id, reason, detail))
     if not rows:
         names = ", ".join(split.split for split in splits)
-        why = summary(left_out) or "there were none"
+        why = shards.summary(left_out) or "there were none"
         raise errors.DataError(f"No clip of {names} can be used: {why}.")
     available = len(rows)
     if max_clips is not None and max_clips < available:

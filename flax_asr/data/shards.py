@@ -17,7 +17,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,12 @@ class LeftOut(NamedTuple):
     id: str
     reason: str
     detail: str
+
+
+def summary(left_out: Iterable[LeftOut]) -> str:
+    """Reasons with their counts, the commonest first."""
+    counts = Counter(entry.reason for entry in left_out)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class ShardWriter:
         done: id and sentence of the clips that an earlier, interrupted writer recorded (kept or
             left out), in order. The next `add` or `leave_out` is about the clip after them.
         digests: `pcm_digest` -> id of every clip kept.
-        clips: how many are kept.
+        left_out: every clip that is not kept, and why.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.done: list[tuple[str, str]] = []
         self.digests: dict[str, str] = {}
+        self.left_out: list[LeftOut] = []
         self._settings = dict(settings or {})
         self._shard_bytes = shard_bytes
         self._index: dict[str, list] = {name: [] for name in _INDEX}
@@ -92,6 +100,7 @@ class ShardWriter:
 
     @property
     def clips(self) -> int:
+        """How many are kept."""
         return len(self._index["samples"])
 
     @property
@@ -115,6 +124,7 @@ class ShardWriter:
 
     def leave_out(self, sentence: str, left_out: LeftOut) -> None:
         """Records why a clip is not kept."""
+        self.left_out.append(left_out)
         self._journal.write(_line({"sentence": sentence, **left_out._asdict()}))
 
     def flush(self) -> None:
@@ -128,17 +138,15 @@ class ShardWriter:
         self.close()
         for name, dtype in _INDEX.items():
             np.save(self.folder / f"{name}.npy", np.array(self._index[name], dtype))
-        left_out = 0
-        with (
-            open(self.folder / "clips.jsonl", "wb") as kept_file,
-            open(self.folder / "left_out.jsonl", "wb") as left_out_file,
-        ):
-            for entry in itertools.islice(_read_lines(self._journal_path), 1, None):
-                if "reason" in entry:
-                    left_out += 1
-                    left_out_file.write(_line({name: entry[name] for name in LeftOut._fields}))
-                else:
-                    kept_file.write(_line({name: entry[name] for name in _FACTS}))
+        _write_lines(
+            self.folder / "clips.jsonl",
+            (
+                {name: entry[name] for name in _FACTS}
+                for entry in itertools.islice(_read_lines(self._journal_path), 1, None)
+                if "reason" not in entry
+            ),
+        )
+        _write_lines(self.folder / "left_out.jsonl", (entry._asdict() for entry in self.left_out))
         files = {
             self._shard_path(number).name: digest.hexdigest()
             for number, digest in enumerate(self._hashes)
@@ -152,7 +160,7 @@ class ShardWriter:
             "split": split,
             "settings": self._settings,
             "clips": self.clips,
-            "left_out": left_out,
+            "left_out": len(self.left_out),
             "seconds": sum(self._index["samples"]) / audio.SAMPLE_RATE_HZ,
             "hash": _content_hash(files),
             "files": {
@@ -241,7 +249,9 @@ class ShardWriter:
             entry = json.loads(line)
         except ValueError:  # cut off in the middle by a kill or a full disk
             return False
-        if "reason" not in entry:
+        if "reason" in entry:
+            self.left_out.append(LeftOut(*(entry[name] for name in LeftOut._fields)))
+        else:
             size = entry["samples"] * _PCM.itemsize
             opens_shard = self._opens_shard(size)
             path = self._shard_path(len(self._hashes) - (0 if opens_shard else 1))
@@ -384,6 +394,11 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as lines:
         for line in lines:
             yield json.loads(line)
+
+
+def _write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    with open(path, "wb") as lines:
+        lines.writelines(_line(value) for value in values)
 
 
 def _read_bytes(path: Path, start: int, size: int) -> bytes:

@@ -1,0 +1,68 @@
+"""What a preparation process does: one clip -> int16 at 16 kHz with a gain. Light to import."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int16
+
+from flax_asr import audio, errors
+from flax_asr.data import shards
+
+_PEAK = 32767
+
+
+class Task(NamedTuple):
+    """One clip to decode.
+
+    Attributes:
+        id: of the clip.
+        source: a file's path, or its bytes.
+        min_seconds, max_seconds: bounds, both allowed; the upper one is for the recording as it
+            is, the lower one for what trimming leaves.
+        trim_silence: cut silence from both ends.
+    """
+
+    id: str
+    source: str | bytes
+    min_seconds: float
+    max_seconds: float
+    trim_silence: bool
+
+
+class Decoded(NamedTuple):
+    """Float value = pcm * gain; `digest` is `shards.pcm_digest`."""
+
+    pcm: Int16[np.ndarray, " samples"]
+    gain: float
+    digest: str
+
+
+def decode(task: Task) -> Decoded | shards.LeftOut:
+    """Decodes a clip, or says why it cannot be used."""
+    try:
+        samples = audio.decode(task.source, max_seconds=task.max_seconds)
+        if task.trim_silence:
+            samples = audio.trim_silence(samples)
+    except errors.AudioError as error:
+        return shards.LeftOut(task.id, error.reason, error.detail)
+    seconds = len(samples) / audio.SAMPLE_RATE_HZ
+    if len(samples) > round(task.max_seconds * audio.SAMPLE_RATE_HZ):
+        return shards.LeftOut(task.id, "too_long", f"{seconds:.3f} s")
+    if len(samples) < max(round(task.min_seconds * audio.SAMPLE_RATE_HZ), 1):
+        return shards.LeftOut(task.id, "too_short", f"{seconds:.3f} s")
+    if not np.any(samples):
+        return shards.LeftOut(task.id, "silent", f"{seconds:.3f} s of zeros")
+    pcm, gain = quantize(samples)
+    return Decoded(pcm, gain, shards.pcm_digest(pcm, gain))
+
+
+def quantize(
+    samples: Float32[np.ndarray, " samples"],
+) -> tuple[Int16[np.ndarray, " samples"], float]:
+    """int16 samples and their gain: the loudest sample becomes 32767, so quiet clips keep 16 bits.
+
+    The gain is exact in float32. No sample is off by more than half a gain (and float32 rounding).
+    """
+    gain = np.float32(np.abs(samples).max()) / np.float32(_PEAK)
+    pcm = np.clip(np.rint(samples / gain), -_PEAK, _PEAK).astype(np.int16)
+    return pcm, float(gain)

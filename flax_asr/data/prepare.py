@@ -1,0 +1,287 @@
+"""Clip records -> prepared splits, decoded in parallel, with the reason for every clip left out.
+
+What an interrupted preparation has done is kept and checked; finished splits are opened as they
+are. The bytes written depend on the source and the settings, not on the number of processes.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import sys
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flax_asr import common_voice, config, errors, progress
+from flax_asr.data import decoding, pool, shards
+
+CLIP_LIMIT_SECONDS = 60.0
+_FLUSH_CLIPS = 64
+_FINGERPRINTED_BYTES = 512 * 2**20
+
+
+def prepared_folder(cfg: config.Config) -> Path:
+    """Where the configuration's prepared splits lie.
+
+    `data.prepared_dir`, or a folder beside output_dir whose name depends on what the content
+    depends on: source, language, text column, bounds, trimming; not on vocabulary or
+    normalisation. For an output_dir in a bucket it is under ~/.cache/flax_asr, as memory maps need
+    a local disk.
+    """
+    if cfg.data.prepared_dir is not None:
+        return Path(cfg.data.prepared_dir)
+    cfg.require("output_dir", "data.source", "data.language")
+    source = cfg.data.source
+    is_path = not source.startswith(("parquet:", "hf:"))
+    content = _settings(cfg) | {"source": os.path.abspath(source) if is_path else source}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    if "://" in cfg.output_dir:
+        parent = Path.home() / ".cache" / "flax_asr"
+    else:
+        parent = Path(cfg.output_dir).parent
+    return parent / f"prepared-{key}"
+
+
+def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.PreparedSplit]:
+    """Opens every split that the configuration names, preparing those that are not there yet.
+
+    Left out are clips whose audio `audio.decode` refuses or whose length is out of bounds, clips
+    with an empty transcript, a clip id that came before, and audio that sounds bit for bit like an
+    earlier clip's (one of the two transcripts would be wrong, or a test clip count twice), both
+    `duplicate`. Processes that die or hang cost their clip (`crashed`, `timeout`).
+
+    Args:
+        cfg: `data` says what; `output_dir` where, unless `data.prepared_dir` does.
+        verify: check the hashes of the audio of what is already there.
+
+    Raises:
+        errors.DataError: the source cannot be read, a split is missing or has no usable clip, or
+            what is there is damaged or was prepared from something else.
+    """
+    folder = prepared_folder(cfg)
+    data = cfg.data
+    splits = dict.fromkeys([*data.train_splits, *data.eval_splits, *data.test_splits])
+    folders = {split: folder / urllib.parse.quote(split, safe="") for split in splits}
+    missing = [split for split in splits if not shards.is_finished(folders[split])]
+    if missing:
+        cfg.require("data.source", "data.language")
+        source = common_voice.open_source(
+            data.source, language=data.language, text_column=data.text_column
+        )
+        unknown = [split for split in missing if split not in source.splits()]
+        if unknown:
+            raise errors.DataError(
+                f"{data.source} has no split {' and no split '.join(unknown)};"
+                f" it has {', '.join(source.splits())}."
+            )
+    prepared = {}
+    for split in splits:
+        settings = _settings(cfg) | {"fingerprint": _fingerprint(cfg, split)}
+        if split in missing:
+            with _alone_in(folders[split]):
+                # Another process may have finished it while this one waited.
+                if not shards.is_finished(folders[split]):
+                    _prepare_split(cfg, source, split, folders[split], settings)
+        prepared[split] = shards.PreparedSplit.open(folders[split], verify=verify)
+        _check_settings(prepared[split], settings)
+        if split in missing:
+            print(report(prepared[split]), file=sys.stderr)
+    return prepared
+
+
+def report(split: shards.PreparedSplit) -> str:
+    """One line about a prepared split, with the reasons of what it left out."""
+    line = f"{split.split}: {len(split)} clips, {split.seconds / 3600:.2f} h in {split.folder}"
+    if split.left_out:
+        line += f"; left out {len(split.left_out)}: {shards.summary(split.left_out)}"
+        line += " (left_out.jsonl there names each)"
+    return line
+
+
+def _settings(cfg: config.Config) -> dict[str, Any]:
+    return {
+        "language": cfg.data.language,
+        "text_column": cfg.data.text_column,
+        "min_seconds": float(cfg.data.min_seconds),
+        "max_seconds": float(cfg.data.max_seconds),
+        "trim_silence": cfg.data.trim_silence,
+    }
+
+
+def _fingerprint(cfg: config.Config, split: str) -> str | None:
+    """Tells one version of the split's source from another; None if the source is not there."""
+    if cfg.data.source is None or cfg.data.source.startswith(("parquet:", "hf:")):
+        return cfg.data.source
+    source = Path(cfg.data.source)
+    tables = [source, source / f"{split}.tsv", source / str(cfg.data.language) / f"{split}.tsv"]
+    table = next((table for table in tables if table.is_file()), None)
+    if table is None:
+        return None
+    size = table.stat().st_size
+    if size > _FINGERPRINTED_BYTES:  # an archive: reading it all takes minutes
+        return f"{table.name} {size} bytes"
+    with open(table, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_settings(split: shards.PreparedSplit, settings: dict[str, Any]) -> None:
+    was = split.manifest["settings"]
+    mend = f"Name another data.prepared_dir, or delete {split.folder} to prepare it again."
+    for name, now in settings.items():
+        if name != "fingerprint" and was[name] != now:
+            raise errors.DataError(
+                f"{split.folder} was prepared with data.{name} {was[name]}, the configuration says"
+                f" {now}. {mend}"
+            )
+    if None not in (settings["fingerprint"], was["fingerprint"]) and (
+        settings["fingerprint"] != was["fingerprint"]
+    ):
+        raise errors.DataError(
+            f"{split.folder} was prepared from another source than data.source, or the source has"
+            f" changed since. {mend}"
+        )
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process prepares this folder; a lock ends with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Waiting for another process to prepare {folder}", file=sys.stderr)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise  # else a disk without locks: go on without
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _prepare_split(
+    cfg: config.Config,
+    source: common_voice.Source,
+    split: str,
+    folder: Path,
+    settings: dict[str, Any],
+) -> None:
+    clips, total = _counted(source.read(split))
+    workers = cfg.data.num_workers or pool.available_cores()
+    try:
+        with (
+            shards.ShardWriter(folder, settings=settings) as writer,
+            progress.Progress(
+                total, f"preparing {split}", "clips", initial=len(writer.done)
+            ) as bar,
+            contextlib.closing(
+                pool.run_ordered(
+                    decoding.decode,
+                    _tasks(cfg, clips, writer.done, folder),
+                    workers=workers,
+                    limit_seconds=CLIP_LIMIT_SECONDS,
+                )
+            ) as results,
+        ):
+            for count, ((clip, left_out), result) in enumerate(results, 1):
+                _record(writer, clip, left_out or result)
+                if count % _FLUSH_CLIPS == 0:
+                    writer.flush()
+                bar.advance(1, left_out=len(writer.left_out))
+            if writer.clips == 0:
+                # Nothing is kept: what was missing may be there the next time.
+                writer.discard()
+                first = "; ".join(f"{e.id}: {e.reason} {e.detail}" for e in writer.left_out[:1])
+                raise errors.DataError(
+                    f"No clip of the split {split} of {cfg.data.source} can be used:"
+                    f" {shards.summary(writer.left_out) or 'it is empty'}."
+                    + (f" The first: {first}" if first else "")
+                )
+            writer.finish(source=source.name, release=source.release, split=split)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise errors.DataError(
+            f"No space is left for {folder}. Make room, or name another data.prepared_dir; in the"
+            " same folder, preparation goes on where it stopped."
+        ) from error
+
+
+def _counted(
+    clips: Iterator[common_voice.Clip],
+) -> tuple[Iterable[common_voice.Clip], int | None]:
+    """The clips, and their number where that does not mean to hold their audio in memory."""
+    clips = iter(clips)
+    first = next(clips, None)
+    if first is None:
+        return [], 0
+    if first.audio_bytes is not None:
+        return itertools.chain([first], clips), None
+    listed = [first, *clips]
+    return listed, len(listed)
+
+
+def _tasks(
+    cfg: config.Config,
+    clips: Iterable[common_voice.Clip],
+    done: list[tuple[str, str]],
+    folder: Path,
+) -> Iterator[tuple[tuple[common_voice.Clip, shards.LeftOut | None], decoding.Task | None]]:
+    """What is to be decoded after what is done; clips that are left out unheard have no task."""
+    seen = set()
+    clip_iterator = iter(clips)
+    for was in done:
+        clip = next(clip_iterator, None)
+        if clip is None or (clip.id, clip.sentence) != was:
+            raise errors.DataError(
+                f"{cfg.data.source} has changed since the preparation in {folder} was interrupted:"
+                f" the clip {was[0]} is no longer in its place. Delete the folder to start again."
+            )
+        seen.add(clip.id)
+    for clip in clip_iterator:
+        left_out, task = None, None
+        if clip.id in seen:
+            left_out = shards.LeftOut(clip.id, "duplicate", "the same id as an earlier clip")
+        elif not clip.sentence.strip():
+            left_out = shards.LeftOut(clip.id, "empty_transcript", "")
+        else:
+            task = decoding.Task(
+                id=clip.id,
+                source=clip.audio if clip.audio_bytes is None else clip.audio_bytes,
+                min_seconds=cfg.data.min_seconds,
+                max_seconds=cfg.data.max_seconds,
+                trim_silence=cfg.data.trim_silence,
+            )
+        seen.add(clip.id)
+        yield (clip, left_out), task
+
+
+def _record(
+    writer: shards.ShardWriter,
+    clip: common_voice.Clip,
+    result: decoding.Decoded | shards.LeftOut | pool.Failure,
+) -> None:
+    if isinstance(result, pool.Failure):
+        result = shards.LeftOut(clip.id, result.reason, result.detail)
+    elif isinstance(result, decoding.Decoded) and result.digest in writer.digests:
+        twin = writer.digests[result.digest]
+        result = shards.LeftOut(clip.id, "duplicate", f"the same audio as {twin}")
+    if isinstance(result, shards.LeftOut):
+        writer.leave_out(clip.sentence, result)
+        return
+    facts = shards.ClipFacts(
+        id=clip.id,
+        sentence=clip.sentence,
+        speaker=clip.speaker,
+        age=clip.age,
+        gender=clip.gender,
+        accent=clip.accent,
+    )
+    writer.add(facts, result.pcm, result.gain, result.digest)

@@ -1,0 +1,120 @@
+"""A process that dies or hangs costs one task; order, memory and ends are under control."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from flax_asr import errors
+from flax_asr.data import pool
+from flax_asr.data.pool import Failure, run_ordered
+
+
+def work(task):
+    if task == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "exit":
+        os._exit(7)
+    if task == "hang":
+        time.sleep(60)
+    if task == "raise":
+        raise RuntimeError("no good")
+    if task == "modules":
+        return {name for name in ("jax", "torch", "transformers", "librosa") if name in sys.modules}
+    if isinstance(task, bytes):
+        return task * 2
+    if isinstance(task, float):
+        time.sleep(task)
+    return task
+
+
+def run(tasks, workers=2, limit_seconds=20.0):
+    return run_ordered(
+        work, ((i, t) for i, t in enumerate(tasks)), workers=workers, limit_seconds=limit_seconds
+    )
+
+
+def test_results_come_in_order_with_their_items():
+    tasks = [0.05 if i % 3 == 0 else i for i in range(40)]
+    tasks[5] = None
+    assert list(run(tasks)) == list(enumerate(tasks))
+    assert list(run([])) == []
+    assert list(run([None])) == [(0, None)]
+
+
+def test_a_dead_process_costs_one_task():
+    tasks = [1, "die", 2, 3, "exit", 4, "die", "die", 5]
+    found = list(run(tasks))
+    assert [item for item, _ in found] == list(range(9))
+    for (_, result), task in zip(found, tasks, strict=True):
+        if task == "die":
+            assert result == Failure("crashed", "exit code -9")
+        elif task == "exit":
+            assert result == Failure("crashed", "exit code 7")
+        else:
+            assert result == task
+
+
+def test_a_hanging_process_costs_one_task_and_the_limit():
+    start = time.monotonic()
+    found = list(run([1, "hang", 2, 3, 4], limit_seconds=1.0))
+    assert time.monotonic() - start < 20
+    assert [r for _, r in found] == [1, Failure("timeout", "more than 1 s"), 2, 3, 4]
+
+
+def test_what_the_function_raises_is_the_result_of_its_task():
+    found = [result for _, result in run([1, "raise", 2], workers=1)]
+    assert found == [1, Failure("failed", "RuntimeError: no good"), 2]
+
+
+def test_large_tasks_and_results_do_not_block_each_other():
+    tasks = [bytes([i]) * 2_000_000 for i in range(12)]
+    start = time.monotonic()
+    assert [result for _, result in run(tasks)] == [task * 2 for task in tasks]
+    assert time.monotonic() - start < 30
+
+
+def test_the_source_is_read_only_so_far_ahead():
+    taken = []
+
+    def tasks():
+        for i in range(1000):
+            taken.append(i)
+            yield i, i
+
+    results = run_ordered(work, tasks(), workers=2, limit_seconds=20)
+    list(itertools.islice(results, 50))
+    assert len(taken) <= 50 + 2 * 8 + 1
+    results.close()
+
+
+def test_processes_end_with_the_iterator():
+    results = run([1.0] * 50)
+    next(results)
+    assert multiprocessing.active_children()
+    results.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_import_no_heavy_packages():
+    assert [result for _, result in run(["modules"])] == [set()]
+
+
+class Unloadable:
+    """Its process cannot even read what it is to do."""
+
+    def __call__(self, task):
+        return task
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+def test_processes_that_cannot_start_stop_the_run():
+    with pytest.raises(errors.DataError, match=r"cannot start .crashed, exit code 3"):
+        list(run_ordered(Unloadable(), [(1, 1)], workers=2, limit_seconds=5))
+    assert pool.available_cores() >= 1

@@ -1,0 +1,140 @@
+"""The configuration is strict, says what is wrong, and comes back as it was written."""
+
+import dataclasses
+import pathlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_asr import config, errors
+
+
+def _file(tmp_path: pathlib.Path, text: str) -> pathlib.Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_options_win_over_the_file(tmp_path):
+    path = _file(tmp_path, "seed: 1\noptim: {learning_rate: 1e-3}\n")
+    cfg = config.load(path, ["--optim.learning_rate", "1e-4", "--data.train_splits=train,dev"])
+    assert (cfg.seed, cfg.optim.learning_rate) == (1, 1e-4)
+    assert cfg.data.train_splits == ("train", "dev")
+
+
+def test_lists_take_brackets_commas_and_a_single_name():
+    for given_text, expected in {
+        "[train,dev]": ("train", "dev"),
+        "train,dev": ("train", "dev"),
+        "test": ("test",),
+    }.items():
+        cfg = config.load(None, ["--data.eval_splits", given_text])
+        assert cfg.data.eval_splits == expected
+
+
+def test_an_empty_section_means_its_defaults(tmp_path):
+    assert config.load(_file(tmp_path, "optim:\ntrain: {}\n")) == config.Config()
+
+
+def test_scalars_are_yaml_1_2(tmp_path):
+    cfg = config.load(
+        _file(tmp_path, "seed: 010\ndata: {language: no}\noptim: {adam_epsilon: 1e-8}\n")
+    )
+    assert (cfg.seed, cfg.data.language, cfg.optim.adam_epsilon) == (10, "no", 1e-8)
+
+
+def test_fields_of_the_model_configuration_are_options_too():
+    cfg = config.load(None, ["--model.config.mask_time_prob", "0.75"])
+    assert cfg.model.config == {"mask_time_prob": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {learning_rate: 1e-4}", "optim.learning_rate"),
+        ("optim: {learning_rat: 1e-4}", "did you mean optim.learning_rate"),
+        ("fp16: true", "train.mixed_precision fp16"),
+        ("train: {warmup_ratio: 0.1}", "optim.warmup_steps"),
+        ("optim: {learning_rate: '1e-4'}", "optim.learning_rate is '1e-4'"),
+        ("optim: {learning_rate: -1}", "must be larger than 0"),
+        ("optim: {learning_rate: .nan}", "must be finite"),
+        ("train: {mixed_precision: fp17}", "one of fp32, bf16, fp16"),
+        ("train: {max_steps: 1.5}", "train.max_steps is 1.5"),
+        ("train: {gradient_checkpointing: no}", "gradient_checkpointing is 'no'"),
+        ("train: {global_batch_size: 32, gradient_accumulation_steps: 4}", "exclude each other"),
+        ("data: {min_seconds: 3, max_seconds: 2}", "data.max_seconds is 2"),
+        ("data: [1, 2]", "data is a section"),
+        ("seed: 1\nseed: 2", "duplicate key"),
+        ("seed: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("- 1", "expected `section:` lines"),
+        ("seed: [1", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_name_and_the_way_out(tmp_path, text, expected):
+    path = _file(tmp_path, text)
+    with pytest.raises(errors.ConfigError) as caught:
+        config.load(path)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--train.learning_rate", "1"], "it is optim.learning_rate"),
+        (["--optim.learning_rat", "1"], "did you mean optim.learning_rate"),
+        (["--optim.learning_rate"], "needs a value"),
+        (["--seed", "1", "--seed", "2"], "given twice"),
+        (["--data.trim_silence", "no"], "data.trim_silence is 'no'"),
+        (["stray"], "unexpected argument stray"),
+    ],
+)
+def test_a_wrong_option_is_refused(options, expected):
+    with pytest.raises(errors.ConfigError) as caught:
+        config.load(None, options)
+    assert expected in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(errors.ConfigError, match="absent.yaml"):
+        config.load(tmp_path / "absent.yaml")
+
+
+def test_every_name_of_the_trainer_leads_to_a_real_option():
+    names = config.option_types()
+    for answer in config.TRAINER_NAMES.values():
+        first = answer.split()[0].rstrip(":")
+        assert first in names or answer.startswith(("nothing", "the option --restart"))
+
+
+def test_every_option_is_explained():
+    listed = config.options_help()
+    assert all(f"--{name} " in listed for name in config.option_types())
+
+
+_texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    source=st.none() | _texts,
+    splits=st.lists(_texts, max_size=3),
+    rate=st.floats(1e-12, 1.0),
+    overrides=st.dictionaries(_texts, st.integers() | _texts | st.booleans(), max_size=3),
+)
+def test_what_is_written_loads_back_equal(tmp_path_factory, seed, source, splits, rate, overrides):
+    cfg = config.Config(
+        seed=seed,
+        data=config.DataConfig(source=source, train_splits=tuple(splits)),
+        optim=config.OptimConfig(learning_rate=rate),
+        model=config.ModelConfig(config=overrides),
+    )
+    path = tmp_path_factory.mktemp("config") / "c.yaml"
+    config.save(cfg, path)
+    assert config.load(path) == cfg
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.Config().seed = 1

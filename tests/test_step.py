@@ -1,0 +1,309 @@
+"""One update against PyTorch, and what must not change it: devices, accumulation, padding, filler."""
+
+import jax
+import numpy as np
+import pytest
+import small_run
+import torch
+import transformers
+from models import small_torch
+
+from flax_asr import optim, step
+from flax_asr.models import convert
+
+QUIET = {
+    name: 0.0
+    for name in (
+        "hidden_dropout attention_dropout activation_dropout feat_proj_dropout final_dropout"
+        " layerdrop mask_time_prob mask_feature_prob"
+    ).split()
+}
+
+
+def _model(architecture="xls-r", **changes):
+    config = small_torch.config(architecture, **{**QUIET, "ctc_loss_reduction": "mean", **changes})
+    built = small_torch.model("Wav2Vec2ForCTC", config)
+    params = convert.params_from_torch(small_torch.tensors(built), config, head=True)
+    return config, built, params
+
+
+def _torch_loss(model, batch, use_mask=True):
+    """The mean over clips of each one's loss, by transformers' own feature extractor and model."""
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    clips = [
+        batch.audio[i, : batch.sample_lengths[i]].astype(np.float32) * batch.gains[i]
+        for i in range(len(batch.weights))
+    ]
+    inputs = extractor(
+        clips,
+        sampling_rate=16000,
+        padding="max_length",
+        max_length=batch.audio.shape[1],
+        return_tensors="pt",
+    )
+    real = np.arange(batch.labels.shape[1]) < batch.label_lengths[:, None]
+    labels = torch.tensor(np.where(real, batch.labels, -100), dtype=torch.long)
+    return model(inputs.input_values, attention_mask=inputs.attention_mask, labels=labels).loss
+
+
+OPTIM = {"learning_rate": 3e-3, "warmup_steps": 5, "weight_decay": 0.01, "max_grad_norm": 0.5}
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_fifty_updates_equal_a_pytorch_loop(devices):
+    config, model, params = _model()
+    model.freeze_feature_encoder()
+    groups = [
+        [small_run.batch(4, 100 * s + g, config.vocab_size) for g in range(4)] for s in range(50)
+    ]
+    ours = small_run.Trainer(
+        small_run.objective(config), params, updates=50, devices=devices, optim=OPTIM
+    )
+    our_losses = [ours.update(*update).loss for update in groups]
+
+    kept = transformers.trainer_pt_utils.get_parameter_names(model, [torch.nn.LayerNorm])
+    decayed = {name for name in kept if "bias" not in name}
+    named = dict(model.named_parameters())
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named.items() if n in decayed], "weight_decay": 0.01},
+            {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
+        ],
+        lr=3e-3,
+    )
+    schedule = transformers.get_linear_schedule_with_warmup(adamw, 5, 50)
+    torch_losses = []
+    for update in groups:
+        losses = [_torch_loss(model, batch) for batch in update]
+        (sum(losses) / len(losses)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        adamw.step()
+        schedule.step()
+        adamw.zero_grad()
+        torch_losses.append(float(sum(losses)) / len(losses))
+
+    assert torch_losses[-1] < 0.8 * torch_losses[0], "the comparison must be of a model that learns"
+    np.testing.assert_allclose(our_losses, torch_losses, rtol=1e-3)
+    theirs, _ = step.split(
+        convert.params_from_torch(small_torch.tensors(model), config, head=True), lambda path: True
+    )
+    for path, value in ours.params.items():
+        np.testing.assert_allclose(value, theirs[path], atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("architecture", ["xls-r", "base"])
+def test_loss_and_gradient_of_a_padded_batch_equal_pytorch(architecture):
+    config, model, params = _model(architecture)
+    batch = small_run.batch(4, 1, config.vocab_size)
+    # a plain step of size 1 from a huge clipping norm: the parameters move by the gradient
+    ours = _gradients(config, params, [batch], devices=2)
+    loss = _torch_loss(model, batch)
+    loss.backward()
+    theirs, _ = step.split(
+        convert.params_from_torch(
+            {name: p.grad.numpy() for name, p in model.named_parameters()}, config, head=True
+        ),
+        lambda path: True,
+    )
+    np.testing.assert_allclose(ours.loss, loss.item(), rtol=1e-5)
+    for path, gradient in ours.gradients.items():
+        scale = np.abs(theirs[path]).max() + 1e-6
+        np.testing.assert_allclose(gradient / scale, theirs[path] / scale, atol=1e-3, err_msg=path)
+
+
+class _Sums:
+    def __init__(self, loss, gradients):
+        self.loss, self.gradients = loss, gradients
+
+
+def _gradients(config, params, groups, devices=1, **changes):
+    """Mean loss and gradients over the clips of these groups, everything trainable."""
+    trainer = small_run.Trainer(
+        small_run.objective(config, **changes),
+        params,
+        devices=devices,
+        model={"freeze_feature_encoder": False},
+    )
+    for group in groups:
+        per_device = len(group.weights) // devices
+        for micro in trainer.devices.micro_batches(group, per_device):
+            trainer.sums = trainer._accumulate(trainer.state, trainer.sums, micro)
+    sums = jax.device_get(trainer.sums)
+    clips = sums.clips.sum()
+    return _Sums(
+        sums.loss.sum() / clips, {p: g.sum(axis=0) / clips for p, g in sums.gradients.items()}
+    )
+
+
+def _assert_equal(a, b, rtol=1e-5):
+    np.testing.assert_allclose(a.loss, b.loss, rtol=rtol)
+    for path in a.gradients:
+        scale = np.abs(b.gradients[path]).max() + 1e-6
+        np.testing.assert_allclose(
+            a.gradients[path] / scale, b.gradients[path] / scale, atol=1e-4, err_msg=path
+        )
+
+
+def test_two_devices_equal_one():
+    config, _, params = _model()
+    group = small_run.batch(8, 3, config.vocab_size)
+    _assert_equal(
+        _gradients(config, params, [group], devices=2), _gradients(config, params, [group])
+    )
+
+
+def test_four_micro_batches_equal_one_of_all_rows():
+    config, _, params = _model()
+    groups = [small_run.batch(2, seed, config.vocab_size) for seed in range(4)]
+    _assert_equal(
+        _gradients(config, params, groups), _gradients(config, params, [small_run.joined(*groups)])
+    )
+
+
+def test_padding_changes_nothing():
+    config, _, params = _model()
+    group = small_run.batch(4, 5, config.vocab_size)
+    wider = group._replace(
+        audio=np.pad(group.audio, ((0, 0), (0, 1111)), constant_values=77),
+        labels=np.pad(group.labels, ((0, 0), (0, 5)), constant_values=3),
+    )
+    _assert_equal(_gradients(config, params, [group]), _gradients(config, params, [wider]))
+
+
+def test_filler_rows_change_nothing():
+    config, _, params = _model()
+    group = small_run.batch(4, 6, config.vocab_size)
+    filled = small_run.joined(group, small_run.batch(4, 7, config.vocab_size, fillers=4))
+    _assert_equal(_gradients(config, params, [group]), _gradients(config, params, [filled]))
+
+
+def test_replicas_are_bit_equal_after_training():
+    config, _, params = _model(hidden_dropout=0.1, mask_time_prob=0.3, mask_time_length=2)
+    trainer = small_run.Trainer(small_run.objective(config), params, devices=2, optim=OPTIM)
+    for seed in range(10):
+        trainer.update(small_run.batch(4, seed, config.vocab_size))
+    for leaf in jax.tree.leaves(trainer.state):
+        first, second = (np.asarray(shard.data) for shard in leaf.addressable_shards)
+        assert first.tobytes() == second.tobytes()
+
+
+def test_the_feature_encoder_has_no_optimiser_state_when_frozen():
+    config, _, params = _model()
+    trainer = small_run.Trainer(small_run.objective(config), params, optim=OPTIM)
+    frozen = {p for p in trainer.params if p.startswith("wav2vec2/feature_extractor/")}
+    assert frozen == set(trainer.state.frozen)
+    before = {p: trainer.params[p] for p in frozen}
+    trainer.update(small_run.batch(4, 1, config.vocab_size))
+    trainer.update(small_run.batch(4, 2, config.vocab_size))
+    for path in frozen:
+        np.testing.assert_array_equal(trainer.params[path], before[path])
+    paths = {
+        getattr(key, "key", None)
+        for path, _ in jax.tree_util.tree_leaves_with_path(trainer.state.optimiser)
+        for key in path
+    }
+    assert not paths & frozen
+    assert paths & set(trainer.state.trainable)
+
+
+def test_only_the_top_layers_train_where_asked():
+    config, _, params = _model()
+    trainer = small_run.Trainer(
+        small_run.objective(config), params, optim=OPTIM, model={"trainable_layers": 1}
+    )
+    before = trainer.params
+    for seed in range(3):
+        trainer.update(small_run.batch(4, seed, config.vocab_size))
+    moved = {p for p, value in trainer.params.items() if not np.array_equal(value, before[p])}
+    assert moved == set(trainer.state.trainable)
+    assert all(
+        p.startswith(("lm_head/", "wav2vec2/encoder/layers/1/", "wav2vec2/encoder/layer_norm/"))
+        for p in moved
+    )
+
+
+@pytest.mark.parametrize("changes", [{"hidden_dropout": 0.5}, {"mask_time_prob": 0.5}])
+def test_dropout_and_masks_change_training_from_one_update_to_the_next(changes):
+    config, _, params = _model(mask_time_length=2, **changes)
+    trainer = small_run.Trainer(small_run.objective(config), params, optim={"learning_rate": 1e-12})
+    group = small_run.batch(4, 1, config.vocab_size)
+    assert trainer.update(group).loss != trainer.update(group).loss
+
+
+@pytest.mark.parametrize("mixed_precision", ["fp32", "bf16", "fp16"])
+def test_parameters_and_moments_stay_float32(mixed_precision):
+    config, _, params = _model()
+    trainer = small_run.Trainer(
+        small_run.objective(config, mixed_precision),
+        params,
+        mixed_precision=mixed_precision,
+        optim=OPTIM,
+    )
+    metrics = trainer.update(small_run.batch(4, 1, config.vocab_size))
+    assert metrics.finite
+    assert np.isfinite(metrics.loss)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(trainer.state.trainable)}
+    assert kinds == {np.dtype("float32")}
+    floats = {
+        leaf.dtype
+        for leaf in jax.tree.leaves(trainer.state.optimiser)
+        if np.issubdtype(leaf.dtype, np.floating)
+    }
+    assert floats == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("mixed_precision", ["fp32", "bf16", "fp16"])
+def test_a_bad_update_changes_nothing_but_step_scale_and_counters(mixed_precision):
+    config, _, params = _model()
+    trainer = small_run.Trainer(
+        small_run.objective(config, mixed_precision),
+        params,
+        mixed_precision=mixed_precision,
+        optim=OPTIM,
+    )
+    good = small_run.batch(4, 1, config.vocab_size)
+    trainer.update(good)
+    trainer.update(good)
+    before = jax.device_get(trainer.state)
+    bad = good._replace(gains=np.array([np.inf, 1, 1, 1], np.float32))
+    metrics = trainer.update(good, bad)
+    after = jax.device_get(trainer.state)
+    assert not metrics.finite
+    for name in ("trainable", "optimiser", "frozen"):
+        for a, b in zip(
+            jax.tree.leaves(getattr(before, name)),
+            jax.tree.leaves(getattr(after, name)),
+            strict=True,
+        ):
+            assert a.tobytes() == b.tobytes()
+    assert after.step == before.step + 1
+    assert after.skipped == 1
+    halved = mixed_precision == "fp16"
+    assert after.loss_scale.value == before.loss_scale.value / (2 if halved else 1)
+    assert trainer.update(good).finite
+
+
+def test_the_loss_scale_doubles_after_its_interval_and_keeps_its_bounds():
+    scale = optim.LossScale.create("fp16")
+    for _ in range(optim.GROWTH_INTERVAL):
+        scale = scale.after(np.True_)
+    assert scale.value == 2 * 65536
+    for _ in range(40):
+        scale = scale.after(np.False_)
+    assert scale.value == optim.SMALLEST_LOSS_SCALE
+
+
+def test_a_clip_without_an_alignment_is_counted_and_costs_nothing():
+    config, _, params = _model()
+    group = small_run.batch(4, 1, config.vocab_size)
+    impossible = group._replace(sample_lengths=np.array([*group.sample_lengths[:3], 60], np.int32))
+    three = small_run.loader.Batch(*(column[:3] for column in group))
+    trainer = small_run.Trainer(small_run.objective(config), params)
+    metrics = trainer.update(impossible)
+    assert metrics.infeasible == 1
+    assert metrics.clips == 3
+    np.testing.assert_allclose(
+        metrics.loss,
+        small_run.Trainer(small_run.objective(config), params).update(three).loss,
+        rtol=1e-5,
+    )

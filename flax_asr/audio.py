@@ -1,0 +1,240 @@
+"""Audio files to 16 kHz mono: the only file that touches soundfile, soxr and librosa.
+
+The result is bit-identical to `librosa.load(path, sr=16000)`, which takes seconds to import and
+hundreds of megabytes in every process. Nothing in a file's header is believed before it is
+checked, and memory grows with what was really decoded, never with what a header claims.
+"""
+
+import io
+import os
+import re
+import stat
+from math import ceil
+
+import numpy as np
+import soundfile
+import soxr
+from jaxtyping import Float32, Int16
+
+from flax_asr import errors, mp3
+
+SAMPLE_RATE_HZ = 16_000
+# What `decode` may answer, in the order in which it looks.
+REASONS = (
+    "missing",
+    "empty",
+    "damaged",
+    "too_long",
+    "truncated",
+    "not_finite",
+    "silent",
+)
+# About three steps of 16 bits.
+SILENT_PEAK = 1e-4
+LONGEST_SECONDS = 12 * 3600
+
+_RATES_HZ = range(1000, 768_001)
+_CHANNELS = range(1, 33)
+_BLOCK_FRAMES = 2**17
+# The most samples that a byte of MP3 or Ogg can reasonably stand for (8 kbit/s at 48 kHz and less).
+_FRAMES_A_BYTE = 64
+# A header's count may include the encoder's delay and padding.
+_MP3_SLACK_FRAMES = 3 * 1152
+# Channels whose mean is this much quieter than the first of them cancel each other.
+_CANCELLED = 0.01
+
+
+def decode(
+    source: str | os.PathLike | bytes | None, *, max_seconds: float | None = None
+) -> Float32[np.ndarray, " samples"]:
+    """Decodes, mixes down to one channel and resamples to 16 kHz.
+
+    Channels are averaged; where they cancel each other (one is the other turned upside down) the
+    first is taken instead.
+
+    Args:
+        source: a file, or the content of one, in any format that libsndfile reads.
+        max_seconds: longer recordings are refused, by their header where it says so.
+            Without it the limit is `LONGEST_SECONDS`.
+
+    Raises:
+        errors.AudioError: its `reason` is one of `REASONS`. A cut file is noticed where its
+            header tells what it should hold (MP3, FLAC, WAV), in Ogg it is not.
+    """
+    if isinstance(source, bytes):
+        if not source:
+            raise errors.AudioError("empty", "no bytes")
+        return _decode(io.BytesIO(source), max_seconds)
+    if source is None:
+        raise errors.AudioError("missing", "the corpus gives no audio for this clip")
+    with _open(source) as file:
+        return _decode(file, max_seconds)
+
+
+def _open(path: str | os.PathLike) -> io.BufferedReader:
+    try:
+        # Opening a pipe would wait for ever.
+        information = os.stat(path)
+        if not stat.S_ISREG(information.st_mode):
+            raise errors.AudioError("damaged", f"{os.fspath(path)} is not a file")
+        if information.st_size == 0:
+            raise errors.AudioError("empty", f"{os.fspath(path)} has no bytes")
+        return open(path, "rb")
+    except (OSError, ValueError) as error:
+        raise errors.AudioError("missing", str(error)) from None
+
+
+def _decode(
+    file: io.BytesIO | io.BufferedReader, max_seconds: float | None
+) -> Float32[np.ndarray, " samples"]:
+    longest = LONGEST_SECONDS if max_seconds is None else max_seconds
+    try:
+        # A descriptor is read without Python, and keeps the file's name out of the decision.
+        with soundfile.SoundFile(
+            file if isinstance(file, io.BytesIO) else file.fileno(), closefd=False
+        ) as sound:
+            _check_header(sound, longest)
+            rate_hz, channels = sound.samplerate, _channels(sound, _size(file))
+            _check_length(sound, len(channels[0]), file)
+    except soundfile.LibsndfileError as error:
+        file.seek(0)
+        raise errors.AudioError(
+            "damaged", f"{error.error_string} It begins with {file.read(16)!r}"
+        ) from None
+    except MemoryError:
+        raise errors.AudioError("damaged", "decoding it takes more memory than there is") from None
+    mono = _uncancelled(*channels)
+    if not np.isfinite(mono).all():
+        raise errors.AudioError("not_finite", "it holds NaN or infinity")
+    mono = _resample(mono, rate_hz)
+    if not np.isfinite(mono).all():
+        raise errors.AudioError("not_finite", "its samples are too large to resample")
+    if len(mono) > longest * SAMPLE_RATE_HZ:
+        raise errors.AudioError(
+            "too_long", f"{len(mono) / SAMPLE_RATE_HZ:.2f} s, more than {longest:g} s"
+        )
+    peak = _peak(mono)
+    if peak < SILENT_PEAK:
+        raise errors.AudioError("silent", f"its loudest sample is {peak:.1e}")
+    return mono
+
+
+def _check_header(sound: soundfile.SoundFile, longest: float) -> None:
+    if sound.samplerate not in _RATES_HZ or sound.channels not in _CHANNELS:
+        raise errors.AudioError(
+            "damaged", f"its header claims {sound.samplerate} Hz and {sound.channels} channels"
+        )
+    if sound.frames <= 0:
+        raise errors.AudioError("empty", "its header counts no samples")
+    seconds = sound.frames / sound.samplerate
+    if seconds > LONGEST_SECONDS:
+        raise errors.AudioError("damaged", f"its header claims {seconds / 3600:.0f} hours")
+    slack = _MP3_SLACK_FRAMES / sound.samplerate
+    if seconds > longest + slack:
+        raise errors.AudioError("too_long", f"{seconds:.2f} s, more than {longest:g} s")
+
+
+def _size(file: io.BytesIO | io.BufferedReader) -> int:
+    return (
+        file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.fstat(file.fileno()).st_size
+    )
+
+
+def _channels(
+    sound: soundfile.SoundFile, file_bytes: int
+) -> tuple[Float32[np.ndarray, " frames"], Float32[np.ndarray, " frames"]]:
+    """The mean of all channels and the first of them, read in pieces."""
+    frames = _BLOCK_FRAMES
+    if sound.format in ("MP3", "OGG"):
+        # soundfile seeks after every read, and then such a decoder goes on with other last bits.
+        frames = max(frames, min(sound.frames, _FRAMES_A_BYTE * file_bytes))
+    means, firsts = [], []
+    while len(block := sound.read(frames, dtype="float32")):
+        if block.ndim == 1:
+            means.append(block)
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):
+            # The transpose makes the order of the sums librosa's.
+            means.append(np.mean(block.T, axis=0))
+        firsts.append(block[:, 0].copy())
+    if not means:
+        raise errors.AudioError("damaged", "nothing in it can be decoded")
+    mean = np.concatenate(means)
+    return mean, np.concatenate(firsts) if firsts else mean
+
+
+def _check_length(
+    sound: soundfile.SoundFile, decoded: int, file: io.BytesIO | io.BufferedReader
+) -> None:
+    """Compares what was decoded with what the file says it holds."""
+    is_mp3 = sound.format == "MP3"
+    if decoded < sound.frames - (_MP3_SLACK_FRAMES if is_mp3 else 0):
+        raise errors.AudioError("truncated", f"{decoded} of {sound.frames} samples are there")
+    if is_mp3:
+        file.seek(0)
+        extent = mp3.extent(file.read())
+        if extent is None:
+            return
+        if extent.missing_bytes:
+            raise errors.AudioError(
+                "truncated", f"the last {extent.missing_bytes} bytes are missing"
+            )
+        if decoded < extent.samples - _MP3_SLACK_FRAMES:
+            raise errors.AudioError(
+                "damaged",
+                f"a variable bit rate without a frame count: only {decoded} of {extent.samples} "
+                "samples would be heard; encode it again",
+            )
+    # libsndfile counts what is there and leaves a note. Streamed files carry 2 or 4 GiB here.
+    note = re.search(r"^data : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
+    if note and int(note[2]) < int(note[1]) < 2**31 - 2**16:
+        raise errors.AudioError("truncated", f"{note[2]} of {note[1]} bytes are there")
+
+
+def _uncancelled(
+    mean: Float32[np.ndarray, " frames"], first: Float32[np.ndarray, " frames"]
+) -> Float32[np.ndarray, " frames"]:
+    return first if _peak(mean) < _CANCELLED * _peak(first) else mean
+
+
+def _peak(samples: Float32[np.ndarray, " samples"]) -> float:
+    return float(max(samples.max(), -samples.min()))
+
+
+def _resample(
+    samples: Float32[np.ndarray, " frames"], rate_hz: int
+) -> Float32[np.ndarray, " samples"]:
+    """As librosa.resample(res_type="soxr_hq"): the length is rounded up."""
+    if rate_hz == SAMPLE_RATE_HZ:
+        return samples
+    size = ceil(len(samples) * (SAMPLE_RATE_HZ / rate_hz))
+    resampled = soxr.resample(samples, rate_hz, SAMPLE_RATE_HZ, quality="HQ")[:size]
+    return np.pad(resampled, (0, size - len(resampled)))
+
+
+def encode_int16(
+    samples: Float32[np.ndarray, " samples"],
+) -> tuple[Int16[np.ndarray, " samples"], float]:
+    """Integers and the gain that turns them back: `integers * gain` is within half a gain.
+
+    The gain makes the loudest sample 32767, so that quiet recordings keep their 16 bits. What was
+    16 bits already comes back exactly.
+    """
+    scaled = samples.astype(np.float64) * 32768
+    is_16_bits = scaled.min(initial=0) >= -32768 and scaled.max(initial=0) < 32768
+    if is_16_bits and np.array_equal(scaled, np.rint(scaled)):
+        return scaled.astype(np.int16), 1 / 32768
+    gain = float(np.float32(np.abs(samples).max(initial=0) / 32767)) or 1.0
+    integers = np.clip(np.rint(samples.astype(np.float64) / gain), -32767, 32767)
+    return integers.astype(np.int16), gain
+
+
+def trim_silence(
+    samples: Float32[np.ndarray, " samples"], *, below_peak_db: float = 40.0
+) -> Float32[np.ndarray, " kept"]:
+    """Cuts quiet ends, and leaves a tenth of a second of them; what is all quiet stays as it is."""
+    import librosa
+
+    _, (start, end) = librosa.effects.trim(samples, top_db=below_peak_db)
+    margin = SAMPLE_RATE_HZ // 10
+    return samples[max(0, start - margin) : end + margin] if end > start else samples

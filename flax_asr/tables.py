@@ -1,0 +1,137 @@
+"""Rows of TSV, CSV and JSON-lines files, read as a stream and named by their line.
+
+Common Voice writes TSV without quoting: a `"` is a character like any other, and so is "NA" a
+sentence. CSV is quoted as usual. All of it must be UTF-8; a byte order mark and Windows line ends
+are taken off.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from flax_asr import errors
+
+Row = tuple[int, dict[str, object]]
+# A row of Common Voice has a few hundred bytes.
+_MOST_LINE_BYTES = 2**20
+EXTRA = "\0extra"  # the key of a row's fields past the header's columns
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends; only "\\n" ends one, so U+2028 stays in its sentence."""
+    number = 0
+    while raw := stream.readline(_MOST_LINE_BYTES + 1):
+        number += 1
+        if len(raw) > _MOST_LINE_BYTES:
+            raise errors.DataError(f"{name}, line {number}: longer than 1 MiB; is this a table?")
+        if number == 1:
+            if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise errors.DataError(f"{name}: written in UTF-16; save it as UTF-8")
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            yield number, raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise errors.DataError(
+                f"{name}, line {number}: not UTF-8 (byte 0x{raw[error.start]:02x} at "
+                f"{error.start}); convert the file, for example: iconv -f WINDOWS-1252 -t UTF-8"
+            ) from None
+
+
+def _named(columns: list[str], fields: list[str]) -> dict[str, object]:
+    row: dict[str, object] = dict(zip(columns, fields, strict=False))
+    if len(fields) > len(columns):
+        row[EXTRA] = f"{len(fields)} fields under {len(columns)} columns"
+    return row
+
+
+def _check_columns(columns: list[str], name: str) -> None:
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise errors.DataError(f"{name}: these columns stand in the header twice: {twice}")
+
+
+def _tsv(stream: BinaryIO, name: str) -> Iterator[Row]:
+    columns = None
+    for number, line in _lines(stream, name):
+        fields = line.removesuffix("\n").removesuffix("\r").split("\t")
+        if columns is None:
+            columns = fields
+            _check_columns(columns, name)
+            yield 1, dict.fromkeys(columns)
+        elif fields != [""]:
+            yield number, _named(columns, fields)
+
+
+def _csv(stream: BinaryIO, name: str) -> Iterator[Row]:
+    reader = csv.reader((line for _, line in _lines(stream, name)), strict=True)
+    columns = None
+    try:
+        for fields in reader:
+            if columns is None:
+                columns = fields
+                _check_columns(columns, name)
+                yield 1, dict.fromkeys(columns)
+            elif fields:
+                yield reader.line_num, _named(columns, fields)
+    except csv.Error as error:
+        raise errors.DataError(f"{name}, line {reader.line_num}: {error}") from None
+
+
+def _jsonl(stream: BinaryIO, name: str) -> Iterator[Row]:
+    first = True
+    for number, line in _lines(stream, name):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise errors.DataError(f"{name}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise errors.DataError(
+                f"{name}, line {number}: a {type(row).__name__} where an object is due, such as "
+                '{"path": "clip.wav", "sentence": "..."}'
+            )
+        if first:
+            yield 1, dict.fromkeys(row)
+            first = False
+        yield number, row
+
+
+_FORMATS = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl}
+SUFFIXES = tuple(_FORMATS)
+
+
+def rows(stream: BinaryIO, name: str, suffix: str, needed: tuple[str, ...]) -> Iterator[Row]:
+    """The rows of a table, each with the number of its line.
+
+    Args:
+        stream: the bytes of the file.
+        name: how messages call the file.
+        suffix: one of `SUFFIXES`.
+        needed: columns that must be there.
+
+    Raises:
+        errors.DataError: no header, a missing or doubled column, wrong encoding or syntax.
+    """
+    table = _FORMATS[suffix](stream, name)
+    _, header = next(table, (0, None))
+    if header is None:
+        raise errors.DataError(f"{name}: the file is empty")
+    need(name, list(header), needed)
+    yield from table
+
+
+def need(name: str, columns: list[str], needed: tuple[str, ...]) -> None:
+    """Refuses a table that lacks a column.
+
+    Raises:
+        errors.DataError: which column is missing, and which there are.
+    """
+    missing = [column for column in needed if column not in columns]
+    if missing:
+        raise errors.DataError(
+            f"{name}: no column {' and no column '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(str, columns))}. If the transcript stands in another column, name it "
+            "with data.text_column"
+        )

@@ -1,7 +1,7 @@
-"""Makes `corpus/yue`: a small Cantonese corpus in the form of a Common Voice release.
+"""Makes `corpus`: a small Cantonese corpus in the form of a Common Voice release.
 
     pip install espeakng-loader==0.2.4 pycantonese==5.0.0 lameenc==1.9.0 soxr==1.1.0 numpy
-    python configs/quickstart/make_corpus.py [--out configs/quickstart/corpus/yue]
+    python configs/quickstart/make_corpus.py
 
 Sentences and clauses of 5-14 characters out of the 150 commonest, each spoken once. No sentence
 and no speaker of one split is heard in another. Takes half a minute; ORIGIN.md says what it is
@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import speech
 
+RELEASE = pathlib.Path(__file__).parent / "corpus" / "cv-corpus-synthetic-1.0"
 SEED = 20
 CLIPS = {"test": 110, "dev": 70, "train": 510}
 COMMONEST = 150
@@ -147,8 +148,7 @@ def write_table(path: pathlib.Path, columns: Sequence[str], rows: Iterable[Mappi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = pathlib.Path(__file__).parent
-    parser.add_argument("--out", type=pathlib.Path, default=here / "corpus" / "yue")
+    parser.add_argument("--out", type=pathlib.Path, default=RELEASE / "yue")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
 

@@ -71,7 +71,7 @@ def assign_speakers(
 
 def speak(arguments: argparse.Namespace) -> None:
     """Records the corpus and writes its manifest: clip, jyutping, one character a syllable."""
-    known = corpus_sentences(HERE / "corpus" / "yue")
+    known = corpus_sentences(make_corpus.RELEASE / "yue")
     texts = other_sentences(speech.prompts(), known)
     rng = np.random.default_rng(SEED)
     texts = [texts[i] for i in rng.permutation(len(texts))][: arguments.sentences]

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flax_asr import errors
 from flax_asr.models import activations, layers
 
 

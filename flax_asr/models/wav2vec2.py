@@ -50,14 +50,6 @@ def frame_lengths(config: layers.Wav2Vec2Config, sample_lengths: Lengths) -> Len
     Nothing comes out of a clip shorter than the convolutions' field of view.
     Source: transformers' Wav2Vec2PreTrainedModel._get_feat_extract_output_lengths.
     """
-    lengths = _encoder_lengths(config, sample_lengths)
-    if config.add_adapter:
-        for _ in range(config.num_adapter_layers):
-            lengths = (lengths - 1) // config.adapter_stride + 1
-    return lengths * (lengths > 0)
-
-
-def _encoder_lengths(config: layers.Wav2Vec2Config, sample_lengths: Lengths) -> Lengths:
     lengths = sample_lengths
     for taps, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         lengths = (lengths - taps) // stride + 1
@@ -79,6 +71,8 @@ def check(config: layers.Wav2Vec2Config) -> None:
         refuse("model_type", "is another architecture; only 'wav2vec2' is supported")
     if config.feat_extract_norm not in ("layer", "group"):
         refuse("feat_extract_norm", "is neither 'layer' nor 'group'")
+    if config.add_adapter:
+        refuse("add_adapter", "asks for convolutions after the encoder, which are not supported")
     if config.adapter_attn_dim is not None:
         refuse("adapter_attn_dim", "asks for attention adapters (MMS), which are not supported")
     if config.hidden_size % config.num_attention_heads:
@@ -228,54 +222,6 @@ class _Encoder(nn.Module):
         return hidden_states, attentions
 
 
-class _AdapterLayer(nn.Module):
-    config: layers.Wav2Vec2Config
-    dtype: layers.Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Array:
-        config = self.config
-        channels = config.output_hidden_size
-        y = nn.Conv(
-            2 * channels,
-            (config.adapter_kernel_size,),
-            strides=config.adapter_stride,
-            padding=((1, 1),),
-            dtype=self.dtype,
-            precision=layers.precision(self.dtype),
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
-            bias_init=layers.uniform((channels * config.adapter_kernel_size) ** -0.5),
-            name="conv",
-        )(x)
-        return nn.glu(y)
-
-
-class _AdapterLayers(nn.Module):
-    config: layers.Wav2Vec2Config
-    dtype: layers.Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Array:
-        for index in range(self.config.num_adapter_layers):
-            x = _AdapterLayer(self.config, self.dtype, name=str(index))(x)
-        return x
-
-
-class _Adapter(nn.Module):
-    """Strided convolutions after the transformer (config.add_adapter); never dropped."""
-
-    config: layers.Wav2Vec2Config
-    dtype: layers.Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Array:
-        config = self.config
-        if config.output_hidden_size != config.hidden_size:
-            x = layers.dense(config, config.output_hidden_size, self.dtype, "proj")(x)
-            x = layers.layer_norm(self.dtype, "proj_layer_norm")(x)
-        return _AdapterLayers(config, self.dtype, name="layers")(x)
-
-
 class Wav2Vec2Module(nn.Module):
     """Feature encoder, feature projection and transformer.
 
@@ -334,7 +280,7 @@ class Wav2Vec2Module(nn.Module):
         )(input_values)
         frame_mask = None
         if attention_mask is not None:
-            lengths = _encoder_lengths(config, attention_mask.astype(jnp.int32).sum(axis=-1))
+            lengths = frame_lengths(config, attention_mask.astype(jnp.int32).sum(axis=-1))
             frame_mask = jnp.arange(features.shape[1]) < lengths[:, None]
 
         project = _FeatureProjection(config, self.dtype, deterministic, name="feature_projection")
@@ -347,11 +293,8 @@ class Wav2Vec2Module(nn.Module):
 
         encoder = _Encoder(config, self.dtype, deterministic, self.remat_policy, name="encoder")
         hidden_states, attentions = encoder(x, frame_mask, output_attentions)
-        last = hidden_states[-1]
-        if config.add_adapter:
-            last = _Adapter(config, self.dtype, name="adapter")(last)
         return EncoderOutput(
-            last_hidden_state=last,
+            last_hidden_state=hidden_states[-1],
             extract_features=normalised,
             hidden_states=hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,

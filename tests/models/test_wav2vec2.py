@@ -1,0 +1,641 @@
+"""The linen modules against transformers' PyTorch classes, and against themselves."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_torch
+import torch
+import transformers
+from jax.extend import core as jax_core
+from transformers import activations as torch_activations
+
+from flax_asr import errors
+from flax_asr.models import activations, convert, feature_encoder, layers, positional, wav2vec2
+
+SAMPLES, SHORT = 1200, 777
+
+# Architecture, and changes that take the sizes and functions through their range.
+MODELS = {
+    "xls-r": ("xls-r", {}),
+    "base": ("base", {}),
+    "layer-post": ("layer-post", {"hidden_act": "gelu_new", "feat_extract_activation": "relu"}),
+    "group-stable": ("group-stable", {"hidden_act": "silu", "feat_extract_activation": "gelu_new"}),
+    "odd kernel": (
+        "xls-r",
+        {"num_conv_pos_embeddings": 7, "num_conv_pos_embedding_groups": 1, "hidden_act": "relu"},
+    ),
+    "long strides": (
+        "xls-r",
+        {"conv_dim": [9, 7], "conv_kernel": [33, 8], "conv_stride": [16, 3], "conv_bias": False},
+    ),
+    "one by one": (
+        "base",
+        {
+            "conv_dim": [8, 8],
+            "conv_kernel": [11, 1],
+            "conv_stride": [20, 1],
+            "num_conv_pos_embeddings": 2,
+            "num_conv_pos_embedding_groups": 24,
+        },
+    ),
+    "more taps than frames": ("xls-r", {"num_conv_pos_embeddings": 128}),
+}
+
+
+def batch(samples=SAMPLES, short=SHORT, seed=0):
+    """Two rows of noise, the second one padded with zeros, and their mask."""
+    values = np.random.default_rng(seed).normal(size=(2, samples)).astype(np.float32)
+    mask = np.arange(samples) < np.array([[samples], [short]])
+    return values * mask, mask
+
+
+def pair(name, **changes):
+    """The torch model, our module and the parameters they share."""
+    architecture, own = MODELS[name]
+    config = small_torch.config(architecture, **own, **changes)
+    config._attn_implementation = "eager"
+    built = small_torch.model("Wav2Vec2ForCTC", config)
+    params = convert.params_from_torch(small_torch.tensors(built), config, head=True)
+    return built, wav2vec2.Wav2Vec2ForCTCModule(config), {"params": params}
+
+
+def flat(tree):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def changed(module, **config_changes):
+    """The module with another configuration or other attributes, for the same parameters."""
+    config = copy.deepcopy(module.config)
+    for key, value in config_changes.items():
+        setattr(config, key, value)
+    return module.clone(config=config)
+
+
+def without_randomness(config):
+    for key in (
+        "hidden_dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "feat_proj_dropout",
+        "final_dropout",
+        "layerdrop",
+    ):
+        setattr(config, key, 0.0)
+    return config
+
+
+def close(ours, theirs, tolerance, name=""):
+    """Within `tolerance` of the largest value."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    scale = max(np.abs(theirs).max(), 1e-6)
+    assert np.abs(ours - theirs).max() <= tolerance * scale, name
+
+
+# Against PyTorch
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["padded", "unpadded"])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_equal_pytorchs(name, masked):
+    built, module, params = pair(name)
+    values, mask = batch()
+    mask = mask if masked else None
+    with torch.no_grad():
+        theirs = built(
+            torch.tensor(values),
+            attention_mask=None if mask is None else torch.tensor(mask).long(),
+            output_hidden_states=True,
+            output_attentions=True,
+        )
+        last = built.wav2vec2(
+            torch.tensor(values),
+            attention_mask=None if mask is None else torch.tensor(mask).long(),
+        ).last_hidden_state
+    ours = jax.jit(
+        lambda params, values, mask: module.apply(
+            params, values, mask, output_hidden_states=True, output_attentions=True
+        )
+    )(params, values, mask)
+    np.testing.assert_allclose(ours.logits, theirs.logits, atol=1e-4, rtol=0)
+    assert len(ours.hidden_states) == len(theirs.hidden_states) == 3
+    assert len(ours.attentions) == len(theirs.attentions) == 2
+    # transformers 5 gives the last one before the final layer norm, 4.57 after it, as we do
+    expected = (*theirs.hidden_states[:-1], last)
+    for mine, other in zip(ours.hidden_states, expected, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-4, rtol=0)
+    for mine, other in zip(ours.attentions, theirs.attentions, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_equal_pytorchs(name):
+    built, module, params = pair(name)
+    values, mask = batch()
+    frames = wav2vec2.frame_lengths(module.config, mask.sum(axis=-1))
+    shape = (2, int(frames.max()), module.config.vocab_size)
+    weights = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    weights *= np.arange(shape[1])[None, :, None] < frames[:, None, None]
+
+    logits = built(torch.tensor(values), attention_mask=torch.tensor(mask).long()).logits
+    (torch.log_softmax(logits, -1) * torch.tensor(weights)).sum().backward()
+    gradients = {
+        key: np.zeros(parameter.shape, np.float32)
+        if parameter.grad is None
+        else parameter.grad.numpy()
+        for key, parameter in built.named_parameters()
+    }
+    theirs = flat(convert.params_from_torch(gradients, module.config, head=True))
+
+    def loss(params):
+        logits = module.apply(params, values, mask).logits
+        return (jax.nn.log_softmax(logits) * weights).sum()
+
+    ours = flat(jax.jit(jax.grad(loss))(params)["params"])
+    assert ours.keys() == theirs.keys()
+    largest = max(np.abs(gradient).max() for gradient in theirs.values())
+    for key, expected in theirs.items():
+        # key biases shift all scores alike: their true gradient is zero, what is left is rounding
+        floor = 1e-6 * largest
+        error = np.abs(ours[key] - expected).max()
+        assert error <= 1e-3 * np.abs(expected).max() + floor, key
+
+
+def test_masked_frames_get_the_mask_embedding_as_in_pytorch():
+    built, module, params = pair("xls-r")
+    values, mask = batch()
+    frames = int(wav2vec2.frame_lengths(module.config, SAMPLES))
+    masked = np.random.default_rng(2).random((2, frames)) < 0.4
+    with torch.no_grad():
+        theirs = built.wav2vec2(
+            torch.tensor(values),
+            attention_mask=torch.tensor(mask).long(),
+            mask_time_indices=torch.tensor(masked),
+        ).last_hidden_state
+    encoder = wav2vec2.Wav2Vec2Module(module.config)
+    own = {"params": params["params"]["wav2vec2"]}
+    ours = encoder.apply(own, values, mask, masked).last_hidden_state
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    unmasked = encoder.apply(own, values, mask).last_hidden_state
+    assert np.abs(ours - unmasked).max() > 0.1
+    unused = changed(encoder, apply_spec_augment=False).apply(own, values, mask, masked)
+    np.testing.assert_array_equal(unused.last_hidden_state, unmasked)
+
+
+def test_masked_channels_are_zero_before_the_encoder():
+    built, module, params = pair("xls-r")
+    values, _ = batch()
+    channels = np.random.default_rng(3).random((2, module.config.hidden_size)) < 0.3
+    original = built.wav2vec2.feature_projection.forward
+
+    def projection(features):
+        x, normalised = original(features)
+        return x * ~torch.tensor(channels)[:, None, :], normalised
+
+    built.wav2vec2.feature_projection.forward = projection
+    with torch.no_grad():
+        theirs = built(torch.tensor(values)).logits
+    ours = module.apply(params, values, mask_feature_indices=channels).logits
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    assert np.abs(ours - module.apply(params, values).logits).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", activations.NAMES)
+def test_activations_equal_pytorchs(name):
+    x = np.linspace(-12, 12, 998, dtype=np.float32)  # no point on a kink, at 0, 3, 6 or 10
+    tensor = torch.tensor(x, requires_grad=True)
+    theirs = torch_activations.ACT2FN[name](tensor)
+    theirs.sum().backward()
+    function = activations.activation(name, "hidden_act")
+    np.testing.assert_allclose(function(x), theirs.detach(), atol=2e-6)
+    gradient = jax.vmap(jax.grad(function))(x)
+    np.testing.assert_allclose(gradient, tensor.grad, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["xls-r", "long strides", "one by one"])
+def test_frame_lengths_equal_pytorchs_on_every_kind_of_integer(name):
+    built, module, _ = pair(name)
+    samples = np.array([0, 1, 9, 33, 400, 401, SAMPLES, 160_000], np.int32)
+    theirs = built._get_feat_extract_output_lengths(torch.tensor(samples)).numpy()
+    theirs = np.maximum(theirs, 0)
+    np.testing.assert_array_equal(wav2vec2.frame_lengths(module.config, samples), theirs)
+    np.testing.assert_array_equal(
+        wav2vec2.frame_lengths(module.config, jnp.asarray(samples)), theirs
+    )
+    for count, expected in zip(samples, theirs, strict=True):
+        length = wav2vec2.frame_lengths(module.config, int(count))
+        assert (type(length), length) == (int, expected)
+
+
+# The convolutions, on their own
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "frames", "hidden", "groups", "taps"),
+    [(2, 37, 12, 3, 8), (1, 9, 8, 8, 9), (3, 5, 6, 1, 16), (2, 40, 4, 2, 1), (1, 1, 4, 2, 2)],
+)
+def test_positional_convolution_equals_xlas_and_pytorchs(batch_size, frames, hidden, groups, taps):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(batch_size, frames, hidden)).astype(np.float32)
+    weight = rng.normal(size=(hidden, hidden // groups, taps)).astype(np.float32)
+    upstream = rng.normal(size=x.shape).astype(np.float32)
+
+    def results(function):
+        y, pull_back = jax.vjp(lambda x, weight: function(x, weight, groups), x, weight)
+        return (y, *pull_back(upstream))
+
+    ours = jax.jit(lambda: results(positional.grouped_convolution))()
+    plain = jax.jit(lambda: results(positional.direct_convolution))()
+    tensor = torch.tensor(x.transpose(0, 2, 1)).requires_grad_()
+    kernel = torch.tensor(weight).requires_grad_()
+    y = torch.nn.functional.conv1d(tensor, kernel, padding=taps // 2, groups=groups)[..., :frames]
+    y.backward(torch.tensor(upstream.transpose(0, 2, 1)))
+    theirs = (
+        y.detach().numpy().transpose(0, 2, 1),
+        tensor.grad.numpy().transpose(0, 2, 1),
+        kernel.grad.numpy(),
+    )
+    for mine, xla, other in zip(ours, plain, theirs, strict=True):
+        close(mine, other, 2e-6)
+        close(xla, other, 2e-6)
+
+
+def test_positional_convolution_is_xlas_where_the_backend_is_not_a_cpu():
+    x, weight = jnp.zeros((1, 20, 8)), jnp.zeros((8, 4, 8))
+
+    def loss(x, weight):
+        return positional.grouped_convolution(x, weight, 2).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, weight)
+    assert "stablehlo.convolution" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["xls-r", "base"])
+def test_half_precision_is_near_float32_and_trains_float32_parameters(name, dtype):
+    _, module, params = pair(name)
+    values, mask = batch()
+    half = module.clone(dtype=dtype)
+    expected = module.apply(params, values, mask).logits
+
+    def loss(params):
+        logits = half.apply(params, values, mask).logits
+        return jnp.square(logits).mean(), logits
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert logits.dtype == jnp.float32
+    error = np.abs(logits - expected).max() / np.abs(expected).max()
+    assert 0 < error < (0.05 if dtype == jnp.bfloat16 else 0.01)
+    exact = jax.jit(
+        jax.grad(lambda params: jnp.square(module.apply(params, values, mask).logits).mean())
+    )(params)
+    for (key, gradient), reference in zip(
+        flat(gradients).items(), flat(exact).values(), strict=True
+    ):
+        assert gradient.dtype == jnp.float32
+        assert np.isfinite(gradient).all(), key
+        if "k_proj/bias" not in key:
+            close(gradient, reference, 0.2, key)
+
+
+def products(jaxpr):
+    """Every dot and convolution of a program, those inside calls included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation
+        for inner in jax_core.jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+def test_float32_asks_every_product_for_full_precision():
+    _, module, params = pair("xls-r")
+    values, mask = batch()
+
+    def loss(module, params):
+        return module.apply(params, values, mask).logits.sum()
+
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    found = list(products(jax.make_jaxpr(jax.grad(lambda p: loss(module, p)))(params).jaxpr))
+    assert len(found) > 50
+    assert {equation.params["precision"] for equation in found} == {highest}
+    half = module.clone(dtype=jnp.bfloat16)
+    found = list(products(jax.make_jaxpr(jax.grad(lambda p: loss(half, p)))(params).jaxpr))
+    assert None in {equation.params["precision"] for equation in found}
+
+
+# Padding
+
+
+@pytest.mark.parametrize("name", ["xls-r", "layer-post"])
+def test_padding_does_not_change_layer_norm_encoders(name):
+    _, module, params = pair(name)
+    values, mask = batch()
+    alone = module.apply(params, values[1:, :SHORT], mask[1:, :SHORT]).logits[0]
+    padded = module.apply(params, values, mask).logits[1, : alone.shape[0]]
+    # what stands in the padding does not matter either
+    more = np.pad(values, ((0, 0), (0, 700)), constant_values=3.0)
+    wider = module.apply(params, more, np.pad(mask, ((0, 0), (0, 700)))).logits[1]
+    np.testing.assert_allclose(padded, alone, atol=1e-5)
+    np.testing.assert_allclose(wider[: alone.shape[0]], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["xls-r", "base"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_an_empty_row_gives_finite_numbers_and_leaves_the_others_alone(name, dtype):
+    _, module, params = pair(name)
+    module = module.clone(dtype=dtype)
+    values, mask = batch()
+    alone = module.apply(params, values[:1], mask[:1]).logits[0]
+    values[1], mask[1] = 0.0, False
+
+    def loss(params):
+        logits = module.apply(params, values, mask).logits
+        return logits[0].sum(), logits
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert np.isfinite(logits).all()
+    assert all(np.isfinite(gradient).all() for gradient in jax.tree.leaves(gradients))
+    np.testing.assert_allclose(logits[0], alone, atol=1e-5 if dtype == jnp.float32 else 1e-2)
+
+
+# Dropout, layerdrop
+
+
+DROPOUTS = (
+    "hidden_dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "feat_proj_dropout",
+    "final_dropout",
+    "layerdrop",
+)
+
+
+@pytest.mark.parametrize("name", ["xls-r", "base"])
+@pytest.mark.parametrize("place", DROPOUTS)
+def test_each_dropout_acts_in_training_and_only_there(name, place):
+    _, module, params = pair(name)
+    without_randomness(module.config)
+    values, mask = batch()
+    module_with = changed(module, **{place: 0.5})
+    expected = module.apply(params, values, mask).logits
+
+    def run(module, seed, deterministic):
+        rngs = {"dropout": jax.random.key(seed)}
+        return module.apply(params, values, mask, deterministic=deterministic, rngs=rngs).logits
+
+    np.testing.assert_array_equal(run(module_with, 0, True), expected)
+    np.testing.assert_array_equal(run(module, 0, False), expected)
+    first = run(module_with, 0, False)
+    np.testing.assert_array_equal(first, run(module_with, 0, False))
+    others = [run(module_with, seed, False) for seed in (1, 2, 3)]
+    assert max(np.abs(first - other).max() for other in others) > 1e-2
+
+
+def test_evaluation_needs_no_key_and_uses_no_configured_mask():
+    _, module, params = pair("xls-r")
+    values, mask = batch()
+    expected = changed(module, mask_time_prob=0.0, mask_feature_prob=0.0)
+    busy = changed(module, mask_time_prob=0.9, mask_feature_prob=0.9, hidden_dropout=0.9)
+    np.testing.assert_array_equal(
+        busy.apply(params, values, mask).logits, expected.apply(params, values, mask).logits
+    )
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_expectation_and_drops_the_share(rate):
+    x = jnp.full((400, 500), 3.0)
+    dropout = layers.Dropout(rate, False)
+    y = np.asarray(dropout.apply({}, x, rngs={"dropout": jax.random.key(0)}))
+    assert (y == 0).mean() == pytest.approx(rate, abs=0.005)
+    assert y.mean() == pytest.approx(3.0, rel=0.02)
+    assert np.unique(y[y != 0]).size == 1
+
+
+def test_dropout_of_everything_and_of_nothing():
+    x = jnp.ones((3, 4))
+    rngs = {"dropout": jax.random.key(0)}
+    assert not layers.Dropout(1.0, False).apply({}, x, rngs=rngs).any()
+    assert layers.Dropout(0.0, False).apply({}, x) is x
+    assert layers.Dropout(0.5, True).apply({}, x) is x
+
+
+@pytest.mark.parametrize("name", ["xls-r", "base"])
+def test_layerdrop_of_one_is_a_model_without_layers(name):
+    _, module, params = pair(name)
+    without_randomness(module.config)
+    values, mask = batch()
+    rngs = {"dropout": jax.random.key(0)}
+    dropped = changed(module, layerdrop=1.0).apply(
+        params,
+        values,
+        mask,
+        deterministic=False,
+        rngs=rngs,
+        output_attentions=True,
+        output_hidden_states=True,
+    )
+    empty = changed(module, num_hidden_layers=0).apply(params, values, mask)
+    np.testing.assert_allclose(dropped.logits, empty.logits, atol=1e-6)
+    assert len(dropped.hidden_states) == 3
+    assert not any(weights.any() for weights in dropped.attentions)
+
+
+@pytest.mark.parametrize("remat_policy", ["none", "full"])
+def test_a_dropped_layer_that_overflows_leaves_the_gradients_finite(remat_policy):
+    _, module, params = pair("xls-r")
+    without_randomness(module.config)
+    values, mask = batch()
+    broken = params["params"]["wav2vec2"]["encoder"]["layers"]["1"]["feed_forward"]
+    broken["intermediate_dense"]["kernel"] = np.full_like(
+        broken["intermediate_dense"]["kernel"], 1e38
+    )
+
+    def loss(params, rate):
+        dropping = changed(module, layerdrop=rate).clone(remat_policy=remat_policy)
+        rngs = {"dropout": jax.random.key(0)}
+        return dropping.apply(params, values, mask, deterministic=False, rngs=rngs).logits.sum()
+
+    def finite(rate):
+        value, gradients = jax.jit(jax.value_and_grad(lambda params: loss(params, rate)))(params)
+        return bool(np.isfinite(value)) and all(
+            bool(np.isfinite(gradient).all()) for gradient in jax.tree.leaves(gradients)
+        )
+
+    assert not finite(0.0)
+    assert finite(1.0)
+
+
+# The frozen feature encoder, rematerialisation
+
+
+@pytest.mark.parametrize("name", ["xls-r", "base"])
+def test_a_frozen_feature_encoder_gives_the_same_outputs_and_zero_gradient(name):
+    _, module, params = pair(name)
+    values, mask = batch()
+
+    def loss(params, freeze):
+        logits = module.apply(params, values, mask, freeze_feature_encoder=freeze).logits
+        return jnp.square(logits).sum(), logits
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    free, logits = gradient(params, False)
+    frozen, frozen_logits = gradient(params, True)
+    np.testing.assert_allclose(logits, frozen_logits, atol=1e-6)
+    free = flat(free)
+    for key, gradient in flat(frozen).items():
+        if "feature_extractor" in key:
+            assert not gradient.any(), key
+            assert free[key].any(), key
+        elif "k_proj/bias" not in key:
+            close(gradient, free[key], 1e-5, key)
+
+
+def test_rematerialisation_does_not_change_loss_or_gradients():
+    _, module, params = pair("xls-r", num_hidden_layers=1)
+    module = changed(module, layerdrop=0.3)
+    values, mask = batch(400, 300)
+
+    def loss(params, module):
+        rngs = {"dropout": jax.random.key(5)}
+        logits = module.apply(params, values, mask, deterministic=False, rngs=rngs).logits
+        return jnp.square(logits).mean()
+
+    def run(module):
+        return jax.jit(jax.value_and_grad(lambda params: loss(params, module)))(params)
+
+    expected, expected_gradients = run(module)
+    expected_gradients = flat(expected_gradients)
+    for policy in layers.REMAT_POLICIES[1:]:
+        value, gradients = run(module.clone(remat_policy=policy))
+        assert value == pytest.approx(float(expected), rel=1e-6), policy
+        for key, gradient in flat(gradients).items():
+            if "k_proj/bias" not in key:
+                close(gradient, expected_gradients[key], 1e-4, f"{policy} {key}")
+
+
+def test_full_rematerialisation_keeps_less():
+    _, module, params = pair("xls-r", num_hidden_layers=6)
+    values, mask = batch()
+
+    def kept(policy):
+        other = module.clone(remat_policy=policy)
+
+        def loss(params):
+            return other.apply(params, values, mask).logits.sum()
+
+        _, pull_back = jax.vjp(loss, params)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(pull_back))
+
+    assert kept("full") < 0.5 * kept("none")
+
+
+# Initial parameters
+
+
+@pytest.mark.parametrize("name", ["xls-r", "base"])
+def test_initial_parameters_have_pytorchs_names_shapes_and_spread(name):
+    architecture, own = MODELS[name]
+    sizes = {
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "conv_dim": [64, 96, 128],
+        "vocab_size": 60,
+        "initializer_range": 0.05,
+    }
+    config = small_torch.config(architecture, **own, **sizes)
+    torch.manual_seed(0)
+    built = transformers.Wav2Vec2ForCTC(config)
+    theirs = flat(convert.params_from_torch(small_torch.tensors(built), config, head=True))
+    values, _ = batch()
+    module = wav2vec2.Wav2Vec2ForCTCModule(config)
+    ours = flat(jax.jit(module.init)(jax.random.key(0), values)["params"])
+    assert {key: leaf.shape for key, leaf in ours.items()} == {
+        key: leaf.shape for key, leaf in theirs.items()
+    }
+    for key, expected in theirs.items():
+        assert ours[key].dtype == jnp.float32
+        if "pos_conv_embed/conv/weight" in key:
+            continue
+        # five standard errors of a sampled deviation and of a sampled mean, twice
+        spread = 5.0 * np.sqrt(2.0 / expected.size) + 1e-6
+        np.testing.assert_allclose(ours[key].std(), expected.std(), rtol=spread, err_msg=key)
+        error = 5.0 * np.sqrt(2.0 / expected.size) * expected.std() + 1e-6
+        np.testing.assert_allclose(ours[key].mean(), expected.mean(), atol=error, err_msg=key)
+        if expected.std() > 0:
+            top = np.abs(ours[key]).max() / np.abs(expected).max()
+            assert 0.5 < top < 2.0, key
+    # transformers' initialiser writes to a copy of the weight-normed kernel, which keeps torch's
+    # default; ours is what it says: deviation 2 / sqrt(taps * channels), norm equal to direction's
+    v = ours["wav2vec2/encoder/pos_conv_embed/conv/weight_v"]
+    g = ours["wav2vec2/encoder/pos_conv_embed/conv/weight_g"]
+    taps = config.num_conv_pos_embeddings
+    assert v.std() == pytest.approx(2.0 / np.sqrt(taps * config.hidden_size), rel=0.03)
+    np.testing.assert_allclose(positional.weight_norm(g, v), v, rtol=1e-5)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "wav2vec2-conformer"),
+        ("add_adapter", True),
+        ("adapter_attn_dim", 16),
+        ("feat_extract_norm", "batch"),
+        ("hidden_act", "prelu"),
+        ("feat_extract_activation", "swoosh"),
+        ("num_attention_heads", 7),
+        ("num_conv_pos_embedding_groups", 5),
+        ("conv_kernel", [10, 3]),
+    ],
+)
+def test_an_unsupported_configuration_is_refused_by_its_key(key, value):
+    config = small_torch.config()
+    object.__setattr__(config, key, value)
+    values, _ = batch()
+    with pytest.raises(errors.ModelError, match=key):
+        wav2vec2.Wav2Vec2ForCTCModule(config).init(jax.random.key(0), values)
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("remat_policy", "some"), ("attention", "flash")])
+def test_an_unknown_attribute_is_refused_with_what_it_can_be(attribute, value):
+    module = wav2vec2.Wav2Vec2ForCTCModule(small_torch.config(), **{attribute: value})
+    values, _ = batch()
+    with pytest.raises(errors.ModelError, match=rf"model\.{attribute}: '{value}' is not one of"):
+        module.init(jax.random.key(0), values)
+
+
+def test_a_strided_convolution_equals_pytorchs():
+    rng = np.random.default_rng(0)
+    for times, taps, stride, channels in (
+        (50, 10, 5, 1),
+        (33, 3, 2, 4),
+        (20, 2, 2, 3),
+        (9, 4, 7, 2),
+    ):
+        x = rng.normal(size=(2, times, channels)).astype(np.float32)
+        kernel = rng.normal(size=(taps, channels, 6)).astype(np.float32)
+        upstream_frames = (times - taps) // stride + 1
+        upstream = rng.normal(size=(2, upstream_frames, 6)).astype(np.float32)
+        y, pull_back = jax.vjp(
+            lambda x, k, stride=stride: feature_encoder.strided_convolution(x, k, stride),
+            x,
+            kernel,
+        )
+        tensor = torch.tensor(x.transpose(0, 2, 1)).requires_grad_()
+        weight = torch.tensor(kernel.transpose(2, 1, 0).copy()).requires_grad_()
+        other = torch.nn.functional.conv1d(tensor, weight, stride=stride)
+        other.backward(torch.tensor(upstream.transpose(0, 2, 1)))
+        x_gradient, kernel_gradient = pull_back(upstream)
+        close(y, other.detach().numpy().transpose(0, 2, 1), 2e-6)
+        close(x_gradient, tensor.grad.numpy().transpose(0, 2, 1), 2e-6)
+        close(kernel_gradient, weight.grad.numpy().transpose(2, 1, 0), 2e-6)

@@ -1,0 +1,214 @@
+"""The plan of the house: imports point one way, and some libraries are named in one file only."""
+
+import ast
+import functools
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import flax_asr
+
+PACKAGE = pathlib.Path(flax_asr.__file__).parent
+
+# From the ground up. A module may import from its own layer and from those below. A module that is
+# not named here is held by its neighbours: through it, nothing may reach a layer above.
+LAYERS = (
+    "errors languages mp3 progress runlog stopping metrics alignment vocabulary text tables config",
+    "audio clips archives hub common_voice curves data",
+    "ctc optim models",
+    "step",
+    "parallel checkpoint run_folder window card experiment",
+    "loading evaluate transcribe export",
+    "loop plan doctor",
+    "__main__",
+)
+
+
+def _name(path: pathlib.Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+def _imported(nodes) -> set[str]:
+    """Dotted names that import statements among these nodes bring in."""
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _everywhere(module: str) -> set[str]:
+    return _imported(ast.walk(_tree(module)))
+
+
+def _when_loaded(module: str) -> set[str]:
+    """What importing the module imports: everything that stands outside functions."""
+    waiting, seen = list(_tree(module).body), []
+    while waiting:
+        node = waiting.pop()
+        seen.append(node)
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+    return _imported(seen)
+
+
+def _ours(names: set[str]) -> set[str]:
+    """Modules of this package among dotted names; the package itself is ""."""
+    inside = {
+        name.removeprefix("flax_asr").lstrip(".") for name in names if _root(name) == "flax_asr"
+    }
+    return {name if name in FILES else name.rpartition(".")[0] for name in inside}
+
+
+def _root(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@functools.cache
+def _reached(module: str) -> frozenset[str]:
+    """All modules of this package that a module needs, at whatever remove."""
+    waiting, seen = [module], set()
+    while waiting:
+        for name in _ours(_everywhere(waiting.pop())) - seen:
+            seen.add(name)
+            waiting.append(name)
+    return frozenset(seen)
+
+
+def _layer(module: str) -> int | None:
+    return next((n for n, layer in enumerate(LAYERS) if _root(module) in layer.split()), None)
+
+
+def test_no_module_needs_itself():
+    assert {module for module in FILES if module in _reached(module)} == set()
+
+
+def test_imports_point_one_way():
+    upwards = [
+        f"{module} needs {needed}"
+        for module in FILES
+        for needed in _reached(module)
+        if _layer(module) is not None
+        and _layer(needed) is not None
+        and _layer(needed) > _layer(module)
+    ]
+    assert upwards == []
+
+
+def test_every_name_in_the_layers_is_one_module():
+    names = " ".join(LAYERS).split()
+    assert len(names) == len(set(names))
+
+
+def test_modules_are_imported_not_their_names():
+    packages = {module for module, path in FILES.items() if path.name == "__init__.py"}
+    for module in FILES:
+        for name in _everywhere(module) - {"flax_asr"}:
+            if _root(name) == "flax_asr":
+                parent, _, last = name.removeprefix("flax_asr").lstrip(".").rpartition(".")
+                assert parent in packages, f"{module} imports {last} from flax_asr.{parent}"
+                assert last not in flax_asr.__all__, f"{module} imports {last} from flax_asr"
+
+
+def _named(module: str, word: str) -> bool:
+    """Whether code, not text, of the module says this word."""
+    imported = (part for name in _everywhere(module) for part in name.split("."))
+    spoken = (
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in ast.walk(_tree(module))
+        if isinstance(node, (ast.Attribute, ast.Name))
+    )
+    return word in (*imported, *spoken)
+
+
+@pytest.mark.parametrize(
+    ("word", "home"),
+    [
+        ("pmap", "parallel"),
+        ("orbax", "checkpoint"),
+        ("soundfile", "audio"),
+        ("soxr", "audio"),
+        ("librosa", "audio"),
+        ("datasets", "hub"),
+        ("tensorboardX", "runlog"),
+    ],
+)
+def test_one_file_only_names_it(word, home):
+    assert {module for module in FILES if _named(module, word)} <= {home}
+    assert _named(home, word)
+
+
+def test_no_file_under_data_names_jax():
+    under_data = [module for module in FILES if _root(module) == "data"]
+    assert len(under_data) > 3
+    foreign = {"jax", "flax", "optax", "orbax", "torch", "transformers"}
+    assert {m for m in under_data if foreign & set(map(_root, _everywhere(m)))} == set()
+
+
+def test_torch_and_other_heavy_libraries_load_inside_functions():
+    heavy = {"torch", "librosa", "datasets", "tensorboardX", "matplotlib"}
+    assert {m for m in FILES if heavy & set(map(_root, _when_loaded(m)))} == set()
+
+
+def test_tensorflow_is_named_nowhere():
+    assert {module for module in FILES if _named(module, "tensorflow")} == set()
+
+
+def _loaded_by(statement: str) -> set[str]:
+    """Top-level modules in memory after a statement in a fresh process."""
+    code = (
+        f"{statement}\nimport sys; print('LOADED', *{{m.partition('.')[0] for m in sys.modules}})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    return set(done.stdout.rpartition("LOADED ")[2].split())
+
+
+HEAVY = {
+    "jax",
+    "torch",
+    "transformers",
+    "tensorflow",
+    "flax",
+    "optax",
+    "orbax",
+    "datasets",
+    "numpy",
+}
+
+
+def test_importing_the_package_is_light():
+    loaded = _loaded_by("import flax_asr")
+    assert "flax_asr" in loaded
+    assert loaded & HEAVY == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_help_is_light(arguments):
+    loaded = _loaded_by(
+        "import contextlib\nfrom flax_asr import __main__\n"
+        f"with contextlib.suppress(SystemExit): __main__.main({arguments})"
+    )
+    assert "flax_asr" in loaded
+    assert loaded & HEAVY == set()
+
+
+def test_loading_the_data_side_loads_no_jax():
+    names = [m for m in FILES if _layer(m) is not None and _layer(m) <= _layer("data")]
+    loaded = _loaded_by("\n".join(f"import flax_asr.{name}" for name in names))
+    assert loaded & {"jax", "torch", "transformers", "tensorflow", "flax", "datasets"} == set()

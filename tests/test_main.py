@@ -1,0 +1,165 @@
+"""The command line: help, exit statuses, and one clear message for what the user can mend."""
+
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+import flax_asr
+from flax_asr import __main__, config, errors
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPE = str(ROOT / "configs" / "cheap_cpu.yaml")
+
+
+@pytest.mark.parametrize("command", __main__.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: flax-asr {command}" in shown
+    takes_options = command != "export"
+    for name in config.option_types():
+        assert (f"--{name} " in shown) == takes_options, name
+
+
+def test_the_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {command}" in shown for command in __main__.COMMANDS)
+
+
+def test_the_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == flax_asr.__version__
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", "required: COMMAND"),
+        ("trian --config {recipe}", "invalid choice: 'trian'"),
+        ("export", "required: RUN, OUT"),
+        ("transcribe --model x", "required: AUDIO"),
+        ("evaluate", "required: --model"),
+        ("train --config", "--config: expected one argument"),
+        ("train --conf {recipe}", "unrecognized|there is no option conf"),
+        ("train --config {recipe} more", "unrecognized arguments: more"),
+        ("train --config nowhere.yaml", "cannot read the configuration nowhere.yaml"),
+        ("train --config {recipe} --optim.learning_rat 1", "did you mean optim.learning_rate?"),
+        ("train --config {recipe} --train.learning_rate 1e-4", "it is optim.learning_rate"),
+        ("train --config {recipe} --fp16 true", "train.mixed_precision fp16"),
+        ("train --config {recipe} --per_device_eval_batch_siz 4", "per_device_eval_batch_size"),
+        ("train --config {recipe} --warmup_ratio 0.1", "optim.warmup_steps"),
+        ("train --config {recipe} --train.max_steps", "--train.max_steps needs a value"),
+        ("train --config {recipe} --train.max_steps many", "train.max_steps is 'many'"),
+        ("train --train.max_steps 3 --train.max_steps 4", "given twice"),
+        ("prepare --config {recipe} --data.max_seconds 0", "data.max_seconds is 0"),
+        ("export run out --step best", "invalid int value: 'best'"),
+        ("export run out --train.max_steps 3", "export takes no option --train.max_steps"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(words, expected, capsys):
+    assert __main__.main([word.format(recipe=RECIPE) for word in words.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("flax-asr: ")
+    assert captured.err.count("\n") == 1
+    assert any(wanted in captured.err for wanted in expected.split("|")), captured.err
+
+
+def test_options_win_wherever_config_stands():
+    before = __main__.split(["train", "--seed", "1", "--config", RECIPE])
+    after = __main__.split(["train", "--config", RECIPE, "--seed", "1"])
+    assert before == after == (["train", "--config", RECIPE], ["--seed", "1"])
+    assert config.load(RECIPE, before[1]).seed == 1
+
+
+@pytest.fixture
+def train_that(monkeypatch):
+    """Puts a function in the place of `loop.train`."""
+
+    def replace(function):
+        loop = types.SimpleNamespace(train=function)
+        monkeypatch.setitem(sys.modules, "flax_asr.loop", loop)
+        monkeypatch.setattr(flax_asr, "loop", loop, raising=False)
+
+    return replace
+
+
+def test_a_finished_command_is_status_0(train_that):
+    asked = []
+    train_that(lambda cfg, restart: asked.append((cfg, restart)))
+    assert __main__.main(["train", "--config", RECIPE, "--restart", "--seed=7"]) == 0
+    assert asked == [(config.load(RECIPE, ["--seed", "7"]), True)]
+
+
+def test_an_interrupted_run_is_status_75(train_that, capsys):
+    def stopped(cfg, restart):
+        raise errors.Interrupted("stopped after update 3; run the same command to go on.")
+
+    train_that(stopped)
+    assert __main__.main(["train", "--config", RECIPE]) == 75
+    assert capsys.readouterr().err == "stopped after update 3; run the same command to go on.\n"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ConfigError", "DataError", "ModelError", "CheckpointError", "TrainingError", "AudioError"],
+)
+def test_what_the_user_can_mend_is_status_2(kind, train_that, capsys):
+    def refuses(cfg, restart):
+        raise getattr(errors, kind)("clip.mp3 is cut short")
+
+    train_that(refuses)
+    assert __main__.main(["train", "--config", RECIPE]) == 2
+    assert capsys.readouterr().err == "flax-asr: clip.mp3 is cut short\n"
+
+
+def test_a_bug_is_not_hidden(train_that):
+    def broken(cfg, restart):
+        raise ZeroDivisionError
+
+    train_that(broken)
+    with pytest.raises(ZeroDivisionError):
+        __main__.main(["train", "--config", RECIPE])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "transcribe clip.wav"])
+@pytest.mark.parametrize("kind", ["folder", "empty", "hub"])
+def test_a_model_that_is_not_there_is_one_message_and_status_2(command, kind, tmp_path, capsys):
+    model = {"folder": f"{tmp_path}/nowhere", "empty": str(tmp_path), "hub": "nobody/nothing"}[kind]
+    assert __main__.main([*command.split(), "--model", model]) == 2
+    message = capsys.readouterr().err
+    assert model in message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_source_that_is_not_there_is_one_message_and_status_2(tmp_path, capsys):
+    source = f"{tmp_path}/nowhere"
+    words = f"prepare --output_dir {tmp_path}/run --data.language cy --data.source {source}"
+    assert __main__.main(words.split()) == 2
+    message = capsys.readouterr().err
+    assert source in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "command", [[sys.executable, "-m", "flax_asr", "train"], [sys.executable, "train.py"]]
+)
+def test_the_process_ends_with_the_status(command):
+    done = subprocess.run(
+        [*command, "--config", "nowhere.yaml"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("flax-asr: cannot read the configuration nowhere.yaml")
+    assert done.stderr.count("\n") == 1

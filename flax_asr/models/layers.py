@@ -22,8 +22,6 @@ REMAT_POLICIES = (
     "full",
     "dots_saveable",
     "dots_with_no_batch_dims_saveable",
-    "everything_saveable",
-    "nothing_saveable",
 )
 
 

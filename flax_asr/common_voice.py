@@ -1,10 +1,12 @@
 """Clip records from a Common Voice release, or from whatever else holds clips and sentences."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -79,9 +81,8 @@ def _release_folder(path: pathlib.Path, language: str, column: str) -> Source:
         held = sorted(child.name for child in path.iterdir())
         languages = [name for name in held if _tables_of(path / name)]
         if languages:
-            raise errors.DataError(
-                f"{path}: a release without {language!r}; it has {', '.join(languages[:40])}"
-            )
+            known = ", ".join(map(repr, languages[:40]))
+            raise errors.DataError(f"{path}: a release without {language!r}; it has {known}")
         hint = ""
         if any(name.endswith(".parquet") for name in held):
             hint = f"; for parquet files write parquet:{path}/*.parquet"
@@ -118,30 +119,31 @@ def _archive(path: pathlib.Path, language: str, column: str) -> Source:
     in the archive's order, and nothing is unpacked onto the disk.
     """
     found: dict[str, dict[str, BinaryIO]] = {}
-    top = ""
-    for name, _, body in archives.members(path):
-        parts = pathlib.PurePosixPath(name).parts
-        if len(parts) < 2 or not name.endswith(".tsv") or not clips.is_inside(name):
-            continue
-        split = parts[-1].removesuffix(".tsv")
-        if split not in _NO_SPLITS:
-            top = parts[0]
-            # The readers below keep it open; it vanishes with the source.
-            spool = tempfile.TemporaryFile()  # noqa: SIM115
-            shutil.copyfileobj(body, spool)
-            found.setdefault(parts[-2], {})[split] = spool
-    if not found:
-        raise errors.DataError(f"{path}: no language folder with .tsv tables in this archive")
-    if language not in found:
-        raise errors.DataError(
-            f"{path}: an archive without {language!r}; it has {', '.join(sorted(found))}"
-        )
-    readers = {
-        split: functools.partial(_archive_clips, path, language, split, spool, column)
-        for split, spool in found[language].items()
-    }
-    release = clips.release_name(pathlib.PurePath(top))
-    return Source(str(path), release, readers)
+    release = path
+    with contextlib.ExitStack() as stack:
+        for name, _, body in archives.members(path):
+            parts = pathlib.PurePosixPath(name).parts
+            if len(parts) < 2 or not name.endswith(".tsv") or not clips.is_inside(name):
+                continue
+            split = parts[-1].removesuffix(".tsv")
+            if split not in _NO_SPLITS:
+                if parts[0].startswith("cv-corpus-"):
+                    release = pathlib.Path(parts[0])
+                spool = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(body, spool)
+                found.setdefault(parts[-2], {})[split] = spool
+        if not found:
+            raise errors.DataError(f"{path}: no language folder with .tsv tables in this archive")
+        if language not in found:
+            held = ", ".join(map(repr, sorted(found)))
+            raise errors.DataError(f"{path}: an archive without {language!r}; it has {held}")
+        readers = {
+            split: functools.partial(_archive_clips, path, language, split, spool, column)
+            for split, spool in found[language].items()
+        }
+        source = Source(str(path), clips.release_name(release), readers)
+        weakref.finalize(source, stack.pop_all().close)
+    return source
 
 
 def _archive_clips(
@@ -149,28 +151,31 @@ def _archive_clips(
 ) -> Iterator[Clip]:
     spool.seek(0)
     wanted: dict[str, list[Clip]] = {}
+    refused = []
     for number, row in tables.rows(spool, f"{path}: {split}.tsv", ".tsv", ("path", column)):
         clip = _member_clip(number, row, column)
         if clip.refused:
-            yield clip
+            refused.append(clip)
         else:
             wanted.setdefault(clip.id, []).append(clip)
     marker = f"/{language}/clips/"
-    for name, size, body in archives.members(path):
-        if not wanted:
-            return
-        _, found, id = f"/{name}".partition(marker)
-        if not found or id not in wanted:
-            continue
-        same = wanted.pop(id)
-        if size > _MOST_CLIP_BYTES:
-            refused = f"{size} bytes are no clip"
-            yield from (dataclasses.replace(clip, refused=refused) for clip in same)
-            continue
-        content = body.read()
-        yield from (dataclasses.replace(clip, audio_bytes=content) for clip in same)
+    if wanted:
+        for name, size, body in archives.members(path):
+            _, found, id = f"/{name}".partition(marker)
+            if not found or id not in wanted:
+                continue
+            same = wanted.pop(id)
+            if size > _MOST_CLIP_BYTES:
+                why = f"{size} bytes are no clip"
+                refused.extend(dataclasses.replace(clip, refused=why) for clip in same)
+            else:
+                content = body.read()
+                yield from (dataclasses.replace(clip, audio_bytes=content) for clip in same)
+            if not wanted:
+                break
     for same in wanted.values():
-        yield from (dataclasses.replace(clip, refused="not in the archive") for clip in same)
+        refused.extend(dataclasses.replace(clip, refused="not in the archive") for clip in same)
+    yield from refused
 
 
 # A manifest

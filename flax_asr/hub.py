@@ -56,7 +56,7 @@ def _parquet_clips(files: list[str], split: str, column: str) -> Iterator[clips.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    unique = _Unique(split)
     for file in files:
         try:
             with pq.ParquetFile(file) as table:
@@ -65,15 +65,31 @@ def _parquet_clips(files: list[str], split: str, column: str) -> Iterator[clips.
                 columns = [name for name in table.schema_arrow.names if name in wanted]
                 for batch in table.iter_batches(batch_size=32, columns=columns):
                     for row in batch.to_pylist():
-                        yield _record(row, f"{split}-{number}", column, pathlib.Path(file).parent)
-                        number += 1
+                        yield unique(_record(row, column, pathlib.Path(file).parent))
         except (pa.ArrowException, OSError) as error:
             raise errors.DataError(f"{file}: damaged: {error}") from None
 
 
-def _record(
-    row: Mapping[str, Any], place: str, column: str, folder: pathlib.Path | None
-) -> clips.Clip:
+class _Unique:
+    """Gives a clip its number for a name where it has none, or one that an earlier clip has.
+
+    File names in such corpora often stand in different folders that nobody wrote down.
+    """
+
+    def __init__(self, split: str):
+        self._split = split
+        self._count = 0
+        self._seen: set[str] = set()
+
+    def __call__(self, clip: clips.Clip) -> clips.Clip:
+        if not clip.id or clip.id in self._seen:
+            clip = dataclasses.replace(clip, id=f"{self._split}-{self._count}")
+        self._seen.add(clip.id)
+        self._count += 1
+        return clip
+
+
+def _record(row: Mapping[str, Any], column: str, folder: pathlib.Path | None) -> clips.Clip:
     """A clip from a row whose `audio` is bytes, a path, or the hub's pair of both."""
     audio = row["audio"]
     if not isinstance(audio, Mapping):
@@ -81,7 +97,9 @@ def _record(
         audio = {"bytes": None if is_path else audio, "path": audio if is_path else None}
     content, path = audio["bytes"], audio["path"]
     named = path or row.get("path")
-    id = pathlib.PurePosixPath(named).name if isinstance(named, str) and named else place
+    id = named if isinstance(named, str) else ""
+    if not clips.is_inside(id) or "://" in id:
+        id = pathlib.PurePosixPath(id).name
     if isinstance(content, bytes):
         return clips.from_row(row, id, column, audio_bytes=content)
     if not path:
@@ -136,8 +154,9 @@ def _hub_clips(name: str, split: str, table: Any, column: str) -> Iterator[clips
     import fsspec
 
     try:
-        for number, row in enumerate(table):
-            clip = _record(row, f"{split}-{number}", column, None)
+        unique = _Unique(split)
+        for row in table:
+            clip = unique(_record(row, column, None))
             if clip.audio is not None and "://" in clip.audio:
                 with fsspec.open(clip.audio, "rb") as stream:
                     clip = dataclasses.replace(clip, audio=None, audio_bytes=stream.read())

@@ -132,6 +132,6 @@ def need(name: str, columns: list[str], needed: tuple[str, ...]) -> None:
     if missing:
         raise errors.DataError(
             f"{name}: no column {' and no column '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(str, columns))}. If the transcript stands in another column, name it "
+            f"{', '.join(map(repr, columns))}. If the transcript stands in another column, name it "
             "with data.text_column"
         )

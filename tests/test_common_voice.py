@@ -1,0 +1,422 @@
+"""Every source gives the same clips; every defect of one is named."""
+
+import dataclasses
+import gzip
+import io
+import json
+import os
+import pathlib
+import tarfile
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from flax_asr import archives
+from flax_asr.common_voice import Clip, open_source
+from flax_asr.errors import DataError
+
+RELEASE = "cv-corpus-25.0-2026-03-09"
+COLUMNS = (
+    "client_id path sentence_id sentence sentence_domain up_votes down_votes age gender accents "
+    "variant locale segment"
+)
+
+
+def sound(seed):
+    buffer = io.BytesIO()
+    samples = np.random.default_rng(seed).normal(0, 0.1, 1600)
+    soundfile.write(buffer, samples, 16_000, format="WAV")
+    return buffer.getvalue()
+
+
+SENTENCES = {
+    "train": ["你好", 'a "quote', "NA", "line\u2028separator\x85here"],
+    "dev": ["好"],
+    "test": ["null"],
+}
+
+
+def write_release(root, language="zh-HK"):
+    """Returns the language's folder of a release with four, one and one clips."""
+    folder = root / RELEASE / language
+    (folder / "clips").mkdir(parents=True)
+    for split, sentences in SENTENCES.items():
+        lines = [COLUMNS.replace(" ", "\t")]
+        for i, sentence in enumerate(sentences):
+            name = f"common_voice_{split}_{i}.mp3"
+            (folder / "clips" / name).write_bytes(sound(len(name) + i))
+            facts = f"twenties\tfemale_feminine\t香港\t\t{language}\t"
+            lines.append(f"speaker{i}\t{name}\t0\t{sentence}\t\t2\t0\t{facts}")
+        (folder / f"{split}.tsv").write_bytes(("\n".join(lines) + "\n").encode())
+    (folder / "clip_durations.tsv").write_text("clip\tduration[ms]\n")
+    (folder / "reported.tsv").write_text("sentence_id\tsentence\n")
+    return folder
+
+
+@pytest.fixture
+def release(tmp_path):
+    return write_release(tmp_path)
+
+
+def pack(folder, file, mode="w:gz"):
+    with tarfile.open(file, mode) as archive:
+        archive.add(folder.parent, arcname=folder.parent.name)
+    return file
+
+
+def everything(source):
+    """The clips of all splits by id, each with the bytes of its audio."""
+    found = {}
+    for split in source.splits():
+        for clip in source.read(split):
+            content = clip.audio_bytes
+            if content is None:
+                content = pathlib.Path(clip.audio).read_bytes()
+            found[split, clip.id] = dataclasses.replace(clip, audio=None, audio_bytes=content)
+    return found
+
+
+def read(source, split="train", **options):
+    return list(open_source(str(source), language="zh-HK", **options).read(split))
+
+
+def test_a_release_is_read_with_its_facts(release):
+    source = open_source(str(release), language="zh-HK")
+    assert source.splits() == ("train", "dev", "test")
+    assert source.release == RELEASE
+    clips = list(source.read("train"))
+    assert [clip.sentence for clip in clips] == SENTENCES["train"]
+    assert clips[0] == Clip(
+        id="common_voice_train_0.mp3",
+        sentence="你好",
+        audio=str(release / "clips" / "common_voice_train_0.mp3"),
+        speaker="speaker0",
+        age="twenties",
+        gender="female_feminine",
+        accent="香港",
+    )
+    assert list(source.read("train")) == clips
+
+
+def test_the_folder_above_the_language_will_do(release, tmp_path):
+    expected = everything(open_source(str(release), language="zh-HK"))
+    assert everything(open_source(str(release.parent), language="zh-HK")) == expected
+    assert everything(open_source(str(tmp_path), language="zh-HK")) == expected
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w"])
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_an_archive_gives_what_its_folder_gives(release, tmp_path, mode, format):
+    file = tmp_path / ("release.tar.gz" if mode == "w:gz" else "release.tar")
+    with tarfile.open(file, mode, format=format) as archive:
+        archive.add(release.parent, arcname=release.parent.name)
+    source = open_source(str(file), language="zh-HK")
+    assert source.splits() == ("train", "dev", "test")
+    assert source.release == RELEASE
+    assert everything(source) == everything(open_source(str(release), language="zh-HK"))
+    order = [clip.id for clip in source.read("train")]
+    assert [clip.id for clip in source.read("train")] == order
+
+
+def test_reading_an_archive_writes_nothing_beside_it(release, tmp_path):
+    file = pack(release, tmp_path / "release.tar.gz")
+    before = sorted(tmp_path.rglob("*"))
+    assert len(read(file)) == 4
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_long_names_in_archives_are_read(tmp_path):
+    for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        file = tmp_path / "long.tar"
+        name = "é" * 60 + "/" + "x" * 150 + ".mp3"
+        with tarfile.open(file, "w", format=format) as archive:
+            information = tarfile.TarInfo(name)
+            information.size = 3
+            archive.addfile(information, io.BytesIO(b"abc"))
+        assert [(n, size, b.read()) for n, size, b in archives.members(file)] == [(name, 3, b"abc")]
+
+
+def test_links_and_paths_that_lead_out_of_an_archive_are_passed_over(release, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (release / "clips" / "common_voice_train_0.mp3").unlink()
+    (release / "clips" / "common_voice_train_0.mp3").symlink_to(secret)
+    file = tmp_path / "release.tar.gz"
+    with tarfile.open(file, "w:gz") as archive:
+        hard = tarfile.TarInfo(f"{RELEASE}/zh-HK/clips/common_voice_train_1.mp3")
+        hard.type, hard.linkname, hard.size = tarfile.LNKTYPE, str(secret), 512
+        archive.addfile(hard)
+        outside = tarfile.TarInfo(f"../../{RELEASE}/zh-HK/train.tsv")
+        outside.size = 4
+        archive.addfile(outside, io.BytesIO(b"evil"))
+        (release / "clips" / "common_voice_train_1.mp3").unlink()
+        archive.add(release.parent, arcname=RELEASE)
+    clips = {clip.id: clip for clip in read(file)}
+    assert clips["common_voice_train_0.mp3"].refused == "not in the archive"
+    assert clips["common_voice_train_1.mp3"].refused == "not in the archive"
+    assert clips["common_voice_train_2.mp3"].audio_bytes
+    # Refused ones come last, and carry no audio.
+    assert [bool(clip.refused) for clip in read(file)] == [False, False, True, True]
+
+
+def test_a_damaged_or_foreign_archive_is_refused(release, tmp_path):
+    file = pack(release, tmp_path / "release.tar.gz")
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="download it again"):
+        read(file)
+    file.write_bytes(gzip.compress(gzip.decompress(content)[:-12_000]))
+    with pytest.raises(DataError, match="cut after"):
+        read(file)
+    changed = bytearray(gzip.decompress(content))
+    changed[100:108] = b"\xff" * 8
+    file.write_bytes(gzip.compress(bytes(changed)))
+    with pytest.raises(DataError, match="not a tar archive"):
+        read(file)
+    file.write_bytes(b"<html>please log in</html>" * 50)
+    with pytest.raises(DataError, match="not a tar archive"):
+        read(file)
+    pack(write_release(tmp_path / "other", "yue"), file)
+    with pytest.raises(DataError, match="without 'zh-HK'; it has 'yue'"):
+        read(file)
+
+
+def test_any_cut_of_an_archive_is_an_error_or_complete(release, tmp_path):
+    content = pack(release, tmp_path / "release.tar.gz").read_bytes()
+    file = tmp_path / "cut.tar.gz"
+    for length in np.random.default_rng(0).integers(1, len(content) - 1, size=30):
+        file.write_bytes(content[:length])
+        with pytest.raises(DataError):
+            read(file)
+
+
+def test_an_archive_that_explodes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_FREE_BYTES", 2**20)
+    file = tmp_path / "bomb.tar.gz"
+    with tarfile.open(file, "w:gz") as archive:
+        information = tarfile.TarInfo(f"{RELEASE}/zh-HK/train.tsv")
+        information.size = 2**24
+        archive.addfile(information, io.BytesIO(bytes(2**24)))
+    with pytest.raises(DataError, match="more than 100 times"):
+        read(file)
+    with open(file, "wb") as stream, gzip.open(stream, "wb") as zipped:
+        header = tarfile.TarInfo("x")
+        header.type, header.size = tarfile.XHDTYPE, 2**32
+        zipped.write(header.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(DataError, match="a header of 4294967296 bytes"):
+        read(file)
+
+
+def test_rows_that_lead_out_of_a_release_become_refused_clips(release, tmp_path):
+    paths = ["../../secret.mp3", "/etc/passwd", "", "a/../../b.mp3", "..\\x.mp3", "hash0123"]
+    rows = "".join(f"s\t{path}\t好\n" for path in paths) + "s\ta.mp3\t好\tand\tmore\n"
+    (release / "train.tsv").write_text(f"client_id\tpath\tsentence\n{rows}")
+    for source in (release, pack(release, tmp_path / "release.tar.gz")):
+        clips = {clip.id: clip for clip in read(source)}
+        good = clips.pop("hash0123.mp3")
+        assert not good.refused or good.refused == "not in the archive"
+        assert len(clips) == 6
+        for clip in clips.values():
+            assert clip.refused
+            assert (clip.audio, clip.audio_bytes) == (None, None)
+
+
+def test_columns_of_all_releases_are_found_by_name(release):
+    (release / "train.tsv").write_bytes(
+        "\ufeffsentence\taccent\tpath\tspeaker\r\n好\thk\tabc\tme\r\n".encode()
+    )
+    (clip,) = read(release)
+    assert (clip.sentence, clip.accent, clip.id, clip.speaker) == ("好", "hk", "abc.mp3", "me")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"path\ttext\na\tb\n", r"no column 'sentence'; it has 'path', 'text'.*data.text_column"),
+        (b"", "the file is empty"),
+        (b"path\tsentence\n", "the split 'train' has no clips"),
+        (b"path\tsentence\na\tfine\nb\tcaf\xe9\n", r"train.tsv, line 3: not UTF-8 \(byte 0xe9"),
+        ("path\tsentence\n".encode("utf-16"), "written in UTF-16"),
+        (b"path\tpath\tsentence\n", r"twice: \['path'\]"),
+        (b"path\tsentence\na\t" + b"x" * 2**21, "line 2: longer than 1 MiB"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(release, content, message):
+    (release / "train.tsv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(release)
+
+
+def test_another_text_column_can_be_named(release):
+    (release / "train.tsv").write_bytes(b"path\ttext\na\tb\n")
+    assert [clip.sentence for clip in read(release, text_column="text")] == ["b"]
+
+
+def test_a_missing_split_is_refused_with_those_that_are_there(release):
+    with pytest.raises(DataError, match="no split 'valid'; it has train, dev, test"):
+        open_source(str(release), language="zh-HK").read("valid")
+
+
+def test_what_is_no_source_is_refused_with_what_would_be(release, tmp_path):
+    with pytest.raises(DataError, match=r"nothing is there\. It may be"):
+        read(tmp_path / "absent")
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match="cannot tell what it is"):
+        read(tmp_path / "x.zip")
+    with pytest.raises(DataError, match="without 'yue'; it has 'zh-HK'"):
+        open_source(str(release.parent), language="yue")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match="no Common Voice release"):
+        read(empty)
+    (empty / "train.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="write parquet:"):
+        read(empty)
+    os.rename(release / "clips", release / "elsewhere")
+    with pytest.raises(DataError, match="no folder clips/"):
+        read(release)
+
+
+MANIFESTS = {
+    "csv": 'path,sentence,split,age\na.wav,"say ""hi"", you",train,teens\nb.wav,NA,dev,\n',
+    "tsv": 'path\tsentence\tsplit\tage\na.wav\tsay "hi", you\ttrain\tteens\nb.wav\tNA\tdev\t\n',
+    "jsonl": '{"path": "a.wav", "sentence": "say \\"hi\\", you", "split": "train", '
+    '"age": "teens"}\n'
+    '\n{"path": "b.wav", "sentence": "NA", "split": "dev"}\n',
+}
+
+
+@pytest.mark.parametrize("suffix", MANIFESTS)
+def test_a_manifest_of_any_kind_gives_the_same_clips(tmp_path, suffix):
+    file = tmp_path / f"clips.{suffix}"
+    file.write_text(MANIFESTS[suffix])
+    source = open_source(str(file), language="en")
+    assert source.splits() == ("train", "dev")
+    assert list(source.read("train")) == [
+        Clip("a.wav", 'say "hi", you', audio=str(tmp_path / "a.wav"), age="teens")
+    ]
+    assert [clip.sentence for clip in source.read("dev")] == ["NA"]
+
+
+def test_a_manifest_without_splits_is_train(tmp_path):
+    file = tmp_path / "clips.csv"
+    file.write_text(f"path,sentence\n{tmp_path}/x/a.wav,hi\n")
+    source = open_source(str(file), language="en")
+    assert [clip.audio for clip in source.read("train")] == [f"{tmp_path}/x/a.wav"]
+    with pytest.raises(DataError, match="no split 'dev'; it has train"):
+        source.read("dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "path,text\na,b\n", "no column 'sentence'"),
+        ("a.csv", 'path,sentence\na,"b\n', "line 2: unexpected end of data"),
+        ("a.csv", "path,sentence\n", "a header and no clips"),
+        ("a.jsonl", '{"path": "a", "sentence": "b"}\n{"path"\n', "line 2: not JSON"),
+        ("a.jsonl", "[1]\n", "line 1: a list where an object is due"),
+        ("a.csv", "path,sentence,split\na,b,\n", "line 2: the column split is empty"),
+    ],
+)
+def test_a_wrong_manifest_is_named_with_its_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)
+
+
+def hub_rows(release, split):
+    return [
+        {
+            "client_id": f"speaker{i}",
+            "path": f"common_voice_{split}_{i}.mp3",
+            "audio": {
+                "bytes": (release / "clips" / f"common_voice_{split}_{i}.mp3").read_bytes(),
+                "path": f"common_voice_{split}_{i}.mp3",
+            },
+            "sentence": sentence,
+            "age": "twenties",
+            "gender": "female_feminine",
+            "accent": "香港",
+        }
+        for i, sentence in enumerate(SENTENCES[split])
+    ]
+
+
+@pytest.mark.parametrize("layout", ["{}-00000-of-00001.parquet", "{}/0000.parquet", "{}.parquet"])
+def test_parquet_files_give_what_the_release_gives(release, tmp_path, layout):
+    for split in SENTENCES:
+        file = tmp_path / "parquet" / layout.format(split)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(hub_rows(release, split)), file)
+    source = open_source(f"parquet:{tmp_path}/parquet/**/*.parquet", language="zh-HK")
+    assert source.splits() == ("train", "dev", "test")
+    assert everything(source) == everything(open_source(str(release), language="zh-HK"))
+
+
+def test_audio_in_parquet_may_be_bytes_or_a_path_and_names_stay_unique(tmp_path):
+    rows = [
+        {"audio": {"bytes": b"x", "path": "a.wav"}, "sentence": "1"},
+        {"audio": {"bytes": b"y", "path": "a.wav"}, "sentence": "2"},
+        {"audio": {"bytes": None, "path": "sub/a.wav"}, "sentence": "3"},
+        {"audio": {"bytes": None, "path": "/etc/passwd"}, "sentence": "4"},
+        {"audio": {"bytes": None, "path": None}, "sentence": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "validation.parquet")
+    source = open_source(f"parquet:{tmp_path}/*.parquet", language="en")
+    # Common Voice's name for the split will do.
+    clips = list(source.read("dev"))
+    assert [c.id for c in clips] == ["a.wav", "validation-1", "sub/a.wav", "passwd", "validation-4"]
+    assert [c.audio_bytes for c in clips] == [b"x", b"y", None, None, None]
+    assert [c.audio for c in clips] == [None, None, f"{tmp_path}/sub/a.wav", None, None]
+    assert [bool(c.refused) for c in clips] == [False, False, False, True, True]
+    pq.write_table(pa.table({"audio": [b"z"], "sentence": ["1"]}), tmp_path / "train.parquet")
+    (clip,) = open_source(f"parquet:{tmp_path}/train.parquet", language="en").read("train")
+    assert (clip.id, clip.audio_bytes) == ("train-0", b"z")
+
+
+def test_wrong_parquet_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no file matches"):
+        read(f"parquet:{tmp_path}/*.parquet")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="not a parquet file"):
+        read(f"parquet:{tmp_path}/*.parquet")
+    pq.write_table(pa.table({"audio": [b"z"], "text": ["1"]}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="no column 'sentence'; it has 'audio', 'text'"):
+        read(f"parquet:{tmp_path}/*.parquet")
+
+
+def test_a_local_dataset_of_the_hub_is_read_both_ways(release, tmp_path):
+    # The cast makes what Common Voice's datasets on the hub are: to encode would need torchcodec.
+    splits = datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_list(hub_rows(release, split)).cast_column(
+                "audio", datasets.Audio(sampling_rate=48_000)
+            )
+            for split in ("train", "test")
+        }
+    )
+    splits.save_to_disk(tmp_path / "saved")
+    (tmp_path / "files" / "data").mkdir(parents=True)
+    for split, table in splits.items():
+        table.to_parquet(tmp_path / "files" / "data" / f"{split}-00000-of-00001.parquet")
+    expected = everything(open_source(str(release), language="zh-HK"))
+    expected = {key: clip for key, clip in expected.items() if key[0] != "dev"}
+    for folder in ("saved", "files"):
+        source = open_source(f"hf:{tmp_path}/{folder}", language="zh-HK")
+        assert source.splits() == ("train", "test")
+        assert everything(source) == expected
+
+
+def test_a_dataset_that_cannot_be_opened_is_refused(tmp_path):
+    with pytest.raises(DataError, match="cannot be opened"):
+        read(f"hf:{tmp_path}/nothing/there")
+    datasets.Dataset.from_dict({"audio": [b"x"], "text": ["1"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="no column 'sentence'"):
+        read(f"hf:{tmp_path}/saved")
+    assert json.dumps([c.sentence for c in read(f"hf:{tmp_path}/saved", text_column="text")]) == (
+        '["1"]'
+    )

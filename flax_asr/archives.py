@@ -6,11 +6,11 @@ would keep a record of every member and load a header of any size, so the header
 
 import contextlib
 import gzip
+import io
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from flax_asr import errors
 
@@ -22,13 +22,11 @@ _MOST_MEMBERS = 50_000_000
 _MOST_RATIO = 100
 _FREE_BYTES = 64 * 2**20
 
-Member = tuple[str, int, BinaryIO]
-
 
 class _Counted:
     """A decompressed stream that stops when it grows out of proportion to its file."""
 
-    def __init__(self, stream: BinaryIO, name: str, file_bytes: int):
+    def __init__(self, stream: gzip.GzipFile | io.BufferedReader, name: str, file_bytes: int):
         self._stream = stream
         self._name = name
         self._most = _FREE_BYTES + _MOST_RATIO * file_bytes
@@ -59,19 +57,25 @@ class _Counted:
         return data
 
 
-class _Body:
-    """The content of one member, as a file that can be read once."""
+class Body:
+    """The content of one member, which can be read once.
+
+    Attributes:
+        left: bytes that were not read yet.
+    """
 
     def __init__(self, stream: _Counted, size: int):
         self._stream = stream
         self.left = size
 
     def read(self, size: int = -1) -> bytes:
+        """The next `size` bytes, or fewer at the end; all of them by default."""
         size = self.left if size < 0 else min(size, self.left)
         self.left -= size
         return self._stream.exactly(size)
 
     def skip(self, padding: int) -> None:
+        """Passes over what is left, and the padding behind it."""
         self.left += padding
         while self.left:
             self.read(_PIECE)
@@ -93,7 +97,7 @@ def _pax_path(data: bytes, name: str) -> str | None:
     return path
 
 
-def members(file: str | os.PathLike) -> Iterator[Member]:
+def members(file: str | os.PathLike) -> Iterator[tuple[str, int, Body]]:
     """Name, size and content of each regular file, in the archive's order.
 
     A content must be read before the next member is asked for; what is not read is passed over.
@@ -110,7 +114,7 @@ def members(file: str | os.PathLike) -> Iterator[Member]:
         yield from _walk(_Counted(stream, name, os.fstat(raw.fileno()).st_size), name)
 
 
-def _walk(stream: _Counted, name: str) -> Iterator[Member]:
+def _walk(stream: _Counted, name: str) -> Iterator[tuple[str, int, Body]]:
     long_name = None
     for count in range(_MOST_MEMBERS):
         header = stream.read(_BLOCK)
@@ -125,7 +129,7 @@ def _walk(stream: _Counted, name: str) -> Iterator[Member]:
             raise errors.DataError(f"{name}: is damaged at member {count} (negative size)")
         padding = -info.size % _BLOCK
         # Links carry no content, whatever their header says.
-        body = _Body(stream, 0 if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE) else info.size)
+        body = Body(stream, 0 if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE) else info.size)
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
             if info.size > _MOST_HEADER_BYTES:
                 raise errors.DataError(f"{name}: a header of {info.size} bytes at member {count}")

@@ -31,7 +31,7 @@ REASONS = (
 )
 # About three steps of 16 bits.
 SILENT_PEAK = 1e-4
-LONGEST_SECONDS = 12 * 3600
+LONGEST_SECONDS = 12 * 3600.0
 
 _RATES_HZ = range(1000, 768_001)
 _CHANNELS = range(1, 33)
@@ -45,7 +45,7 @@ _CANCELLED = 0.01
 
 
 def decode(
-    source: str | os.PathLike | bytes | None, *, max_seconds: float | None = None
+    source: str | os.PathLike | bytes | None, *, max_seconds: float | int | None = None
 ) -> Float32[np.ndarray, " samples"]:
     """Decodes, mixes down to one channel and resamples to 16 kHz.
 
@@ -61,14 +61,15 @@ def decode(
         errors.AudioError: its `reason` is one of `REASONS`. A cut file is noticed where its
             header tells what it should hold (MP3, FLAC, WAV), in Ogg it is not.
     """
+    longest = LONGEST_SECONDS if max_seconds is None else float(max_seconds)
     if isinstance(source, bytes):
         if not source:
             raise errors.AudioError("empty", "no bytes")
-        return _decode(io.BytesIO(source), max_seconds)
+        return _decode(io.BytesIO(source), longest)
     if source is None:
         raise errors.AudioError("missing", "the corpus gives no audio for this clip")
     with _open(source) as file:
-        return _decode(file, max_seconds)
+        return _decode(file, longest)
 
 
 def _open(path: str | os.PathLike) -> io.BufferedReader:
@@ -85,9 +86,8 @@ def _open(path: str | os.PathLike) -> io.BufferedReader:
 
 
 def _decode(
-    file: io.BytesIO | io.BufferedReader, max_seconds: float | None
+    file: io.BytesIO | io.BufferedReader, longest: float
 ) -> Float32[np.ndarray, " samples"]:
-    longest = LONGEST_SECONDS if max_seconds is None else max_seconds
     try:
         # A descriptor is read without Python, and keeps the file's name out of the decision.
         with soundfile.SoundFile(

@@ -1,0 +1,345 @@
+"""The model card: README.md of a run, in the form that the Hugging Face Trainer gave its cards."""
+
+import html
+import importlib.metadata
+import math
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax_asr
+from flax_asr import checkpoint, config, curves, runlog, text
+
+COLUMNS = {
+    "eval_loss": "Validation Loss",
+    "eval_wer": "Wer",
+    "eval_cer": "Cer",
+}
+"""Of the table of results, after the training loss, the epoch and the step."""
+
+PACKAGES = {
+    "JAX": "jax",
+    "Flax": "flax",
+    "Optax": "optax",
+    "Orbax": "orbax-checkpoint",
+    "Transformers": "transformers",
+    "Datasets": "datasets",
+    "NumPy": "numpy",
+}
+_TASK = ("automatic-speech-recognition", "Automatic Speech Recognition")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+_UNSPACED_REASON = (
+    "The character error rate (CER) is the figure to look at: the language is written without"
+    " spaces, so a sentence is one \u201cword\u201d, and the word error rate (WER) only says how many"
+    " sentences have an error somewhere."
+)
+
+
+def write(run: Path, saved: checkpoint.SavedModel) -> Path:
+    """Writes RUN/README.md for the checkpoint that is exported; returns its path."""
+    content = render(run.name, saved, runlog.read(run), has_curves=(run / curves.FILE).is_file())
+    unfinished = run / ".README.md.unfinished"
+    unfinished.write_text(content, encoding="utf-8")
+    return unfinished.replace(run / "README.md")
+
+
+def render(
+    name: str,
+    saved: checkpoint.SavedModel,
+    history: Sequence[Mapping[str, Any]],
+    *,
+    has_curves: bool,
+) -> str:
+    """The card as text.
+
+    Args:
+        name: of the model.
+        saved: the checkpoint that is described.
+        history: the events of log.jsonl.
+        has_curves: whether the picture lies beside the card.
+    """
+    cfg = checkpoint.meta_config(saved.meta)
+    scores = _scores(saved, history)
+    sections = [
+        _metadata(name, saved, cfg, scores),
+        f"# {escape(name)}",
+        _introduction(saved, cfg, scores),
+        _section("Model description", _description(saved)),
+        _section(
+            "Intended uses & limitations",
+            "Transcribes recordings of one speaker, 16 kHz. The folder `export` is read by"
+            ' `transformers` (`pipeline("automatic-speech-recognition", model=...)`).',
+        ),
+        _section("Training and evaluation data", _data(saved, cfg)),
+        "## Training procedure",
+        _section("Training hyperparameters", _hyperparameters(saved.meta, cfg), level=3),
+        _section("Training results", table(history), level=3),
+        *([f"![Losses and error rates over the steps]({curves.FILE})"] if has_curves else []),
+        _section("Framework versions", _bullets(versions()), level=3),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def table(history: Sequence[Mapping[str, Any]]) -> str:
+    """The evaluations of a run, one a line, beside the training loss logged last before each.
+
+    Source: transformers' `modelcard.parse_log_history` and `make_markdown_table`.
+    """
+    names = [name for name in COLUMNS if any(name in event for event in history)]
+    lines = [["Training Loss", "Epoch", "Step", *(COLUMNS[name] for name in names)]]
+    training_loss = "No log"
+    for event in history:
+        if "loss" in event:
+            training_loss = _number(event["loss"])
+        if "eval_loss" in event:
+            values = [_number(event[name]) if name in event else "" for name in names]
+            epoch = _number(round(float(event["epoch"]), 2))
+            lines.append([training_loss, epoch, str(event["step"]), *values])
+    if len(lines) == 1:
+        return "The run was not evaluated during training."
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join(f":{'-' * width}:" for width in widths) + "|"
+    return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def scoring_rule(normalization: Any, spaced: bool, padded: bool = False) -> str:
+    """How a score came about, in one line: two scores with the same line can be compared."""
+    steps = ", ".join(
+        step if isinstance(step, str) else ": ".join(map(str, next(iter(step.items()))))
+        for step in normalization
+    )
+    return "; ".join(
+        [
+            "greedy, " + ("padded frames too" if padded else "real frames only"),
+            "CER over code points, spaces " + ("counted" if spaced or padded else "not counted"),
+            f"normalisation: {steps or 'none'}",
+        ]
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of everything that has a say in the numbers, as it is installed."""
+    found = {"flax_asr": flax_asr.__version__, "Python": platform.python_version()}
+    for name, package in PACKAGES.items():
+        found[name] = importlib.metadata.version(package)
+    return found
+
+
+def escape(value: Any) -> str:
+    """Text from data, harmless inside of Markdown: no markup, no HTML, one line."""
+    one_line = " ".join(str(value).split())
+    return _MARKDOWN.sub(r"\\\1", html.escape(one_line, quote=False))
+
+
+def _number(value: float) -> str:
+    """At most four decimals; what has fewer is left as it is.
+
+    Source: transformers' `modelcard._maybe_round`.
+    """
+    written = str(value)
+    if isinstance(value, float) and len(written.partition(".")[2]) > 4:
+        return f"{value:.4f}"
+    return written
+
+
+def _section(title: str, content: str, level: int = 2) -> str:
+    return f"{'#' * level} {title}\n\n{content}"
+
+
+def _bullets(items: Mapping[str, Any], separator: str = " ") -> str:
+    return "\n".join(f"- {name}{separator}{value}" for name, value in items.items())
+
+
+def _scores(
+    saved: checkpoint.SavedModel, history: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Figures of the described checkpoint by `eval` and `test`, as far as they were taken."""
+    tests = [
+        event
+        for event in history
+        if "test_loss" in event and ("best_step" not in event or event["best_step"] == saved.step)
+    ]
+    sources = {"eval": saved.metrics, "test": tests[-1] if tests else {}}
+    return {
+        which: {
+            name: float(figures[f"{which}_{name}"])
+            for name in ("loss", "wer", "cer")
+            if f"{which}_{name}" in figures
+        }
+        for which, figures in sources.items()
+        if f"{which}_loss" in figures
+    }
+
+
+def _spaced(cfg: config.Config) -> bool:
+    return not text.writes_without_spaces(cfg.data.language)
+
+
+def _split_names(cfg: config.Config, which: str) -> str:
+    named = {
+        "train": cfg.data.train_splits,
+        "eval": cfg.data.eval_splits,
+        "test": cfg.data.test_splits,
+    }
+    return "+".join(named[which])
+
+
+def _metadata(
+    name: str,
+    saved: checkpoint.SavedModel,
+    cfg: config.Config,
+    scores: Mapping[str, Mapping[str, float]],
+) -> str:
+    """The YAML block, written by huggingface_hub."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    splits = saved.meta.facts["splits"]
+    metrics = ["wer", "cer"] if _spaced(cfg) else ["cer", "wer"]
+    results = [
+        EvalResult(
+            task_type=_TASK[0],
+            task_name=_TASK[1],
+            dataset_type="common_voice",
+            dataset_name=" ".join(f"{splits[which]['release']} {cfg.data.language}".split()),
+            dataset_config=cfg.data.language,
+            dataset_split=_split_names(cfg, which),
+            dataset_args={"sha256": splits[which]["hash"], "clips": splits[which]["clips"]},
+            metric_type=metric,
+            metric_name=f"{'Test' if which == 'test' else 'Validation'} {metric.upper()}",
+            metric_value=round(figures[metric], 4),
+        )
+        for which, figures in reversed(scores.items())
+        for metric in metrics
+        if metric in figures and math.isfinite(figures[metric])
+    ]
+    base = saved.meta.facts["started_from"]
+    is_hub = base is not None and _HUB_ID.fullmatch(base) and not Path(base).exists()
+    metadata = ModelCardData(
+        language=[cfg.data.language],
+        # That of Facebook's wav2vec 2.0 weights; of others' nothing is known here.
+        license="apache-2.0" if is_hub and base.startswith("facebook/wav2vec2-") else None,
+        library_name="transformers",
+        pipeline_tag=_TASK[0],
+        base_model=base if is_hub else None,
+        tags=[_TASK[0], "common_voice", "generated_from_trainer", "wav2vec2", "jax"],
+        datasets=["common_voice"],
+        metrics=metrics,
+        model_name=name,
+        # Without a result huggingface_hub refuses model_name's companion.
+        eval_results=results or None,
+    )
+    return f"---\n{metadata.to_yaml()}\n---"
+
+
+def _introduction(
+    saved: checkpoint.SavedModel,
+    cfg: config.Config,
+    scores: Mapping[str, Mapping[str, float]],
+) -> str:
+    base = saved.meta.facts["started_from"]
+    if base is None:
+        origin = "was trained from random weights"
+    elif _HUB_ID.fullmatch(base) and not Path(base).exists():
+        origin = f"is a fine-tuned version of [{base}](https://huggingface.co/{base})"
+    else:
+        # Only the folder's name: the path is nobody's business.
+        origin = f"is a fine-tuned version of the local model {escape(Path(base).name)}"
+    release = saved.meta.facts["splits"]["train"]["release"]
+    dataset = escape(f"COMMON_VOICE - {cfg.data.language.upper()}")
+    lines = [f"This model {origin} on the {dataset} dataset ({escape(release)})."]
+    for which, title in (("eval", "evaluation"), ("test", "test")):
+        if which in scores:
+            lines.append(f"It achieves the following results on the {title} set:")
+            order = ["loss", "wer", "cer"] if _spaced(cfg) else ["cer", "loss", "wer"]
+            lines += [
+                f"- {name.capitalize()}: {scores[which][name]:.4f}"
+                for name in order
+                if name in scores[which]
+            ]
+            lines.append("")
+    if set(cfg.data.eval_splits) & set(cfg.data.test_splits):
+        lines.append(
+            "**The test score is too good**: the same split chose the checkpoint"
+            f" ({escape(_split_names(cfg, 'eval'))}) and was scored with it."
+        )
+    elif "eval" in scores:
+        lines.append("The evaluation set chose the checkpoint.")
+    if not _spaced(cfg):
+        lines.append(_UNSPACED_REASON)
+    rule = scoring_rule(saved.normalization, _spaced(cfg))
+    lines.append(f"Scored: {escape(rule)}.")
+    return "\n".join(lines)
+
+
+def _description(saved: checkpoint.SavedModel) -> str:
+    shape = saved.model_config
+    facts = saved.meta.facts
+    base = facts["started_from"]
+    if base is None:
+        weights = "random"
+    else:
+        weights = escape(base if _HUB_ID.fullmatch(base) else Path(base).name)
+    history = {
+        "Architecture": f"wav2vec 2.0 with a CTC head, {shape.num_hidden_layers} layers of"
+        f" {shape.hidden_size}, {saved.vocabulary.size} symbols",
+        "Started from": weights
+        + (f" at {escape(facts['revision'])}" if facts["revision"] else "")
+        + f"; head: {escape(facts['head'])}",
+        "This checkpoint": f"after {saved.step} updates",
+    }
+    return _bullets(history, ": ")
+
+
+def _data(saved: checkpoint.SavedModel, cfg: config.Config) -> str:
+    lines = ["| Set | Splits | Release | Clips | Hours | sha256 |", "|---|---|---|---:|---:|---|"]
+    for which, split in saved.meta.facts["splits"].items():
+        cells = [
+            which,
+            escape(_split_names(cfg, which)),
+            escape(split["release"]),
+            split["clips"],
+            f"{split['seconds'] / 3600:.2f}",
+            f"`{split['hash'][:16]}`",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _hyperparameters(meta: checkpoint.Meta, cfg: config.Config) -> str:
+    """In the words of the Trainer's cards."""
+    train, optim = cfg.train, cfg.optim
+    devices = max(1, meta.group_rows // train.per_device_train_batch_size)
+    accumulation = train.global_batch_size // meta.group_rows
+    found: dict[str, Any] = {
+        "learning_rate": optim.learning_rate,
+        "train_batch_size": train.per_device_train_batch_size,
+        "eval_batch_size": train.per_device_eval_batch_size,
+        "seed": cfg.seed,
+    }
+    if devices > 1:
+        found |= {"distributed_type": "multi-device", "num_devices": devices}
+    if accumulation > 1:
+        found["gradient_accumulation_steps"] = accumulation
+    found["total_train_batch_size"] = train.global_batch_size
+    betas = f"({optim.adam_beta1},{optim.adam_beta2})"
+    found["optimizer"] = f"Adam with betas={betas} and epsilon={optim.adam_epsilon}"
+    if optim.weight_decay:
+        found["weight_decay"] = optim.weight_decay
+    found |= {
+        "lr_scheduler_type": optim.lr_scheduler_type,
+        "lr_scheduler_warmup_steps": optim.warmup_steps,
+    }
+    if train.max_steps is not None:
+        found["training_steps"] = train.max_steps
+    else:
+        found["num_epochs"] = float(train.num_train_epochs)
+    if train.mixed_precision != "fp32":
+        found["mixed_precision_training"] = train.mixed_precision
+    return "The following hyperparameters were used during training:\n" + _bullets(found, ": ")

@@ -1,0 +1,436 @@
+"""One pass over examples -> loss, WER and CER, with their uncertainty.
+
+Of a clip only five numbers are kept; what was said and what was heard goes straight to a file.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from flax_asr import (
+    alignment,
+    card,
+    config,
+    errors,
+    experiment,
+    loading,
+    metrics,
+    parallel,
+    progress,
+    step,
+    text,
+    vocabulary,
+)
+from flax_asr.data import buckets, examples, loader, prepare
+from flax_asr.models import wav2vec2
+
+Forward = Callable[[loader.Batch], Sequence[np.ndarray]]
+"""This host's rows of a group -> of the whole group: loss [rows], most likely symbol of each frame
+[rows frames], real frames [rows]."""
+
+FACTS = ("gender", "age", "accent")
+"""What Common Voice may know about a speaker, and scores are told apart by."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Errors for each unit, with the bounds of its 95 % interval over clips."""
+
+    counts: metrics.ErrorCounts
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        return self.counts.rate
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """The clips of which a fact has this value."""
+
+    fact: str
+    value: str
+    clips: int
+    cer: float
+    wer: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model does on a set of clips.
+
+    Attributes:
+        loss: mean over the clips that have an alignment, in the unit that training minimises.
+        wer, cer: of all clips together.
+        clips: how many were scored.
+        infeasible: how many of them have no alignment, and so an infinite loss.
+        blank_fraction: share of the real frames where nothing is written.
+        groups: the same by gender, age and accent, where that is known.
+        spaced: whether the language separates words, so that spaces count and WER has a meaning.
+    """
+
+    loss: float
+    wer: Rate
+    cer: Rate
+    clips: int
+    infeasible: int
+    blank_fraction: float
+    groups: tuple[GroupScores, ...]
+    spaced: bool
+
+    def as_metrics(self, prefix: str) -> dict[str, float]:
+        """The figures as the log spells them: `PREFIX_loss`, `PREFIX_wer`, `PREFIX_cer`, ..."""
+        figures = {
+            "loss": self.loss,
+            "wer": self.wer.value,
+            "cer": self.cer.value,
+            "clips": self.clips,
+            "cer_low": self.cer.low,
+            "cer_high": self.cer.high,
+            "wer_low": self.wer.low,
+            "wer_high": self.wer.high,
+            "infeasible_clips": self.infeasible,
+            "blank_fraction": round(self.blank_fraction, 4),
+        }
+        return {f"{prefix}_{name}": value for name, value in figures.items()}
+
+    def describe(self, name: str) -> str:
+        """One line for people."""
+        parts = [
+            f"{name} CER {self.cer.value:.4f} (95 %: {self.cer.low:.4f} to {self.cer.high:.4f})",
+            f"WER {self.wer.value:.4f}" + ("" if self.spaced else " (says little: no spaces)"),
+            f"loss {self.loss:.4f}",
+            f"{self.clips} clips",
+            f"{self.blank_fraction:.0%} blank",
+        ]
+        if self.infeasible:
+            parts.append(f"{self.infeasible} clips without an alignment are not in the loss")
+        return ", ".join(parts)
+
+    def table(self) -> str:
+        """Groups of speakers, one a line; "" where nothing is known about them."""
+        return "\n".join(
+            f"  {g.fact:<7} {g.value[:40]:<40} {g.clips:>6} clips  CER {g.cer:.4f}  WER {g.wer:.4f}"
+            for g in self.groups
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Counts:
+    """Of each row; written by row, so that no row can count twice."""
+
+    losses: Float[np.ndarray, " rows"]
+    characters: Int[np.ndarray, "rows 2"]
+    words: Int[np.ndarray, "rows 2"]
+    frames: Int[np.ndarray, "rows 2"]
+
+    @classmethod
+    def empty(cls, rows: int) -> "_Counts":
+        return cls(
+            np.full(rows, np.nan),
+            *(np.full((rows, 2), -1, np.int32) for _ in range(3)),
+        )
+
+
+def score(
+    forward: Forward,
+    data: examples.Examples,
+    plan: "buckets.EvalPlan | InOrder",
+    writes: vocabulary.Vocabulary,
+    *,
+    language: str,
+    seed: int,
+    tokens: Sequence[int] | None = None,
+    predictions: Path | None = None,
+    speakers: bool = False,
+    padded: bool = False,
+) -> Scores:
+    """Scores every example once.
+
+    Args:
+        forward: runs the model on a batch.
+        data: what is scored.
+        plan: its batches.
+        writes: the vocabulary of the model's head.
+        language: tells whether words are separated by spaces; else spaces count for nothing.
+        seed: of the bootstrap.
+        tokens: label width of each shape of the plan; by default what these examples need.
+        predictions: where reference and hypothesis of each clip go, one JSON object a line; host 0
+            writes it, whole or not at all.
+        speakers: name the speaker there too. Common Voice asks not to spread what tells them apart.
+        padded: score as the scripts of 2022 did: the frames up to the longest clip of the batch
+            are read for every clip, and spaces always count.
+    """
+    spaced = not text.writes_without_spaces(language)
+    counts = _Counts.empty(len(data))
+    host, hosts = jax.process_index(), jax.process_count()
+    with (
+        loader.evaluation(data, plan, host, hosts, tokens=tokens) as batches,
+        progress.Progress(len(data), "scoring", "clips") as bar,
+        _lines(predictions if host == 0 else None) as lines,
+    ):
+        for batch, group in batches:
+            losses, ids, frame_lengths = forward(batch)
+            real = group.rows >= 0
+            longest = int(frame_lengths[real].max())
+            for place in np.flatnonzero(real):
+                row = int(group.rows[place])
+                frames = ids[place, : frame_lengths[place]]
+                heard = ids[place, :longest] if padded else frames
+                hypothesis = writes.decode(alignment.greedy_collapse(heard, writes.blank))
+                reference = data.references[row]
+                characters = metrics.character_errors(reference, hypothesis, spaced or padded)
+                words = metrics.word_errors(reference, hypothesis)
+                counts.losses[row] = losses[place]
+                counts.characters[row] = characters.errors, characters.units
+                counts.words[row] = words.errors, words.units
+                counts.frames[row] = (frames == writes.blank).sum(), len(frames)
+                if lines is not None:
+                    line = {
+                        "id": data.ids[row],
+                        "reference": reference,
+                        "hypothesis": hypothesis,
+                        "errors": characters.errors,
+                        "units": characters.units,
+                    }
+                    line |= {"speaker": data.facts(row)["speaker"]} if speakers else {}
+                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+            bar.advance(int(real.sum()))
+    return _summary(counts, data, spaced, seed)
+
+
+@contextlib.contextmanager
+def _lines(path: Path | None) -> Iterator[TextIO | None]:
+    """A text file that appears under its name when it is complete."""
+    if path is None:
+        yield None
+        return
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A transcript may hold half a surrogate pair: written as it came.
+        file = open(unfinished, "w", encoding="utf-8", errors="surrogatepass")
+    except OSError as error:
+        raise errors.DataError(f"{path} cannot be written: {error.strerror}.") from error
+    with file:
+        yield file
+    unfinished.replace(path)
+
+
+def _summary(counts: _Counts, data: examples.Examples, spaced: bool, seed: int) -> Scores:
+    aligned = ~np.isposinf(counts.losses)
+    return Scores(
+        loss=float(counts.losses[aligned].mean()) if aligned.any() else float("inf"),
+        wer=_rate(counts.words, seed),
+        cer=_rate(counts.characters, seed),
+        clips=len(data),
+        infeasible=int((~aligned).sum()),
+        blank_fraction=_pooled(counts.frames).rate,
+        groups=tuple(_groups(counts, data)),
+        spaced=spaced,
+    )
+
+
+def _pooled(pairs: Int[np.ndarray, "rows 2"]) -> metrics.ErrorCounts:
+    wrong, units = pairs.sum(axis=0, dtype=np.int64)
+    return metrics.ErrorCounts(int(wrong), int(units))
+
+
+def _rate(pairs: Int[np.ndarray, "rows 2"], seed: int) -> Rate:
+    return Rate(_pooled(pairs), *metrics.bootstrap_interval(pairs[:, 0], pairs[:, 1], seed))
+
+
+def _groups(counts: _Counts, data: examples.Examples) -> Iterator[GroupScores]:
+    """Facts that are known of some clip; the largest groups first, unknown ones as such."""
+    rows_of: dict[str, dict[str, list[int]]] = {fact: {} for fact in FACTS}
+    for row in range(len(data)):
+        known = data.facts(row)
+        for fact in FACTS:
+            rows_of[fact].setdefault(known[fact], []).append(row)
+    for fact, groups in rows_of.items():
+        if groups.keys() == {""}:
+            continue
+        for value, rows in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+            yield GroupScores(
+                fact,
+                value or "unknown",
+                len(rows),
+                _pooled(counts.characters[rows]).rate,
+                _pooled(counts.words[rows]).rate,
+            )
+
+
+class InOrder:
+    """Every row once, in the order of the corpus: short and long clips share a batch.
+
+    The scripts of 2022 evaluated so; `score(padded=True)` needs it to say what they said.
+    """
+
+    def __init__(
+        self, samples: Int[np.ndarray, " rows"], shapes: Sequence[int], group_rows: int
+    ) -> None:
+        self.shapes = tuple(shapes)
+        self.group_rows = group_rows
+        self._row_shapes = buckets.row_shapes(samples, shapes)
+
+    def __iter__(self) -> Iterator[buckets.Group]:
+        for start in range(0, len(self._row_shapes), self.group_rows):
+            end = min(start + self.group_rows, len(self._row_shapes))
+            rows = np.full(self.group_rows, -1, np.int32)
+            rows[: end - start] = np.arange(start, end)
+            yield buckets.Group(int(self._row_shapes[start:end].max()), rows)
+
+
+def compiled(
+    loaded: loading.LoadedModel,
+    cfg: config.Config,
+    shapes: experiment.Shapes,
+    devices: parallel.Devices,
+) -> Forward:
+    """The model on the devices, compiled for these shapes."""
+    per_device = cfg.train.per_device_eval_batch_size
+    flat, _ = step.split(loaded.params, lambda path: True)
+    params = devices.replicate(flat)
+    function = parallel.evaluate(loaded.objective(cfg.train.mixed_precision), devices)
+    jobs = {
+        ("evaluate", samples): (
+            function,
+            (devices.replicated_shapes(params), devices.batch_shapes(per_device, samples, tokens)),
+        )
+        for samples, tokens in reversed(list(shapes))
+    }
+    with progress.Progress(len(jobs), "compiling", "programs") as bar:
+        programs = parallel.compile_all(jobs, lambda key, seconds: bar.advance(1))
+    return parallel.forward(programs, params, devices, per_device)
+
+
+def command(
+    model: str,
+    overrides: Sequence[str],
+    json_file: str | None,
+    legacy: bool = False,
+    predictions: str | None = None,
+) -> None:
+    """`flax-asr evaluate`: scores the test splits of the model's configuration.
+
+    Args:
+        model: what `loading.load` takes.
+        overrides: options of the configuration.
+        json_file: one object a split, one a line; "-" is standard output.
+        legacy: also score as the scripts of 2022 did.
+        predictions: the folder of `predictions-SPLIT.jsonl`; by default the run's, or the present
+            one.
+    """
+    loaded = loading.load(model)
+    cfg = _resolved(loaded, overrides)
+    normalize = text.normalizer(cfg.text.normalization or cfg.data.language)
+    splits = prepare.prepare(cfg)
+    sets = {
+        name: examples.build(
+            [splits[name]],
+            normalize=normalize,
+            vocabulary=loaded.vocabulary,
+            frame_lengths=functools.partial(wav2vec2.frame_lengths, loaded.config),
+            max_clips=cfg.data.max_eval_clips,
+            seed=cfg.seed,
+        )
+        for name in cfg.data.test_splits
+    }
+    devices = parallel.Devices()
+    shapes = experiment.shapes(cfg, loaded.config, list(sets.values()))
+    forward = compiled(loaded, cfg, shapes, devices)
+    folder = Path(predictions) if predictions is not None else loaded.run or Path()
+    rows = devices.count * cfg.train.per_device_eval_batch_size
+    people = sys.stderr if json_file == "-" else sys.stdout
+    with _results(json_file) as results:
+        for name, data in sets.items():
+            scored = functools.partial(
+                score,
+                forward,
+                data,
+                writes=loaded.vocabulary,
+                language=cfg.data.language,
+                seed=cfg.seed,
+                tokens=shapes.tokens,
+            )
+            written = folder / f"predictions-{name}.jsonl"
+            scores = scored(
+                plan=buckets.EvalPlan(data.samples, shapes.samples, rows), predictions=written
+            )
+            rule = card.scoring_rule(normalize.spec, scores.spaced)
+            print(scores.describe(name), scores.table(), sep="\n", file=people)
+            print(
+                f"  {data.release}, {data.hash[:16]}; {rule}\n  {_caveats(loaded, data)}{written}",
+                file=people,
+            )
+            line = {"split": name, **scores.as_metrics("eval"), **_provenance(data), "rule": rule}
+            # `clips` is the name in the contract.
+            line["clips"] = line.pop("eval_clips")
+            line["groups"] = [dataclasses.asdict(group) for group in scores.groups]
+            if legacy:
+                old = scored(plan=InOrder(data.samples, shapes.samples, rows), padded=True)
+                line |= {"legacy_wer": old.wer.value, "legacy_cer": old.cer.value}
+                print(
+                    f"  as the scripts of 2022 scored, padded in batches of {rows}: CER"
+                    f" {old.cer.value:.4f}, WER {old.wer.value:.4f}",
+                    file=people,
+                )
+            if results is not None:
+                results.write(json.dumps(line, ensure_ascii=False) + "\n")
+                results.flush()
+
+
+def _resolved(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.Config:
+    """The configuration with the splits that are scored, and no others."""
+    cfg = loading.configure(loaded, overrides)
+    if cfg.data.language is None:
+        raise errors.ConfigError(
+            f"{loaded.name} does not say which language it writes: give --data.language CODE,"
+            " for example zh-HK. It decides how transcripts are normalised and scored."
+        )
+    cfg.require("data.source")
+    if not cfg.data.test_splits:
+        raise errors.ConfigError("no split is named: give --data.test_splits NAME.")
+    data = dataclasses.replace(cfg.data, train_splits=(), eval_splits=())
+    return dataclasses.replace(cfg, data=data)
+
+
+def _provenance(data: examples.Examples) -> dict[str, Any]:
+    return {
+        "release": data.release,
+        "hash": data.hash,
+        "seconds": round(data.seconds, 2),
+        "left_out": data.left_out_summary(),
+    }
+
+
+def _caveats(loaded: loading.LoadedModel, data: examples.Examples) -> str:
+    """What a reader must know beside the numbers, each a line of its own."""
+    found = []
+    if data.left_out:
+        found.append(f"left out: {data.left_out_summary()}")
+    if not loaded.ignores_padding:
+        found.append("this model hears padding: its scores depend a little on the batches")
+    return "".join(f"{line}\n  " for line in found)
+
+
+@contextlib.contextmanager
+def _results(json_file: str | None) -> Iterator[TextIO | None]:
+    if json_file is None:
+        yield None
+    elif json_file == "-":
+        yield sys.stdout
+    else:
+        with _lines(Path(json_file)) as file:
+            yield file

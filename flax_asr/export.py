@@ -1,0 +1,255 @@
+"""A checkpoint -> a folder that PyTorch and transformers read, verified before it is kept."""
+
+import importlib.util
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, PyTree
+from transformers import Wav2Vec2Config
+
+from flax_asr import audio, card, checkpoint, config, errors, loading, vocabulary
+from flax_asr.models import convert, wav2vec2, weights
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4
+"""Of logits in PyTorch, absolute; relative to the largest logit where that is above 1."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared before the folder was kept.
+
+    Attributes:
+        tensors: how many came back from the file bit for bit.
+        logits: the largest difference to PyTorch's logits; None where torch is not installed.
+    """
+
+    tensors: int
+    logits: float | None
+
+    def __str__(self) -> str:
+        read = f"{self.tensors} tensors read back bit for bit"
+        if self.logits is None:
+            return f"{read}; torch is not installed, so logits were not compared"
+        return f"{read}; logits in PyTorch differ by at most {self.logits:.1e}"
+
+
+def command(run: str, out: str, step: int | None = None) -> None:
+    """`flax-asr export`: the best checkpoint of a run, or the one of a step, as a folder.
+
+    Raises:
+        CheckpointError: there is no such run or step.
+        ModelError: the folder holds something else, or does not pass its verification.
+    """
+    folder = Path(run)
+    if not checkpoint.is_run(folder):
+        raise errors.CheckpointError(
+            f"{run} is not a run folder with checkpoints: give the output_dir of `flax-asr train`."
+        )
+    target = Path(out)
+    foreign = target.exists() and not (target / loading.FACTS).is_file()
+    if foreign and (target.is_file() or any(target.iterdir())):
+        raise errors.ModelError(f"{out} holds something else: name a new folder.")
+    saved = checkpoint.load_model(folder, step)
+    done = write_folder(target, saved, checkpoint.meta_config(saved.meta), saved.meta.facts)
+    print(f"step {saved.step} of {run} is in {out}: {done}")
+
+
+def write_folder(
+    folder: Path, saved: checkpoint.SavedModel, run: config.Config, facts: Mapping[str, Any]
+) -> Verification:
+    """Writes the folder beside its place, verifies it there, and puts it in its place.
+
+    Raises:
+        ModelError: it cannot be written, or does not say what the checkpoint says.
+    """
+    folder = folder.absolute()
+    model_config = _config(saved)
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    try:
+        unfinished.mkdir(parents=True)
+        model_config.to_json_file(unfinished / "config.json", use_diff=False)
+        weights.write(unfinished, convert.torch_from_params(saved.params, model_config))
+        saved.vocabulary.write(unfinished)
+        _write_json(unfinished / "preprocessor_config.json", _preprocessor(saved.meta))
+        _write_json(unfinished / loading.FACTS, _facts(saved, run, facts))
+        done = _verify(unfinished, saved, model_config)
+        _replace(unfinished, folder)
+    except OSError as error:
+        raise errors.ModelError(f"{folder} cannot be written: {error}.") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    logger.info("%s: %s", folder, done)
+    return done
+
+
+def _config(saved: checkpoint.SavedModel) -> Wav2Vec2Config:
+    found = saved.vocabulary
+    return Wav2Vec2Config(
+        **saved.model_config.to_dict()
+        | {
+            "architectures": ["Wav2Vec2ForCTC"],
+            "vocab_size": found.size,
+            "pad_token_id": found.blank,
+            "bos_token_id": found.bos,
+            "eos_token_id": found.eos,
+            "dtype": "float32",
+        }
+    )
+
+
+def _preprocessor(meta: checkpoint.Meta) -> dict[str, Any]:
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": audio.SAMPLE_RATE_HZ,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "do_normalize": meta.do_normalize,
+        "return_attention_mask": meta.use_attention_mask,
+    }
+
+
+def _facts(
+    saved: checkpoint.SavedModel, run: config.Config, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        **facts,
+        "language": run.data.language,
+        "normalization": saved.normalization,
+        "step": saved.step,
+        "metrics": saved.metrics,
+        "versions": card.versions(),
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace(unfinished: Path, folder: Path) -> None:
+    """Two renames: a kill between them leaves the new folder or both, never half of one."""
+    old = unfinished.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _verify(
+    folder: Path, saved: checkpoint.SavedModel, model_config: Wav2Vec2Config
+) -> Verification:
+    """Reads everything back.
+
+    Raises:
+        ModelError: names what differs.
+    """
+    reread_config = Wav2Vec2Config.from_json_file(folder / "config.json")
+    if reread_config.to_dict() != model_config.to_dict():
+        raise _different("config.json")
+    if vocabulary.Vocabulary.from_folder(folder) != saved.vocabulary:
+        raise _different("the vocabulary")
+    tensors = weights.read(folder)
+    reread = flax.traverse_util.flatten_dict(
+        convert.params_from_torch(tensors, reread_config, head=True), sep="/"
+    )
+    ours = flax.traverse_util.flatten_dict(saved.params, sep="/")
+    if not any(name.endswith("masked_spec_embed") for name in tensors):
+        # Without masks in training torch's class has no such vector.
+        del reread[_MASK], ours[_MASK]
+    for name in sorted(ours.keys() | reread.keys()):
+        if name not in ours or name not in reread or not _equal(ours[name], reread[name]):
+            raise _different(f"the parameter {name}")
+    return Verification(
+        tensors=len(tensors), logits=_compare_logits(folder, saved.params, reread_config)
+    )
+
+
+_MASK = "wav2vec2/masked_spec_embed"
+
+
+def _equal(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    # Bytes: a NaN equals itself, and minus zero is not zero.
+    ours = np.ascontiguousarray(ours, np.float32)
+    return ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
+
+
+def _different(what: str) -> errors.ModelError:
+    return errors.ModelError(
+        f"the exported folder is not kept: {what} read back differs from the checkpoint. The disk"
+        " may be at fault; run `flax-asr export` again."
+    )
+
+
+def _compare_logits(folder: Path, params: PyTree, model_config: Wav2Vec2Config) -> float | None:
+    """The largest difference to PyTorch on padded noise, fp32 on the CPU; None without torch.
+
+    Raises:
+        ModelError: it is above the tolerance.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return None
+    samples, lengths = _noise()
+    ours = _jax_logits(params, model_config, samples, lengths)
+    theirs = _torch_logits(folder, samples, lengths)
+    frames = wav2vec2.frame_lengths(model_config, lengths)
+    real = np.arange(ours.shape[1]) < frames[:, None]
+    difference = float(np.abs(ours - theirs)[real].max())
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(theirs[real]).max())):
+        raise errors.ModelError(
+            f"the exported folder is not kept: its logits in PyTorch differ by {difference:.2e}."
+            " Please report this, with the versions of transformers and torch."
+        )
+    return difference
+
+
+def _noise() -> tuple[Float[np.ndarray, "batch samples"], Int[np.ndarray, " batch"]]:
+    rng = np.random.default_rng(0)
+    lengths = np.array([16_000, 11_111])
+    samples = rng.standard_normal((2, 16_000)).astype(np.float32)
+    return samples * (np.arange(16_000) < lengths[:, None]), lengths
+
+
+def _jax_logits(
+    params: PyTree,
+    model_config: Wav2Vec2Config,
+    samples: Float[np.ndarray, "batch samples"],
+    lengths: Int[np.ndarray, " batch"],
+) -> Float[np.ndarray, "batch frames vocab"]:
+    module = wav2vec2.Wav2Vec2ForCTCModule(model_config, dtype=jnp.float32)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(
+            jax.jit(module.apply)(
+                {"params": params}, samples, np.arange(samples.shape[1]) < lengths[:, None]
+            ).logits
+        )
+
+
+def _torch_logits(
+    folder: Path, samples: Float[np.ndarray, "batch samples"], lengths: Int[np.ndarray, " batch"]
+) -> Float[np.ndarray, "batch frames vocab"]:
+    import torch
+    import transformers
+
+    with torch.inference_mode():
+        model = transformers.Wav2Vec2ForCTC.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        ).eval()
+        mask = np.arange(samples.shape[1]) < lengths[:, None]
+        return model(torch.tensor(samples), torch.tensor(mask.astype(np.int64))).logits.numpy()

@@ -1,0 +1,211 @@
+"""What `--model` names -> a model that can be run, and what it knows about itself."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import PyTree
+from transformers import Wav2Vec2Config
+
+from flax_asr import audio, checkpoint, config, errors, experiment, step, vocabulary
+from flax_asr.models import pretrained, wav2vec2
+
+logger = logging.getLogger(__name__)
+
+FACTS = "flax_asr.json"
+"""Beside the weights of our exports: language, normalisation, release, split hashes."""
+
+_OPTIONS = (
+    "seed",
+    "data.",
+    "text.normalization",
+    "train.per_device_eval_batch_size",
+    "train.mixed_precision",
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its head, on the host.
+
+    Attributes:
+        config: of the architecture.
+        params: nested numpy arrays.
+        vocabulary: what the head writes.
+        do_normalize: whether clips are brought to zero mean and unit variance.
+        use_attention_mask: whether the model is told where clips end.
+        settings: nested values of the configuration, as far as the model knows them.
+        facts: data and origin, as far as they are known; for reports.
+        name: as the user gave it.
+        revision: the commit of a hub model.
+        run: the run folder that it comes from, if any.
+    """
+
+    config: Wav2Vec2Config
+    params: PyTree
+    vocabulary: vocabulary.Vocabulary
+    do_normalize: bool
+    use_attention_mask: bool
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    name: str
+    revision: str | None = None
+    run: Path | None = None
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether padded samples leave the logits of real frames as they are.
+
+        Group normalisation takes its statistics over the padding too, and without an attention
+        mask every frame attends to it.
+        """
+        return self.use_attention_mask and self.config.feat_extract_norm == "layer"
+
+    def objective(self, mixed_precision: str) -> step.Objective:
+        """The model as `step.evaluate` takes it."""
+        return step.Objective(
+            module=wav2vec2.Wav2Vec2ForCTCModule(
+                self.config, dtype=experiment.DTYPES[mixed_precision]
+            ),
+            config=self.config,
+            do_normalize=self.do_normalize,
+            use_attention_mask=self.use_attention_mask,
+        )
+
+
+def load(model: str) -> LoadedModel:
+    """Loads a run (its best checkpoint), `RUN/checkpoints/STEP`, an export, or any wav2vec2-CTC
+    folder or model of the Hugging Face hub.
+
+    Raises:
+        ModelError, CheckpointError: it is none of these, or damaged, or has no head.
+    """
+    folder = Path(model).expanduser()
+    if checkpoint.is_run(folder):
+        return _from_checkpoint(model, folder, None)
+    if folder.name.isdigit() and folder.parent.name == checkpoint.FOLDER:
+        return _from_checkpoint(model, folder.parent.parent, int(folder.name))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise errors.ModelError(
+            f"{model} is no model: it has neither config.json, as a Hugging Face folder has, nor"
+            f" config.yaml and {checkpoint.FOLDER}/, as a run has."
+        )
+    return _from_hugging_face(model)
+
+
+def configure(loaded: LoadedModel, overrides: Sequence[str]) -> config.Config:
+    """What the model knows, and what the user says on top of it.
+
+    Raises:
+        ConfigError: an option that has no meaning for a finished model, or a wrong value.
+    """
+    known = config.option_types()
+    for word in overrides:
+        name = word[2:].partition("=")[0]
+        meaningless = word.startswith("--") and name in known and not name.startswith(_OPTIONS)
+        if meaningless:
+            raise errors.ConfigError(
+                f"--{name} changes nothing in a finished model: the options of data,"
+                " text.normalization, train.per_device_eval_batch_size and"
+                " train.mixed_precision do."
+            )
+    return config.build(loaded.settings, overrides)
+
+
+def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedModel:
+    saved = checkpoint.load_model(run, step_number)
+    settings = dict(saved.meta.run)
+    # The folder may have been moved since.
+    settings["output_dir"] = str(run)
+    settings["text"] = settings["text"] | {"normalization": saved.normalization}
+    return LoadedModel(
+        config=saved.model_config,
+        params=saved.params,
+        vocabulary=saved.vocabulary,
+        do_normalize=saved.meta.do_normalize,
+        use_attention_mask=saved.meta.use_attention_mask,
+        settings=settings,
+        facts=saved.meta.facts | {"step": saved.step},
+        name=model,
+        run=run,
+    )
+
+
+def _from_hugging_face(model: str) -> LoadedModel:
+    origin = experiment.origin(config.ModelConfig(pretrained=model))
+    _check_sampling_rate(origin.folder)
+    if origin.vocabulary is None:
+        raise errors.ModelError(
+            f"{model} has no vocab.json: it is an encoder that cannot write yet. Train it, with"
+            f" --model.pretrained {model}, or name a wav2vec2 model with a CTC head."
+        )
+    loaded = pretrained.load(origin.folder, config_overrides={"ctc_loss_reduction": "mean"})
+    if loaded.config.vocab_size != origin.vocabulary.size:
+        raise errors.ModelError(
+            f"{model}: the head has {loaded.config.vocab_size} symbols, but its vocab.json"
+            f" {origin.vocabulary.size}: the folder's files do not belong together."
+        )
+    facts = _read_facts(origin.folder)
+    settings: dict[str, Any] = {
+        "output_dir": str(_place(model, origin.folder)),
+        # What PyTorch computes in unless told otherwise.
+        "train": {"mixed_precision": "fp32"},
+    }
+    if facts:
+        settings["data"] = {"language": facts["language"]}
+        settings["text"] = {"normalization": facts["normalization"]}
+    return LoadedModel(
+        config=loaded.config,
+        params=loaded.params,
+        vocabulary=origin.vocabulary,
+        do_normalize=origin.do_normalize,
+        use_attention_mask=origin.use_attention_mask,
+        settings=settings,
+        facts=facts or dict(origin.facts),
+        name=model,
+        revision=origin.facts["revision"] if "revision" in origin.facts else None,
+    )
+
+
+def _place(model: str, folder: Path) -> Path:
+    """Whose neighbour the prepared data is: the run, the folder, or (hub) the current folder."""
+    if not Path(model).expanduser().is_dir():
+        return Path(model.replace("/", "--"))
+    whole = folder.absolute()
+    return whole.parent if checkpoint.is_run(whole.parent) else whole
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS
+    if not path.is_file():
+        return {}
+    facts = _read_json(path)
+    missing = {"language", "normalization"} - facts.keys()
+    if missing:
+        raise errors.ModelError(f"{path} lacks {' and '.join(sorted(missing))}: export again.")
+    return dict(facts)
+
+
+def _check_sampling_rate(folder: Path) -> None:
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return
+    settings = _read_json(path)
+    if "sampling_rate" in settings and settings["sampling_rate"] != audio.SAMPLE_RATE_HZ:
+        raise errors.ModelError(
+            f"{path}: the model listens at {settings['sampling_rate']} Hz; only"
+            f" {audio.SAMPLE_RATE_HZ} Hz is supported."
+        )
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise errors.ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise errors.ModelError(f"{path} is not a JSON object.")
+    return content

@@ -3,12 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int16
+from jaxtyping import Int16
 
 from flax_asr import audio, errors
 from flax_asr.data import shards
-
-_PEAK = 32767
 
 
 class Task(NamedTuple):
@@ -50,19 +48,5 @@ def decode(task: Task) -> Decoded | shards.LeftOut:
         return shards.LeftOut(task.id, "too_long", f"{seconds:.3f} s")
     if len(samples) < max(round(task.min_seconds * audio.SAMPLE_RATE_HZ), 1):
         return shards.LeftOut(task.id, "too_short", f"{seconds:.3f} s")
-    if not np.any(samples):
-        return shards.LeftOut(task.id, "silent", f"{seconds:.3f} s of zeros")
-    pcm, gain = quantize(samples)
+    pcm, gain = audio.encode_int16(samples)
     return Decoded(pcm, gain, shards.pcm_digest(pcm, gain))
-
-
-def quantize(
-    samples: Float32[np.ndarray, " samples"],
-) -> tuple[Int16[np.ndarray, " samples"], float]:
-    """int16 samples and their gain: the loudest sample becomes 32767, so quiet clips keep 16 bits.
-
-    The gain is exact in float32. No sample is off by more than half a gain (and float32 rounding).
-    """
-    gain = np.float32(np.abs(samples).max()) / np.float32(_PEAK)
-    pcm = np.clip(np.rint(samples / gain), -_PEAK, _PEAK).astype(np.int16)
-    return pcm, float(gain)

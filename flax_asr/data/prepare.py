@@ -73,12 +73,8 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
         source = common_voice.open_source(
             data.source, language=data.language, text_column=data.text_column
         )
-        unknown = [split for split in missing if split not in source.splits()]
-        if unknown:
-            raise errors.DataError(
-                f"{data.source} has no split {' and no split '.join(unknown)};"
-                f" it has {', '.join(source.splits())}."
-            )
+        for split in missing:
+            source.read(split)  # refuses an unknown name now, not after hours of other splits
     prepared = {}
     for split in splits:
         settings = _settings(cfg) | {"fingerprint": _fingerprint(cfg, split)}
@@ -249,6 +245,8 @@ def _tasks(
         left_out, task = None, None
         if clip.id in seen:
             left_out = shards.LeftOut(clip.id, "duplicate", "the same id as an earlier clip")
+        elif clip.refused:
+            left_out = shards.LeftOut(clip.id, "missing", clip.refused)
         elif not clip.sentence.strip():
             left_out = shards.LeftOut(clip.id, "empty_transcript", "")
         else:

@@ -112,6 +112,7 @@ def test_every_clip_left_out_is_named_with_its_reason(tmp_path):
         ("good.wav", "又是"),
         write_clip(folder, "copy.wav", 0.5, 0),
         write_clip(folder, "resampled.wav", 0.5, 7, rate=48_000),
+        ("../outside.wav", "外面"),
     ]
     (folder / "clips" / "html.wav").write_text("<html>404 Not Found</html>" * 20)
     write_release(folder, {"train": rows})
@@ -136,10 +137,11 @@ def test_every_clip_left_out_is_named_with_its_reason(tmp_path):
         ("wordless.wav", "empty_transcript"),
         ("good.wav", "duplicate"),
         ("copy.wav", "duplicate"),
+        ("../outside.wav", "missing"),
     ]
-    assert train.left_out[-1].detail == "the same audio as good.wav"
+    assert train.left_out[-2].detail == "the same audio as good.wav"
     assert prepare.report(train).endswith(
-        "left out 8: 2 duplicate, 1 missing, 1 damaged, 1 silent, 1 too_short, 1 too_long,"
+        "left out 9: 2 missing, 2 duplicate, 1 damaged, 1 silent, 1 too_short, 1 too_long,"
         " 1 empty_transcript (left_out.jsonl there names each)"
     )
     lines = (train.folder / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
@@ -255,7 +257,7 @@ def test_the_default_folder_is_keyed_by_what_the_content_depends_on(release, tmp
 
 def test_unusable_splits_are_refused(release, tmp_path):
     cfg = configuration(release, tmp_path / "run", train_splits=("trian",))
-    with pytest.raises(errors.DataError, match=r"no split trian; it has .*train"):
+    with pytest.raises(errors.DataError, match=r"no split .trian.; it has train"):
         prepare.prepare(cfg)
     for path in (release / "clips").iterdir():
         path.rename(path.with_suffix(".aside"))
@@ -309,12 +311,25 @@ def test_a_full_disk_is_reported_and_what_is_done_is_kept(release, tmp_path, mon
         assert len(writer.done) == 5
 
 
-def test_int16_with_a_gain_is_exact_to_half_a_step_even_for_quiet_clips():
-    for peak in (1.0, 0.3, 1e-4, 1e-7):
-        samples = speech_like(0.2, 0, peak=peak)
-        pcm, gain = decoding.quantize(samples)
-        assert pcm.dtype == np.int16
-        assert np.abs(pcm).max() == 32767
-        assert np.float32(gain) == gain
-        error = np.abs(pcm.astype(np.float64) * gain - samples).max()
-        assert error <= gain * 0.502
+def test_dev_and_validation_are_two_names_of_one_split(release, tmp_path):
+    cfg = configuration(release, tmp_path / "run", train_splits=("validation",), test_splits=())
+    splits = prepare.prepare(cfg)
+    assert splits["validation"].hash == splits["dev"].hash
+
+
+def test_silence_is_trimmed_on_request(tmp_path):
+    folder = write_release(tmp_path / "release", {})
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+    quiet = np.zeros(16_000)
+    (folder / "clips").mkdir(exist_ok=True)
+    soundfile.write(folder / "clips" / "a.wav", np.concatenate([quiet, tone, quiet]), 16_000)
+    write_release(folder, {"train": [("a.wav", "一")]})
+    only = {"eval_splits": (), "test_splits": ()}
+    seconds = [
+        prepare.prepare(configuration(folder, tmp_path / "run", trim_silence=trim, **only))[
+            "train"
+        ].seconds
+        for trim in (False, True)
+    ]
+    assert seconds[0] == 3.0
+    assert 1.0 <= seconds[1] <= 1.5

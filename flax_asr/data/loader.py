@@ -49,26 +49,25 @@ def assemble(
     data: examples.Examples, rows: Int[np.ndarray, " rows"], samples: int, tokens: int
 ) -> Batch:
     """One batch: `rows` of the examples (-1 = filler) padded to `samples` and `tokens`."""
+    real = rows >= 0
+    found = np.where(real, rows, 0)
     # Fresh arrays each time: the device may read them long after the next batch is assembled.
     batch = Batch(
         audio=np.empty((len(rows), samples), np.int16),
-        gains=np.ones(len(rows), np.float32),
-        sample_lengths=np.zeros(len(rows), np.int32),
+        gains=np.where(real, data.gains[found], np.float32(1)),
+        sample_lengths=np.where(real, data.samples[found], np.int32(0)),
         labels=np.zeros((len(rows), tokens), np.int32),
-        label_lengths=np.zeros(len(rows), np.int32),
-        weights=np.zeros(len(rows), np.float32),
+        label_lengths=np.where(real, data.label_lengths[found], np.int32(0)),
+        weights=real.astype(np.float32),
     )
-    for place, row in enumerate(rows.tolist()):
-        clip = data.audio(row) if row >= 0 else batch.audio[place, :0]
-        batch.audio[place, : len(clip)] = clip
-        batch.audio[place, len(clip) :] = 0
+    for place, (row, length) in enumerate(
+        zip(rows.tolist(), batch.sample_lengths.tolist(), strict=True)
+    ):
         if row >= 0:
+            batch.audio[place, :length] = data.audio(row)
             label = data.labels(row)
             batch.labels[place, : len(label)] = label
-            batch.label_lengths[place] = len(label)
-            batch.sample_lengths[place] = len(clip)
-            batch.gains[place] = data.gains[row]
-            batch.weights[place] = 1.0
+        batch.audio[place, length:] = 0
     return batch
 
 

@@ -1,0 +1,133 @@
+"""Time to assemble a batch of 32 clips on one core, against Hugging Face's ways.
+
+    python benchmarks/loader.py [--runs 20] [--json FILE]
+
+256 clips of noise with the lengths of Common Voice zh-HK. `collator`: a mapped dataset of floats,
+torch's DataLoader and the padding collator of Hugging Face's CTC example. `numpy rows`: the same
+dataset in numpy format, padded with numpy. `ours`: int16 from the memory maps, gain and
+normalisation left to the device. The same rows in the same batches, each way one batch after the
+other as a training loop would, medians over batches; no threads.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+
+# Before any of the libraries starts its threads.
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from flax_asr import text  # noqa: E402
+from flax_asr.data import buckets, examples, loader, shards  # noqa: E402
+
+CLIPS, BATCH = 256, 32
+
+
+def prepared(folder: str) -> examples.Examples:
+    rng = np.random.default_rng(0)
+    samples = (np.clip(rng.gamma(9.0, 4.15 / 9.0, CLIPS), 1.0, 10.5) * 16_000).astype(int)
+    with shards.ShardWriter(folder) as writer:
+        for clip, count in enumerate(samples):
+            pcm = rng.integers(-32767, 32768, count).astype(np.int16)
+            sentence = "".join(rng.choice(list("abcdefghijklmnopqrst"), 12))
+            digest = shards.pcm_digest(pcm, 1 / 32768)
+            writer.add(shards.ClipFacts(str(clip), sentence), pcm, 1 / 32768, digest)
+        writer.finish(source="noise", release="none", split="train")
+    split = shards.PreparedSplit.open(folder)
+    return examples.build(
+        [split],
+        normalize=str,
+        vocabulary=text.Vocabulary.from_transcripts(split.sentences),
+        frame_lengths=lambda lengths: (lengths - 80) // 320,
+    )
+
+
+class Collator:
+    """As in the example script: inputs and labels are padded to the longest of the batch."""
+
+    def __init__(self):
+        self.extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+
+    def __call__(self, rows):
+        inputs = [{"input_values": row["input_values"]} for row in rows]
+        batch = self.extractor.pad(inputs, padding=True, return_tensors="pt")
+        labels = [torch.tensor(row["labels"]) for row in rows]
+        batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, True, -100)
+        return batch
+
+
+def numpy_rows(dataset: datasets.Dataset, rows: list[int]):
+    found = [dataset[row] for row in rows]
+    inputs = np.zeros((len(rows), max(len(row["input_values"]) for row in found)), np.float32)
+    labels = np.full((len(rows), max(len(row["labels"]) for row in found)), -100)
+    for place, row in enumerate(found):
+        inputs[place, : len(row["input_values"])] = row["input_values"]
+        labels[place, : len(row["labels"])] = row["labels"]
+    return inputs, labels
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--json", metavar="FILE", help="also write the result as an object there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepared(f"{folder}/train")
+        mapped = datasets.Dataset.from_generator(
+            lambda: (
+                {"input_values": data.audio(row) * data.gains[row], "labels": data.labels(row)}
+                for row in range(CLIPS)
+            ),
+            features=datasets.Features(
+                input_values=datasets.List(datasets.Value("float32")),
+                labels=datasets.List(datasets.Value("int32")),
+            ),
+            cache_dir=folder,
+        )
+        as_numpy = mapped.with_format("numpy")
+        shapes = buckets.choose_shapes(data.samples, 12, group_rows=BATCH)
+        widths = loader.label_widths(data, shapes)
+        plan = buckets.TrainPlan(data.samples, shapes, BATCH, 1, seed=0)
+        ways = {
+            "collator": lambda group: next(
+                iter(
+                    torch.utils.data.DataLoader(
+                        mapped, batch_sampler=[group.rows.tolist()], collate_fn=Collator()
+                    )
+                )
+            ),
+            "numpy rows": lambda group: numpy_rows(as_numpy, group.rows.tolist()),
+            "ours": lambda group: loader.assemble(
+                data, group.rows, shapes[group.shape], widths[group.shape]
+            ),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(2):
+            for name, assemble in ways.items():
+                for step in range(arguments.runs):
+                    (group,) = plan.update(step)
+                    start = time.perf_counter()
+                    assemble(group)
+                    if turn > 0:  # the first turn reads the files
+                        seconds[name].append(time.perf_counter() - start)
+        median = {name: statistics.median(times) for name, times in seconds.items()}
+    print("way          ms a batch  times ours")
+    for name, value in median.items():
+        print(f"{name:12s} {1e3 * value:10.3f} {value / median['ours']:11.1f}")
+    if arguments.json:
+        result = {name.replace(" ", "_") + "_seconds": value for name, value in median.items()}
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -281,6 +281,35 @@ def write(
     return path
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a model folder's config.json.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise errors.ModelError(f"{folder} has no config.json: it is not a model's folder.")
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise errors.ModelError(f"{path}: refused, too large for a configuration.")
+    return _parse_json(path, path.read_bytes())
+
+
+def write_config(folder: Path, text: str) -> None:
+    """Writes config.json, whole or not at all.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+    path = folder / "config.json"
+    part = path.with_name(f".config.json.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise errors.ModelError(f"{path} cannot be written: {error}.") from error
+
+
 def _wanted(names: list[str]) -> list[str]:
     """The files of a hub repository to download: no code, no folders, one format of weights."""
     top = [name for name in names if "/" not in name]

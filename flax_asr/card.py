@@ -33,7 +33,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 _UNSPACED_REASON = (
     "The character error rate (CER) is the figure to look at: the language is written without"
-    " spaces, so a sentence is one \u201cword\u201d, and the word error rate (WER) only says how many"
+    ' spaces, so a whole sentence is one "word", and the word error rate (WER) only says how many'
     " sentences have an error somewhere."
 )
 

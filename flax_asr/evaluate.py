@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from flax_asr import (
     metrics,
     parallel,
     progress,
+    results,
     step,
     text,
     vocabulary,
@@ -220,7 +220,7 @@ def _lines(path: Path | None) -> Iterator[TextIO | None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A transcript may hold half a surrogate pair: written as it came.
-        file = open(unfinished, "w", encoding="utf-8", errors="surrogatepass")
+        file = unfinished.open("w", encoding="utf-8", errors="surrogatepass")
     except OSError as error:
         raise errors.DataError(f"{path} cannot be written: {error.strerror}.") from error
     with file:
@@ -352,8 +352,8 @@ def command(
     forward = compiled(loaded, cfg, shapes, devices)
     folder = Path(predictions) if predictions is not None else loaded.run or Path()
     rows = devices.count * cfg.train.per_device_eval_batch_size
-    people = sys.stderr if json_file == "-" else sys.stdout
-    with _results(json_file) as results:
+    people = results.people(json_file)
+    with results.writer(json_file) as write:
         for name, data in sets.items():
             scored = functools.partial(
                 score,
@@ -386,9 +386,7 @@ def command(
                     f" {old.cer.value:.4f}, WER {old.wer.value:.4f}",
                     file=people,
                 )
-            if results is not None:
-                results.write(json.dumps(line, ensure_ascii=False) + "\n")
-                results.flush()
+            write(line)
 
 
 def _resolved(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.Config:
@@ -423,14 +421,3 @@ def _caveats(loaded: loading.LoadedModel, data: examples.Examples) -> str:
     if not loaded.ignores_padding:
         found.append("this model hears padding: its scores depend a little on the batches")
     return "".join(f"{line}\n  " for line in found)
-
-
-@contextlib.contextmanager
-def _results(json_file: str | None) -> Iterator[TextIO | None]:
-    if json_file is None:
-        yield None
-    elif json_file == "-":
-        yield sys.stdout
-    else:
-        with _lines(Path(json_file)) as file:
-            yield file

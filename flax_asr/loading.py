@@ -1,7 +1,6 @@
 """What `--model` names -> a model that can be run, and what it knows about itself."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,7 @@ from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
 from flax_asr import audio, checkpoint, config, errors, experiment, step, vocabulary
-from flax_asr.models import pretrained, wav2vec2
-
-logger = logging.getLogger(__name__)
+from flax_asr.models import convert, wav2vec2, weights
 
 FACTS = "flax_asr.json"
 """Beside the weights of our exports: language, normalisation, release, split hashes."""
@@ -142,12 +139,12 @@ def _from_hugging_face(model: str) -> LoadedModel:
             f"{model} has no vocab.json: it is an encoder that cannot write yet. Train it, with"
             f" --model.pretrained {model}, or name a wav2vec2 model with a CTC head."
         )
-    loaded = pretrained.load(origin.folder, config_overrides={"ctc_loss_reduction": "mean"})
-    if loaded.config.vocab_size != origin.vocabulary.size:
+    if origin.model_config.vocab_size != origin.vocabulary.size:
         raise errors.ModelError(
-            f"{model}: the head has {loaded.config.vocab_size} symbols, but its vocab.json"
-            f" {origin.vocabulary.size}: the folder's files do not belong together."
+            f"{model}: by config.json the head has {origin.model_config.vocab_size} symbols, but"
+            f" vocab.json {origin.vocabulary.size}: the files do not belong together."
         )
+    params = convert.params_from_torch(weights.read(origin.folder), origin.model_config, head=True)
     facts = _read_facts(origin.folder)
     settings: dict[str, Any] = {
         "output_dir": str(_place(model, origin.folder)),
@@ -158,15 +155,15 @@ def _from_hugging_face(model: str) -> LoadedModel:
         settings["data"] = {"language": facts["language"]}
         settings["text"] = {"normalization": facts["normalization"]}
     return LoadedModel(
-        config=loaded.config,
-        params=loaded.params,
+        config=origin.model_config,
+        params=params,
         vocabulary=origin.vocabulary,
         do_normalize=origin.do_normalize,
         use_attention_mask=origin.use_attention_mask,
         settings=settings,
         facts=facts or dict(origin.facts),
         name=model,
-        revision=origin.facts["revision"] if "revision" in origin.facts else None,
+        revision=origin.facts["revision"],
     )
 
 

@@ -1,0 +1,47 @@
+"""Results for programs: one JSON object a line, into a file or to standard output."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from flax_asr import errors
+
+Write = Callable[[Mapping[str, Any]], None]
+
+
+@contextlib.contextmanager
+def writer(json_file: str | None) -> Iterator[Write]:
+    """What `--json FILE` asks for: "-" is standard output, None is nowhere.
+
+    Each object is written at once: what is done stays if a long job is stopped.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        if json_file is None:
+            yield lambda result: None
+            return
+        if json_file == "-":
+            file = sys.stdout
+        else:
+            try:
+                file = stack.enter_context(Path(json_file).open("w", encoding="utf-8"))
+            except OSError as error:
+                raise errors.ConfigError(
+                    f"--json {json_file} cannot be written: {error.strerror}."
+                ) from error
+
+        def write(result: Mapping[str, Any]) -> None:
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.flush()
+
+        yield write
+
+
+def people(json_file: str | None) -> TextIO:
+    """Where text for people goes: standard error where standard output is for programs."""
+    return sys.stderr if json_file == "-" else sys.stdout

@@ -1,0 +1,208 @@
+"""Audio files of any length -> text.
+
+A long recording is heard in overlapping windows. Frames of neighbouring windows lie exactly on one
+another, so each window gives its middle, and the symbols are collapsed once, over the whole file.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int
+
+from flax_asr import alignment, audio, errors, loading, parallel, progress, results, step
+from flax_asr.data import buckets, loader
+from flax_asr.models import wav2vec2
+
+WINDOW_SECONDS = 30.0
+"""Shorter recordings are heard as a whole."""
+OVERLAP_SECONDS = 10.0
+"""Of two neighbouring windows; half of it is dropped on either side."""
+SHAPE_SECONDS = (2.0, 4.0, 8.0, 16.0)
+"""Recordings are padded to one of these, or to a window: few programs for any number of files."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Samples heard at once, and which of the frames they give are kept: [first, last)."""
+
+    start_sample: int
+    end_sample: int
+    first_frame: int
+    last_frame: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Heard:
+    path: str
+    samples: Float32[np.ndarray, " samples"]
+    windows: list[Window]
+    failure: errors.AudioError | None
+
+
+def command(
+    model: str, files: Sequence[str], json_file: str | None, overrides: Sequence[str] = ()
+) -> int:
+    """`flax-asr transcribe`: prints the text of each file; returns the exit status.
+
+    Args:
+        model: what `loading.load` takes.
+        files: recordings in any format that libsndfile reads.
+        json_file: one object a file, one a line; "-" is standard output.
+        overrides: options of the configuration: batch size and precision.
+
+    Raises:
+        ModelError, CheckpointError, ConfigError: the model cannot be loaded or set up so.
+    """
+    loaded = loading.load(model)
+    cfg = loading.configure(loaded, overrides)
+    recogniser = Recogniser(loaded, cfg.train.mixed_precision, cfg.train.per_device_eval_batch_size)
+    failed = 0
+    with (
+        results.writer(json_file) as write,
+        progress.Progress(len(files), "transcribing", "files") as bar,
+    ):
+        for path, found in recogniser.texts(files):
+            line: dict[str, str | None] = {"path": path, "text": None}
+            if isinstance(found, errors.AudioError):
+                failed += 1
+                line["error"] = str(found)
+                bar.write(f"flax-asr: {path}: {found}")
+            else:
+                line["text"] = found
+                shown = found if len(files) == 1 else f"{path}\t{found}"
+                print(shown, file=results.people(json_file), flush=True)
+            write(line)
+            bar.advance()
+    if failed:
+        print(f"flax-asr: {failed} of {len(files)} files could not be read", file=sys.stderr)
+    return 2 if failed else 0
+
+
+class Recogniser:
+    """A model on one device.
+
+    Args:
+        loaded: the model.
+        mixed_precision: of its products: fp32, bf16 or fp16.
+        rows: windows at once, where there are so many of one shape.
+    """
+
+    def __init__(self, loaded: loading.LoadedModel, mixed_precision: str, rows: int):
+        self._model, self._rows = loaded, rows
+        self._devices = parallel.Devices(jax.local_devices()[:1])
+        flat, _ = step.split(loaded.params, lambda path: True)
+        self._params = self._devices.replicate(flat)
+        self._evaluate = parallel.evaluate(loaded.objective(mixed_precision), self._devices)
+        self._shapes = tuple(self._samples(seconds) for seconds in (*SHAPE_SECONDS, WINDOW_SECONDS))
+
+    def texts(self, files: Sequence[str]) -> Iterator[tuple[str, str | errors.AudioError]]:
+        """Path and text, or what is wrong with it, in the order of the files."""
+        waiting: list[_Heard] = []
+        for path in files:
+            waiting.append(self._hear(path))
+            if sum(len(heard.windows) for heard in waiting) >= self._rows:
+                yield from self._flush(waiting)
+                waiting = []
+        yield from self._flush(waiting)
+
+    def _hear(self, path: str) -> "_Heard":
+        try:
+            samples = audio.decode(path)
+            return _Heard(path, samples, self.windows(len(samples)), None)
+        except errors.AudioError as error:
+            # Nothing is said in silence: that is a text too.
+            failure = None if error.reason == "silent" else error
+            return _Heard(path, np.zeros(0, np.float32), [], failure)
+
+    def _flush(self, waiting: Sequence["_Heard"]) -> Iterator[tuple[str, str | errors.AudioError]]:
+        pieces = [
+            heard.samples[window.start_sample : window.end_sample]
+            for heard in waiting
+            for window in heard.windows
+        ]
+        ids = iter(self._symbols(pieces))
+        writes = self._model.vocabulary
+        for heard in waiting:
+            kept = [next(ids)[w.first_frame : w.last_frame] for w in heard.windows]
+            path = np.concatenate(kept) if kept else np.zeros(0, np.int32)
+            text = writes.decode(alignment.greedy_collapse(path, writes.blank))
+            yield heard.path, heard.failure or text
+
+    def windows(self, samples: int) -> list[Window]:
+        """How a recording is cut.
+
+        Raises:
+            AudioError: it is shorter than a frame.
+        """
+        config = self._model.config
+        total = int(wav2vec2.frame_lengths(config, samples))
+        if total == 0:
+            raise errors.AudioError("too_short", f"{samples} samples make no frame")
+        size = self._shapes[-1]
+        # With an adapter behind the encoder, frames of two windows need not lie on one another.
+        if samples <= size or config.add_adapter:
+            return [Window(0, samples, 0, total)]
+        stride = math.prod(config.conv_stride)
+        frames = int(wav2vec2.frame_lengths(config, size))
+        hop = frames - round(OVERLAP_SECONDS * audio.SAMPLE_RATE_HZ / stride)
+        # The last window ends with the recording, and so is as long as the others.
+        starts = [*range(0, total - frames, hop), total - frames]
+        cuts = [(left + frames + right) // 2 for left, right in itertools.pairwise(starts)]
+        return [
+            Window(start * stride, start * stride + size, first - start, last - start)
+            for start, first, last in zip(starts, [0, *cuts], [*cuts, total], strict=True)
+        ]
+
+    def _samples(self, seconds: float) -> int:
+        """The fewest samples that give a multiple of 16 frames and last so long."""
+        config = self._model.config
+        frames = seconds * audio.SAMPLE_RATE_HZ / math.prod(config.conv_stride)
+        rounded = math.ceil(frames / buckets.FRAME_MULTIPLE) * buckets.FRAME_MULTIPLE
+        return buckets.smallest_samples(rounded, config.conv_kernel, config.conv_stride)
+
+    def _symbols(
+        self, pieces: Sequence[Float32[np.ndarray, " samples"]]
+    ) -> list[Int[np.ndarray, " frames"]]:
+        """The most likely symbol of each real frame of each piece."""
+        by_shape: dict[int, list[int]] = {}
+        for place, piece in enumerate(pieces):
+            by_shape.setdefault(self._padded(len(piece)), []).append(place)
+        found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(pieces)
+        for shape, places in by_shape.items():
+            while places:
+                # Whole batches, then one by one: two programs a shape, and no row for nothing.
+                rows = self._rows if len(places) >= self._rows else 1
+                taken, places = places[:rows], places[rows:]
+                batch = _batch([pieces[place] for place in taken], shape)
+                (placed,) = self._devices.micro_batches(batch, rows)
+                _, ids, lengths = jax.device_get(self._evaluate(self._params, placed))
+                for row, place in enumerate(taken):
+                    found[place] = ids[row, : lengths[row]]
+        return found
+
+    def _padded(self, samples: int) -> int:
+        if not self._model.ignores_padding:
+            # The text must not depend on how much silence we add: a program for each length.
+            return samples
+        return next((shape for shape in self._shapes if shape >= samples), samples)
+
+
+def _batch(pieces: Sequence[Float32[np.ndarray, " samples"]], samples: int) -> loader.Batch:
+    """A batch without labels; its audio is the decoder's float32, not rounded to int16."""
+    rows = len(pieces)
+    heard = np.zeros((rows, samples), np.float32)
+    for place, piece in enumerate(pieces):
+        heard[place, : len(piece)] = piece
+    return loader.Batch(
+        audio=heard,
+        gains=np.ones(rows, np.float32),
+        sample_lengths=np.array([len(piece) for piece in pieces], np.int32),
+        labels=np.zeros((rows, 1), np.int32),
+        label_lengths=np.zeros(rows, np.int32),
+        weights=np.ones(rows, np.float32),
+    )

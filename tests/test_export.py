@@ -1,0 +1,131 @@
+"""The exported folder: verified against PyTorch, and never kept when it is wrong."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import small_saved
+import torch
+import transformers
+
+from flax_asr import config, errors, export
+from flax_asr.models import weights
+
+RUN = config.Config(data=config.DataConfig(source="x", language="eu"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("run") / "export"
+    saved = small_saved.saved()
+    export.write_folder(folder, saved, RUN, saved.meta.facts)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["xls-r", "base"])
+def test_logits_in_pytorch_are_compared(architecture, tmp_path):
+    saved = small_saved.saved(architecture)
+    done = export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
+    assert done.logits is not None
+    assert done.logits < 1e-4
+    assert done.tensors == len(weights.read(tmp_path / "out"))
+
+
+def test_the_folder_holds_what_clients_need_and_no_processor(exported):
+    names = {path.name for path in exported.iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "flax_asr.json",
+    }
+    stored = json.loads((exported / "config.json").read_text())
+    assert stored["architectures"] == ["Wav2Vec2ForCTC"]
+    assert (stored["vocab_size"], stored["pad_token_id"]) == (11, 0)
+    facts = json.loads((exported / "flax_asr.json").read_text())
+    assert facts["language"] == "eu"
+    assert facts["normalization"] == ["lower", "spaces"]
+    assert facts["splits"]["test"]["hash"] == "ab" * 32
+    assert {"JAX", "Transformers"} <= facts["versions"].keys()
+
+
+def test_transformers_loads_everything_and_writes_our_text(exported):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    assert len(tokenizer) == 11
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(exported)
+    assert extractor.do_normalize
+    assert extractor.return_attention_mask
+    _, loading_info = transformers.AutoModelForCTC.from_pretrained(
+        exported, output_loading_info=True
+    )
+    assert not any(loading_info.values()), loading_info
+    ids = [3, 3, 0, 3, 2, 4]
+    assert tokenizer.decode(ids) == "aa b"
+
+
+def test_a_weight_that_pytorch_reads_otherwise_is_not_kept(tmp_path, monkeypatch):
+    true = export._torch_logits
+    monkeypatch.setattr(export, "_torch_logits", lambda *a: true(*a) + 1e-2)
+    saved = small_saved.saved()
+    with pytest.raises(errors.ModelError, match="differ by 1"):
+        export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_bit_on_the_disk_is_noticed_and_the_old_folder_stays(tmp_path, monkeypatch):
+    saved = small_saved.saved()
+    export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    true = weights.write
+
+    def damaging(folder, tensors):
+        path = true(folder, tensors)
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(export.weights, "write", damaging)
+    with pytest.raises(errors.ModelError, match="the parameter .* read back differs"):
+        export.write_folder(tmp_path / "out", small_saved.saved(seed=1), RUN, saved.meta.facts)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_torch_the_tensors_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    saved = small_saved.saved()
+    done = export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
+    assert done.logits is None
+    assert "not installed" in str(done)
+
+
+def test_without_masks_there_is_no_mask_vector_to_compare(tmp_path):
+    saved = small_saved.saved(mask_time_prob=0.0, mask_feature_prob=0.0)
+    done = export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
+    assert done.logits < 1e-4
+
+
+def test_a_second_export_takes_the_place_of_the_first(tmp_path):
+    for seed in (0, 1):
+        saved = small_saved.saved(seed=seed)
+        export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
+    model = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        bias = model.lm_head.bias.numpy()
+    np.testing.assert_array_equal(bias, small_saved.saved(seed=1).params["lm_head"]["bias"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_of_what_is_no_run_says_so(tmp_path):
+    with pytest.raises(errors.CheckpointError, match="not a run folder"):
+        export.command(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_export_does_not_overwrite_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(export.checkpoint, "is_run", lambda folder: True)
+    (tmp_path / "photo.jpg").write_text("x")
+    with pytest.raises(errors.ModelError, match="holds something else"):
+        export.command("run", str(tmp_path))

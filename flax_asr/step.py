@@ -193,7 +193,7 @@ def update(
     total = jax.lax.psum(sums, AXIS)
     clips = jnp.maximum(total.clips, 1.0)
     gradients = jax.tree.map(lambda g: g / (clips * state.loss_scale.value), total.gradients)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     moves, optimiser_state = optimiser.update(gradients, state.optimiser, state.trainable)
     moved = optax.apply_updates(state.trainable, moves)

@@ -80,7 +80,7 @@ def test_fifty_updates_equal_a_pytorch_loop(devices):
         adamw.step()
         schedule.step()
         adamw.zero_grad()
-        torch_losses.append(float(sum(losses)) / len(losses))
+        torch_losses.append(sum(losses).item() / len(losses))
 
     assert torch_losses[-1] < 0.8 * torch_losses[0], "the comparison must be of a model that learns"
     np.testing.assert_allclose(our_losses, torch_losses, rtol=1e-3)

@@ -112,6 +112,7 @@ def assign_speakers(
                 text=text,
                 words_a_minute=pace + int(rng.integers(-8, 9)),
                 pitch=pitch + int(rng.integers(-4, 5)),
+                pitch_range=80,
             )
             for text in own
         ]

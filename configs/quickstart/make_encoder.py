@@ -16,7 +16,9 @@ import speech
 
 SEED = 21
 LETTERS = range(3, 15)
-SNR_DB = (15.0, 40.0)
+SNR_DB = (20.0, 40.0)
+DEV_SENTENCES = 150
+STEPS = {"letters": 2500, "syllables": 4000}
 HERE = pathlib.Path(__file__).parent
 
 
@@ -58,15 +60,19 @@ def assign_speakers(
         for repeat, voice in enumerate(rng.choice(len(voices), repeats, replace=False)):
             lines[voices[voice]].append(
                 speech.Line(
-                    file_name=f"{number:05d}-{repeat}.mp3",
+                    file_name=f"{number:05d}-{repeat}.mp3",  # read by sentence_number
                     text=text,
                     words_a_minute=int(rng.integers(115, 190)),
-                    pitch=int(rng.integers(20, 81)),
-                    pitch_range=int(rng.integers(35, 71)),
-                    stretch=float(rng.uniform(0.88, 1.14)),
+                    pitch=int(rng.integers(30, 71)),
+                    pitch_range=int(rng.integers(65, 91)),
+                    stretch=float(rng.uniform(0.9, 1.12)),
                 )
             )
     return lines
+
+
+def sentence_number(file_name: str) -> int:
+    return int(file_name.split("-")[0])
 
 
 def speak(arguments: argparse.Namespace) -> None:
@@ -90,15 +96,12 @@ def speak(arguments: argparse.Namespace) -> None:
     )
     with (arguments.folder / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("path", "sentence", "syllables"))
+        writer.writerow(("path", "letters", "syllables", "split"))
         for clip in clips:
-            writer.writerow(
-                (
-                    f"clips/{clip.file_name}",
-                    "".join(clip.syllables),
-                    "".join(written_as[syllable] for syllable in clip.syllables),
-                )
-            )
+            letters = "".join(clip.syllables)
+            characters = "".join(written_as[syllable] for syllable in clip.syllables)
+            split = "dev" if sentence_number(clip.file_name) < DEV_SENTENCES else "train"
+            writer.writerow((f"clips/{clip.file_name}", letters, characters, split))
     hours = sum(clip.milliseconds for clip in clips) / 3.6e6
     print(
         f"{len(clips)} of {len(text_of)} clips, {hours:.2f} h, {len(texts)} sentences, "
@@ -117,15 +120,54 @@ def syllable_characters(readings) -> dict[str, str]:
     return written_as
 
 
+def train(arguments: argparse.Namespace) -> None:
+    """Pre-trains in FOLDER/letters and FOLDER/syllables, and keeps the encoder of the second."""
+    start: list[str] = []
+    for column, steps in STEPS.items():
+        run = arguments.folder / column
+        options = {
+            "--data.source": arguments.folder / "manifest.csv",
+            "--data.text_column": column,
+            "--output_dir": run,
+            "--train.max_steps": steps,
+        }
+        words = [str(word) for option in options.items() for word in option]
+        command = [sys.executable, "-m", "flax_asr", "train", "--config", HERE / "encoder.yaml"]
+        subprocess.run([*command, *words, *start], check=True)
+        start = ["--model.pretrained", str(run)]
+    keep_encoder(run / "export", HERE / "encoder")
+
+
+def keep_encoder(model: pathlib.Path, encoder: pathlib.Path) -> None:
+    """Writes a model's encoder without its head, in half precision: half the bytes."""
+    from flax_asr.models import weights
+
+    prefix = "wav2vec2."
+    tensors = {
+        name.removeprefix(prefix): values.astype(np.float16)
+        for name, values in weights.read(model).items()
+        if name.startswith(prefix)
+    }
+    weights.write(encoder, tensors)
+    settings = json.loads((model / "config.json").read_text("utf-8"))
+    settings |= {"architectures": ["Wav2Vec2Model"], "dtype": "float16"}
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (encoder / "config.json").write_text(text, "utf-8")
+    shutil.copy(model / "preprocessor_config.json", encoder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("speak", help="record the training corpus into a folder")
     command.add_argument("folder", type=pathlib.Path)
-    command.add_argument("--sentences", type=int, default=None)
-    command.add_argument("--repeats", type=int, default=1)
+    command.add_argument("--sentences", type=int, default=None, help="default: all there are")
+    command.add_argument("--repeats", type=int, default=1, help="voices that say each sentence")
     command.add_argument("--workers", type=int, default=2)
     command.set_defaults(run=speak)
+    command = commands.add_parser("train", help="pre-train on it and write configs/.../encoder")
+    command.add_argument("folder", type=pathlib.Path)
+    command.set_defaults(run=train)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

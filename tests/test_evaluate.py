@@ -1,0 +1,321 @@
+"""Scores: equal to jiwer over all clips, over real frames only, whatever the batches."""
+
+import functools
+import json
+
+import jax
+import jiwer
+import numpy as np
+import pytest
+import small_saved
+import soundfile
+
+from flax_asr import config, errors, evaluate, experiment, export, loading, parallel
+from flax_asr.data import buckets, examples
+from flax_asr.models import wav2vec2
+
+WRITES = small_saved.VOCABULARY
+SENTENCES = ["a b", "abc de", "h", "gg a", "fed cab", "b", "ab ab", "ce", "d e f", "hag", "bad"]
+
+
+def _examples(folder, model_config, sentences=SENTENCES) -> examples.Examples:
+    return examples.build(
+        [small_saved.split(folder, sentences)],
+        normalize=str.lower,
+        vocabulary=WRITES,
+        frame_lengths=functools.partial(wav2vec2.frame_lengths, model_config),
+    )
+
+
+@pytest.fixture(scope="module")
+def saved():
+    return small_saved.saved()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, saved):
+    return _examples(tmp_path_factory.mktemp("split"), saved.model_config)
+
+
+@pytest.fixture(scope="module")
+def shapes(saved, data):
+    return experiment.shapes(config.Config(), saved.model_config, [data])
+
+
+def _invented(data, shapes, model_config, infeasible=()):
+    """A forward that says something wrong about every clip, and nonsense in the padding."""
+    by_length = {int(n): row for row, n in enumerate(data.samples)}
+    assert len(by_length) == len(data), "clips must differ in length to be told apart"
+
+    def forward(batch):
+        frames = int(wav2vec2.frame_lengths(model_config, batch.audio.shape[1]))
+        lengths = wav2vec2.frame_lengths(model_config, batch.sample_lengths)
+        ids = np.full((len(lengths), frames), 7, np.int32)
+        losses = np.full(len(lengths), 1e9, np.float32)
+        for place, samples in enumerate(batch.sample_lengths):
+            if samples:
+                row = by_length[int(samples)]
+                ids[place, : lengths[place]] = _path(data, row, int(lengths[place]))
+                losses[place] = np.inf if row in infeasible else row
+        return losses, ids, lengths
+
+    return forward
+
+
+def _path(data, row, frames):
+    """The labels, one of them wrong in every second clip, then blanks."""
+    path = np.zeros(frames, np.int32)
+    labels = data.labels(row).copy()
+    if row % 2:
+        labels[0] = 3 + (labels[0] - 2) % 8
+    path[: 2 * len(labels) : 2] = labels
+    return path
+
+
+def _score(forward, data, shapes, rows=4, plan=buckets.EvalPlan, language="eu", **options):
+    plan = plan(data.samples, shapes.samples, rows)
+    return evaluate.score(forward, data, plan, WRITES, language=language, seed=1, **options)
+
+
+def _hypotheses(data):
+    said = []
+    for row in range(len(data)):
+        labels = data.labels(row).copy()
+        if row % 2:
+            labels[0] = 3 + (labels[0] - 2) % 8
+        said.append("".join(WRITES.tokens[i] for i in labels).replace("|", " "))
+    return said
+
+
+def test_rates_are_jiwers_over_all_clips(data, shapes, saved):
+    scores = _score(_invented(data, shapes, saved.model_config), data, shapes)
+    hypotheses = _hypotheses(data)
+    assert scores.cer.value == pytest.approx(jiwer.cer(data.references, hypotheses), abs=1e-12)
+    assert scores.wer.value == pytest.approx(jiwer.wer(data.references, hypotheses), abs=1e-12)
+    assert 0 < scores.cer.low < scores.cer.value < scores.cer.high
+    assert scores.clips == len(data)
+    metrics = scores.as_metrics("eval")
+    assert metrics["eval_cer"] == scores.cer.value
+    assert metrics["eval_loss"] == scores.loss
+
+
+def test_the_loss_is_the_mean_over_clips_and_fillers_count_nothing(data, shapes, saved):
+    forward = _invented(data, shapes, saved.model_config)
+    expected = np.mean(range(len(data)))
+    for rows in (1, 4, 8, 32):
+        assert _score(forward, data, shapes, rows).loss == pytest.approx(expected, abs=1e-9)
+
+
+def test_every_figure_is_the_same_whatever_the_batches(data, shapes, saved):
+    forward = _invented(data, shapes, saved.model_config)
+    assert len({_score(forward, data, shapes, rows) for rows in (1, 3, 16)}) == 1
+
+
+def test_infeasible_clips_are_counted_apart_and_said(data, shapes, saved):
+    forward = _invented(data, shapes, saved.model_config, infeasible={3, 5})
+    scores = _score(forward, data, shapes)
+    expected = np.mean([row for row in range(len(data)) if row not in {3, 5}])
+    assert scores.infeasible == 2
+    assert scores.loss == pytest.approx(expected, abs=1e-9)
+    assert scores.clips == len(data)
+    assert "2 clips without an alignment" in scores.describe("eval")
+
+
+def test_a_loss_that_is_not_a_number_is_not_hidden(data, shapes, saved):
+    true = _invented(data, shapes, saved.model_config)
+
+    def forward(batch):
+        losses, ids, lengths = true(batch)
+        return losses * np.nan, ids, lengths
+
+    assert np.isnan(_score(forward, data, shapes).loss)
+
+
+def test_padded_frames_count_only_when_scoring_as_the_old_scripts_did(data, shapes, saved):
+    forward = _invented(data, shapes, saved.model_config)
+    honest = _score(forward, data, shapes)
+    old = _score(forward, data, shapes, plan=evaluate.InOrder, padded=True)
+    # The padding says "e", once, in every clip that is not the longest of its batch.
+    padded_clips = 0
+    for start in range(0, len(data), 4):
+        lengths = wav2vec2.frame_lengths(saved.model_config, data.samples[start : start + 4])
+        padded_clips += int((lengths < lengths.max()).sum())
+    assert padded_clips > 3
+    assert old.cer.counts.errors == honest.cer.counts.errors + padded_clips
+    assert old.cer.counts.units == honest.cer.counts.units
+    assert old.loss == pytest.approx(honest.loss)
+
+
+def test_in_order_is_the_order_of_the_corpus_and_every_row_once(data, shapes):
+    groups = list(evaluate.InOrder(data.samples, shapes.samples, 4))
+    rows = np.concatenate([group.rows for group in groups])
+    assert rows[rows >= 0].tolist() == list(range(len(data)))
+    for group in groups:
+        longest = data.samples[group.rows[group.rows >= 0]].max()
+        assert shapes.samples[group.shape] >= longest
+
+
+def test_the_blank_fraction_is_over_real_frames(data, shapes, saved):
+    forward = _invented(data, shapes, saved.model_config)
+    frames = wav2vec2.frame_lengths(saved.model_config, data.samples)
+    expected = 1 - data.label_lengths.sum() / frames.sum()
+    assert _score(forward, data, shapes).blank_fraction == pytest.approx(expected)
+
+
+def test_spaces_count_only_where_words_are_separated(data, shapes, saved):
+    forward = _invented(data, shapes, saved.model_config)
+    spaced = _score(forward, data, shapes).cer.counts.units
+    unspaced = _score(forward, data, shapes, language="zh-HK")
+    assert spaced - unspaced.cer.counts.units == sum(r.count(" ") for r in data.references)
+    assert "no spaces" in unspaced.describe("test")
+
+
+def test_groups_of_speakers_add_up_and_unknown_facts_are_not_shown(data, shapes, saved):
+    scores = _score(_invented(data, shapes, saved.model_config), data, shapes)
+    assert {group.fact for group in scores.groups} == {"gender"}
+    assert {group.value: group.clips for group in scores.groups} == {
+        "female": 4,
+        "male": 4,
+        "unknown": 3,
+    }
+    female = [row for row in range(len(data)) if row % 3 == 0]
+    expected = jiwer.cer(
+        [data.references[row] for row in female], [_hypotheses(data)[row] for row in female]
+    )
+    found = next(group.cer for group in scores.groups if group.value == "female")
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert "female" in scores.table()
+
+
+def test_predictions_add_up_to_the_score_and_name_no_speaker(data, shapes, saved, tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    forward = _invented(data, shapes, saved.model_config)
+    scores = _score(forward, data, shapes, predictions=path)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert {line["id"]: line["hypothesis"] for line in lines} == dict(
+        zip(data.ids, _hypotheses(data), strict=True)
+    )
+    assert sum(line["errors"] for line in lines) == scores.cer.counts.errors
+    assert sum(line["units"] for line in lines) == scores.cer.counts.units
+    assert "secret" not in path.read_text(encoding="utf-8")
+    _score(forward, data, shapes, predictions=path, speakers=True)
+    assert "secret" in path.read_text(encoding="utf-8")
+    assert [p.name for p in tmp_path.iterdir()] == ["predictions.jsonl"]
+
+
+def test_an_interrupted_pass_leaves_the_old_predictions(data, shapes, saved, tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("old")
+    true = _invented(data, shapes, saved.model_config)
+    calls = []
+
+    def forward(batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return true(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        _score(forward, data, shapes, predictions=path)
+    assert path.read_text() == "old"
+
+
+def _loaded(saved, **settings) -> loading.LoadedModel:
+    return loading.LoadedModel(
+        config=saved.model_config,
+        params=saved.params,
+        vocabulary=saved.vocabulary,
+        do_normalize=True,
+        use_attention_mask=True,
+        settings=settings,
+        facts={},
+        name="small",
+    )
+
+
+def test_batches_score_as_one_clip_at_a_time_and_the_old_way_does_not(data, shapes, saved):
+    """A model of random weights, which says much in the padding."""
+    loaded = _loaded(saved)
+    devices = parallel.Devices()
+    assert devices.count == 2
+    cfg = config.build({"train": {"per_device_eval_batch_size": 3, "mixed_precision": "fp32"}})
+    batched = evaluate.compiled(loaded, cfg, shapes, devices)
+    scores = _score(batched, data, shapes, 6, tokens=shapes.tokens)
+
+    single = parallel.Devices(jax.devices()[:1])
+    exact = experiment.Shapes(tuple(sorted({int(n) for n in data.samples})), (16,) * len(data))
+    cfg = config.build({"train": {"per_device_eval_batch_size": 1, "mixed_precision": "fp32"}})
+    alone = evaluate.compiled(loaded, cfg, exact, single)
+    one_by_one = _score(alone, data, exact, 1, tokens=exact.tokens)
+
+    assert scores.cer == one_by_one.cer
+    assert scores.wer == one_by_one.wer
+    assert scores.loss == pytest.approx(one_by_one.loss, rel=1e-5)
+    assert scores.cer.value > 0.5
+    old = _score(batched, data, shapes, 6, evaluate.InOrder, tokens=shapes.tokens, padded=True)
+    assert old.cer.counts.errors > scores.cer.counts.errors
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """A Common Voice release with one split."""
+    folder = tmp_path_factory.mktemp("cv") / "cv-corpus-9" / "eu"
+    (folder / "clips").mkdir(parents=True)
+    rows = ["client_id\tpath\tsentence\tgender"]
+    for number, sentence in enumerate(SENTENCES):
+        samples = small_saved.speech(3000 + 100 * number, number)
+        soundfile.write(folder / "clips" / f"{number}.wav", samples, 16_000)
+        rows.append(f"speaker{number % 3}\t{number}.wav\t{sentence.upper()}\tfemale_feminine")
+    (folder / "test.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, saved):
+    folder = tmp_path_factory.mktemp("model") / "export"
+    export.write_folder(folder, saved, config.build(saved.meta.run), saved.meta.facts)
+    return folder
+
+
+def test_the_command_scores_an_export_without_its_run(exported, release, tmp_path, capsys):
+    evaluate.command(
+        str(exported),
+        [f"--data.source={release}", "--data.num_workers=1", "--data.num_buckets=2"],
+        "-",
+        legacy=True,
+        predictions=str(tmp_path),
+    )
+    output = capsys.readouterr()
+    (line,) = map(json.loads, output.out.splitlines())
+    assert line["split"] == "test"
+    assert line["clips"] == len(SENTENCES)
+    for name in ("eval_loss", "eval_wer", "eval_cer", "legacy_cer", "legacy_wer"):
+        assert np.isfinite(line[name]), name
+    assert len(line["hash"]) == 64
+    assert "cv-corpus-9" in line["release"]
+    assert "normalisation: lower, spaces" in line["rule"]
+    assert "test CER" in output.err
+    lines = (tmp_path / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["reference"] for line in lines} == set(SENTENCES)
+
+
+def test_a_model_of_unknown_language_must_be_told_it(exported, release, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for path in exported.iterdir():
+        if path.name != loading.FACTS:
+            (foreign / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(errors.ConfigError, match=r"give --data\.language"):
+        evaluate.command(str(foreign), [f"--data.source={release}"], None)
+
+
+def test_a_model_without_data_must_be_given_some(exported):
+    with pytest.raises(errors.ConfigError, match=r"data\.source"):
+        evaluate.command(str(exported), [], None)
+
+
+def test_a_split_that_is_not_there_is_named_with_those_that_are(exported, release):
+    with pytest.raises(errors.DataError, match=r"no split '?dev.*test"):
+        evaluate.command(
+            str(exported), [f"--data.source={release}", "--data.test_splits=dev"], None
+        )

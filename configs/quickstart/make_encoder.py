@@ -1,13 +1,24 @@
 """Makes `encoder`: a small wav2vec 2.0 encoder that knows Cantonese syllables, without a head.
 
-pip install espeakng-loader==0.2.4 pycantonese==5.0.0 lameenc==1.9.0 soxr==1.1.0 numpy
-python configs/quickstart/make_encoder.py speak /tmp/encoder-corpus
+    pip install . espeakng-loader==0.2.4 pycantonese==5.0.0 lameenc==1.9.0
+    python configs/quickstart/make_encoder.py speak /tmp/encoder-corpus
+    python configs/quickstart/make_encoder.py train /tmp/encoder-corpus
+
+`speak` records five hours of synthetic speech in three minutes. `train` runs `flax-asr train`
+twice on them, on the letters of jyutping first, because single letters leave the plateau where
+only blanks are written soonest, then on whole syllables, so that a frame knows all of the
+character that it belongs to. Run again, it goes on where it stopped. ORIGIN.md says what the
+speech is made from.
 """
 
 import argparse
 import collections
 import csv
+import json
 import pathlib
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 import make_corpus

@@ -59,7 +59,8 @@ def choose_shapes(
     Each is the smallest sample count that gives a multiple of 16 frames; the largest one covers the
     longest clip. The optimum is exact, left-overs and filler rows included: with the cascade, the
     groups of all buckets up to an edge number `floor(clips up to the edge / group_rows)`, so a
-    bucket's cost depends on its own two edges only, and dynamic programming over edges applies.
+    bucket's cost depends on its own two edges only, and dynamic programming over edges applies. (A
+    last group with filler rows has the largest shape whatever the other edges are.)
 
     Args:
         samples: length of every clip.
@@ -77,7 +78,6 @@ def choose_shapes(
         np.bincount(np.searchsorted(candidates, samples), minlength=len(candidates))
     )
     groups_up_to = clips_up_to // group_rows
-    groups_up_to[-1] = -(-len(samples) // group_rows)
 
     # cost[j]: the cheapest way to serve all groups up to candidate j whose last edge is j.
     cost = candidates * groups_up_to

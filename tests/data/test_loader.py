@@ -1,5 +1,6 @@
 """Batches: the right content in static shapes, the same on any number of hosts, from any step."""
 
+import dataclasses
 import gc
 import itertools
 import threading
@@ -95,6 +96,16 @@ def test_label_width_depends_on_the_shape_alone(data, shapes):
             (group,) = plan.update(step)
             rows = group.rows[group.rows >= 0]
             assert data.label_lengths[rows].max() <= widths[group.shape]
+
+
+def test_label_width_covers_rows_that_move_up_from_smaller_shapes(data):
+    talkative_first = dataclasses.replace(
+        data,
+        samples=np.array([5000, 10_000, 15_000], np.int32),
+        label_lengths=np.array([20, 3, 9], np.int32),
+    )
+    assert label_widths(talkative_first, (5200, 10_320, 15_440)) == (24, 24, 24)
+    assert label_widths(talkative_first, (10_320, 15_440), multiple=1) == (20, 20)
 
 
 def test_hosts_share_each_group_between_them(data, shapes):

@@ -283,7 +283,13 @@ def test_a_second_process_waits_for_the_first(release, tmp_path, capsys, monkeyp
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", first_finishes_meanwhile)
+    prepared = []
+    prepare_split = prepare._prepare_split
+    monkeypatch.setattr(
+        prepare, "_prepare_split", lambda *a: prepared.append(a[2]) or prepare_split(*a)
+    )
     assert len(prepare.prepare(cfg)["train"]) == 12
+    assert prepared == ["train"]  # the first did it, the second opened it
     assert f"Waiting for another process to prepare {folder}" in capsys.readouterr().err
     assert len(calls) == 3
 

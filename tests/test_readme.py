@@ -158,6 +158,19 @@ def test_options_in_running_text_exist(page):
             assert name in config.option_types(), name
 
 
+def test_every_figure_names_the_script_that_prints_it():
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    rows = text.partition("## Figures")[2].partition("\n## ")[0].strip().splitlines()
+    header, _, *figures = [row.strip("| ").split(" | ") for row in rows if row.startswith("|")]
+    assert figures
+    for row in figures:
+        said = dict(zip(header, row, strict=True))
+        assert re.fullmatch(r"[0-9a-f]{7,}", said["commit"])
+        assert said["machine"]
+        script = re.fullmatch(r"`python (benchmarks/\w+\.py)( .*)?`", said["command"])
+        assert (ROOT / script[1]).is_file()
+
+
 def test_every_command_that_works_is_in_the_documents():
     text = "".join(page.read_text("utf-8") for page in PAGES)
     homes = {"prepare": "data/prepare.py", "train": "loop.py"}

@@ -96,17 +96,6 @@ def _encoder_layer(config: "Wav2Vec2Config", name: str) -> Iterator[_Parameter]:
     yield from _norm(f"{name}.final_layer_norm", hidden)
 
 
-def _adapter(config: "Wav2Vec2Config") -> Iterator[_Parameter]:
-    outputs = config.output_hidden_size
-    if outputs != config.hidden_size:
-        yield from _linear("adapter.proj", config.hidden_size, outputs)
-        yield from _norm("adapter.proj_layer_norm", outputs)
-    for layer in range(config.num_adapter_layers):
-        conv, shape = f"adapter.layers.{layer}.conv", (outputs, config.adapter_kernel_size)
-        yield _parameter(conv, "kernel", "weight", (2 * outputs, *shape))
-        yield _parameter(conv, "bias", "bias", (2 * outputs,))
-
-
 def _encoder(config: "Wav2Vec2Config") -> Iterator[_Parameter]:
     """Every tensor of a Wav2Vec2Model, names without the `wav2vec2.` prefix."""
     hidden = config.hidden_size
@@ -125,8 +114,6 @@ def _encoder(config: "Wav2Vec2Config") -> Iterator[_Parameter]:
     yield from _norm("encoder.layer_norm", hidden)
     for layer in range(config.num_hidden_layers):
         yield from _encoder_layer(config, f"encoder.layers.{layer}")
-    if config.add_adapter:
-        yield from _adapter(config)
 
 
 def _parameters(config: "Wav2Vec2Config", *, head: bool) -> list[_Parameter]:
@@ -138,8 +125,7 @@ def _parameters(config: "Wav2Vec2Config", *, head: bool) -> list[_Parameter]:
         _Parameter(PREFIX + entry.torch_name, ("wav2vec2", *entry.path), *entry[2:])
         for entry in encoder
     ]
-    inputs = config.output_hidden_size if config.add_adapter else config.hidden_size
-    return [*nested, *_linear("lm_head", inputs, config.vocab_size)]
+    return [*nested, *_linear("lm_head", config.hidden_size, config.vocab_size)]
 
 
 def shapes(config: "Wav2Vec2Config", *, head: bool) -> dict[tuple[str, ...], tuple[int, ...]]:

@@ -101,11 +101,11 @@ def _shortest(config: "Wav2Vec2Config") -> tuple[int, int]:
 
 
 def _random(module: nn.Module, key: Array, input_shape: tuple[int, ...]) -> Tree:
-    # Shapes of parameters do not depend on the input's; compiled, because one operation at a time
-    # takes minutes for a large model.
     params_key, dropout_key = jax.random.split(key)
     keys = {"params": params_key, "dropout": dropout_key}
-    return jax.jit(lambda: module.init(keys, jnp.zeros(input_shape, jnp.float32))["params"])()
+    # Lazy: the model is not run, and layers of equal shapes share what is compiled, where one
+    # compiled function for all of a large model's parameters takes minutes.
+    return module.lazy_init(keys, jax.ShapeDtypeStruct(input_shape, jnp.float32))["params"]
 
 
 def _with_head(
@@ -158,7 +158,7 @@ class _PretrainedModel:
 
         Args:
             config: the architecture.
-            input_shape: accepted as before; parameters do not depend on it.
+            input_shape: of the audio to initialise with; parameters do not depend on it.
             seed: of the random weights.
             dtype: of the computation; parameters are float32.
             _do_init: whether the object holds parameters; otherwise they are passed to each call.
@@ -286,12 +286,9 @@ class _PretrainedModel:
     def _get_feat_extract_output_lengths(
         self, input_lengths: Any, add_adapter: bool | None = None
     ) -> Any:
-        """Frames that come out of so many samples, integers or arrays."""
-        config = self.config
-        if add_adapter is not None:
-            config = copy.copy(config)
-            config.add_adapter = add_adapter
-        return wav2vec2.frame_lengths(config, input_lengths)
+        """Frames that come out of so many samples, integers or arrays; there are no adapters."""
+        del add_adapter
+        return wav2vec2.frame_lengths(self.config, input_lengths)
 
     @classmethod
     def from_pretrained(

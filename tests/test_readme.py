@@ -110,6 +110,15 @@ def test_the_commands_of_ours_are_found():
     assert sum(len(_our_commands(block.text)) for block in SHELL) >= 10
 
 
+def test_the_clip_that_is_listened_to_is_one_of_the_test_split():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"configs/quickstart/\S+\.mp3", text))
+    assert named
+    for name in named:
+        table = ROOT / pathlib.Path(name).parents[1] / "test.tsv"
+        assert pathlib.Path(name).name in table.read_text(encoding="utf-8")
+
+
 def test_a_shown_configuration_loads_and_is_complete():
     shown = [block for block in BLOCKS if block.language == "yaml"]
     assert shown

@@ -1,6 +1,7 @@
 """train(config): the story of a run."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
             logger.info("%s is finished: %d updates. Nothing to do.", folder, run.updates)
             return
         config.save(cfg, folder / run_folder.CONFIG)
+        for warning in run.warnings():
+            logger.warning("warning: %s", warning)
         run.compile()
         run.begin()
         run.train(stop)
@@ -105,6 +108,19 @@ class Run:
         """Whether there are `eval` or `test` examples."""
         return which in self.corpus.scored()
 
+    def warnings(self) -> Iterator[str]:
+        """What is allowed and probably not meant."""
+        cfg = self.cfg
+        if cfg.optim.warmup_steps > self.updates / 5:
+            yield (
+                f"the warm-up takes {cfg.optim.warmup_steps} of {self.updates} updates, more than a"
+                " fifth of the run; lower optim.warmup_steps."
+            )
+        if cfg.train.mixed_precision == "fp16" and self.devices.platform == "tpu":
+            yield "TPUs compute in bf16: train.mixed_precision fp16 only adds a loss scale."
+        if self.start.facts["head"].startswith("fresh") and cfg.optim.warmup_steps == 0:
+            yield "a fresh head without warm-up can ruin the encoder; set optim.warmup_steps."
+
     def compile(self) -> None:
         """Compiles every step in every shape, largest first; nothing is compiled later."""
         train, devices = self.cfg.train, self.devices
@@ -132,8 +148,16 @@ class Run:
         for samples, tokens in reversed(list(self.eval_shapes)):
             batch = devices.batch_shapes(train.per_device_eval_batch_size, samples, tokens)
             jobs["evaluate", samples] = (evaluates, (params, batch))
+        parallel.keep_compiled(self.folder / "compilation_cache")
+        logger.info(
+            "%d updates of %d clips; %d programs to compile, the largest first",
+            self.updates,
+            train.global_batch_size,
+            len(jobs),
+        )
         with progress.Progress(len(jobs), "compiling", "programs") as bar:
             self.programs = parallel.compile_all(jobs, lambda key, seconds: bar.advance(1))
+        self.compilations = parallel.Compilations()
 
     def begin(self) -> None:
         """The state before the next update, from the checkpoint or fresh."""
@@ -210,7 +234,8 @@ class Run:
         epoch = round(self.step / self.plan.updates_per_epoch, 2)
         if self._due(cfg.logging_steps):
             event = {"step": self.step, "epoch": epoch}
-            self.log.append(event | self.window.close(batches.wait_seconds))
+            event |= self.window.close(batches.wait_seconds)
+            self.log.append(event | {"compilations": self.compilations.count})
         metrics: dict[str, float] = {}
         if self.has("eval") and self._due(cfg.eval_steps):
             with self.window.paused():

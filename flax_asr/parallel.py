@@ -27,6 +27,7 @@ class Devices:
 
     Attributes:
         count: devices over all hosts.
+        platform: "tpu", "gpu" or "cpu".
         local_count: devices of this host.
         host_index: which host this is; host 0 writes the files.
         host_count: how many there are.
@@ -38,6 +39,7 @@ class Devices:
         self.host_count = jax.process_count()
         local = [d for d in self.devices if d.process_index == self.host_index]
         self.count = len(self.devices)
+        self.platform = self.devices[0].platform
         self.local_count = len(local)
         mesh = Mesh(np.array(self.devices), (step.AXIS,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -165,6 +167,24 @@ def forward(
         return jax.device_get(programs["evaluate", batch.audio.shape[1]](params, placed))
 
     return score
+
+
+class Compilations:
+    """How many programs XLA has compiled since this was made; the persistent cache counts too."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def _note(self, event: str, duration: float, **details: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+
+
+def keep_compiled(folder: str | os.PathLike) -> None:
+    """Keeps compiled programs in a folder, so that a resumed run does not compile them again."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def compile_all(

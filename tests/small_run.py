@@ -47,7 +47,9 @@ def objective(model_config, mixed_precision: str = "fp32", **changes) -> step.Ob
 class Trainer:
     """Updates from nested parameters, on the first `devices` fake devices."""
 
-    def __init__(self, model, params, updates=100, devices=1, mixed_precision="fp32", **sections):
+    def __init__(
+        self, objective, params, updates=100, devices=1, mixed_precision="fp32", **sections
+    ):
         self.cfg = config.Config(
             optim=config.OptimConfig(**sections.get("optim", {})),
             model=config.ModelConfig(**sections.get("model", {})),
@@ -58,7 +60,7 @@ class Trainer:
         fresh = experiment.fresh_state(self.cfg, params, self.optimiser)
         self.state = self.devices.replicate(jax.device_get(fresh))
         self.sums = self.devices.zero_sums(self.state.trainable)
-        self._accumulate = parallel.accumulate(model, self.devices)
+        self._accumulate = parallel.accumulate(objective, self.devices)
         learning_rate = optim.schedule(self.cfg.optim, updates)
         self._update = parallel.update(self.optimiser, learning_rate, self.devices)
 

@@ -1,6 +1,7 @@
 """A small model as a checkpoint gives it, and a small prepared split, both without a run."""
 
 import numpy as np
+import torch
 from models import small_torch
 
 from flax_asr import audio, checkpoint, config, vocabulary
@@ -18,22 +19,28 @@ def saved(
     facts: dict | None = None,
     metrics: dict | None = None,
     run: config.Config | None = None,
+    do_normalize: bool = True,
     **changes,
 ) -> checkpoint.SavedModel:
-    """Random weights, large enough in the head for a text of many symbols."""
+    """Random weights, and a head that says a lot."""
     model_config = small_torch.config(architecture, ctc_loss_reduction="mean", **changes)
-    tensors = small_torch.tensors(small_torch.model("Wav2Vec2ForCTC", model_config, seed))
-    tensors["lm_head.weight"] = 8 * tensors["lm_head.weight"]
+    model = small_torch.model("Wav2Vec2ForCTC", model_config, seed)
+    with torch.no_grad():
+        # Every symbol as likely as any other, so that the model says a lot; but nobody is trained
+        # to write the unknown one.
+        logits = model(torch.tensor(speech(8000, seed))[None] / 0.4).logits[0]
+        model.lm_head.weight /= logits.std(dim=0)[:, None]
+        model.lm_head.bias.sub_(logits.mean(dim=0)).div_(logits.std(dim=0))
+        model.lm_head.bias[VOCABULARY.unknown] = -1000
+    tensors = small_torch.tensors(model)
     split = {"release": "cv-corpus-9", "hash": "ab" * 32, "clips": 7, "seconds": 3600.0}
     meta = checkpoint.Meta(
         step=30,
-        run=config.as_dict(
-            run or config.Config(data=config.DataConfig(source="x", language="eu"))
-        ),
+        run=config.as_dict(run or config.Config(data=config.DataConfig(source="x", language="eu"))),
         model_config=model_config.to_dict(),
         vocabulary=VOCABULARY.to_json(),
         normalization=["lower", "spaces"],
-        do_normalize=True,
+        do_normalize=do_normalize,
         use_attention_mask=model_config.feat_extract_norm == "layer",
         group_rows=8,
         facts={

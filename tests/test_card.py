@@ -1,4 +1,4 @@
-"""The model card: the published table to the letter, metadata that parses back, nothing injected."""
+"""The model card: the published table to the letter, metadata that parses back, no injection."""
 
 import csv
 import json

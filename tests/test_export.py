@@ -88,7 +88,7 @@ def test_a_flipped_bit_on_the_disk_is_noticed_and_the_old_folder_stays(tmp_path,
         path.write_bytes(content)
 
     monkeypatch.setattr(export.weights, "write", damaging)
-    with pytest.raises(errors.ModelError, match="the parameter .* read back differs"):
+    with pytest.raises(errors.ModelError, match=r"the parameter .* read back differs"):
         export.write_folder(tmp_path / "out", small_saved.saved(seed=1), RUN, saved.meta.facts)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -33,8 +33,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 _UNSPACED_REASON = (
     "The character error rate (CER) is the figure to look at: the language is written without"
-    ' spaces, so a whole sentence is one "word", and the word error rate (WER) only says how many'
-    " sentences have an error somewhere."
+    " spaces, so a whole sentence is one word, wrong with its first wrong character; the word error"
+    " rate (WER) says little, and rises above 1 where a model writes spaces."
 )
 
 

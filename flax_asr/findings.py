@@ -1,0 +1,246 @@
+"""What is worth saying about a run before it is paid for, and what each would cost.
+
+The cost is the share of the run that is spoilt: of its time, of its data, or of what its scores
+mean. Where nobody can know it, the figure is a judgement, and stands beside the rule.
+"""
+
+import dataclasses
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from flax_asr import config, text
+from flax_asr.data import shards
+
+_FEW_UPDATES = 300
+_LONG_DAYS = 3.0
+_RARE = 0.001
+
+REASONS = {
+    "missing": "have no audio",
+    "crashed": "kill their decoder",
+    "timeout": "take too long to decode",
+    "failed": "make the decoder fail",
+    "empty": "are empty",
+    "damaged": "are damaged",
+    "truncated": "are cut short",
+    "not_finite": "hold NaN or infinity",
+    "silent": "are silent",
+    "too_long": "are longer than data.max_seconds",
+    "too_short": "are shorter than data.min_seconds",
+    "empty_transcript": "have no transcript left after normalisation",
+    "label_too_long": "have more labels than frames: CTC cannot align them",
+    "duplicate": "are there twice (the same id or the same audio)",
+    "held_out_clip": "of the training splits are scored, and so are not trained on",
+    "held_out_speaker": "of the training splits have a speaker who is scored",
+    "held_out_sentence": "of the training splits have a sentence that is scored",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing to know.
+
+    Attributes:
+        name: for programs.
+        cost: share of the run that it spoils, 0 to 1; where `fatal` it says nothing.
+        message: what, where, and what to do.
+        fatal: the run cannot work.
+    """
+
+    name: str
+    cost: float
+    message: str
+    fatal: bool = False
+
+
+def ordered(findings: Iterable[Finding]) -> list[Finding]:
+    """What stops the run first, then the dearest."""
+    return sorted(findings, key=lambda found: (not found.fatal, -found.cost, found.name))
+
+
+def leakage(shared: Mapping[str, Mapping[str, int]], clips: Mapping[str, int]) -> Iterator[Finding]:
+    """Scored clips that training knows something about."""
+    meanings = {
+        "clips": "are trained on",
+        "audio": "sound bit for bit like a training clip",
+        "speakers": "have a speaker who is trained on",
+        "sentences": "have a sentence that is trained on",
+    }
+    for split, counts in shared.items():
+        for what, count in counts.items():
+            if count:
+                yield Finding(
+                    f"shared_{what}",
+                    count / clips[split],
+                    f"{count} of {clips[split]} clips of {split} {meanings[what]}: its scores will"
+                    " look better than the model is. Use the release's own train, dev and test"
+                    " splits, or train on `validated`, from which these are taken out.",
+                )
+
+
+def left_out(entries: Sequence[shards.LeftOut], judged: int, where: str) -> Iterator[Finding]:
+    """Clips that will not be used, by reason."""
+    by_reason: dict[str, list[shards.LeftOut]] = {}
+    for entry in entries:
+        by_reason.setdefault(entry.reason, []).append(entry)
+    for reason, found in by_reason.items():
+        meaning = REASONS.get(reason, f"cannot be used ({reason})")
+        first = f"{ascii(found[0].id)[1:-1]} {ascii(found[0].detail)[1:-1]}".strip()
+        yield Finding(
+            reason,
+            len(found) / judged,
+            f"{len(found)} of {judged} clips of {where} {meaning}; the first: {first}.",
+        )
+
+
+def normalisation(changes: Sequence[text.Change], characters: int, default: bool, language: str):
+    """Letters and digits that the normalisation takes away, and a language without a rule."""
+    gone = [c for c in changes if not c.after and unicodedata.category(c.before[0])[0] in "LN"]
+    lost = sum(change.count for change in gone)
+    if lost:
+        shown = "; ".join(change.describe() for change in gone[:3])
+        yield Finding(
+            "letters_removed",
+            lost / characters,
+            f"text.normalization removes {lost} letters or digits: {shown}. Are they not spoken?",
+        )
+    if default:
+        yield Finding(
+            "default_normalization",
+            0.02,
+            f"there is no normalisation rule for {language}, the default one is used: look at what"
+            " it changes, or write text.normalization.",
+        )
+
+
+def unknown(name: str, strange: Mapping[str, int], characters: int) -> Iterator[Finding]:
+    """Characters without a token: no output can ever be right there."""
+    count = sum(strange.values())
+    if count:
+        shown = " ".join(ascii(c)[1:-1] if not c.isprintable() else c for c in list(strange)[:10])
+        yield Finding(
+            "unknown_characters",
+            count / characters,
+            f"{count} of {characters} characters of {name} are not in the vocabulary ({shown}):"
+            f" its character error rate cannot fall below {count / characters:.2%}.",
+        )
+
+
+def batches(cfg: config.Config, padding: float, group_norm: bool) -> Iterator[Finding]:
+    """Computing for nothing, and encoders that notice it."""
+    if group_norm:
+        yield Finding(
+            "group_norm",
+            padding,
+            f"this encoder normalises over whole padded clips: its output changes with the padding"
+            f" ({padding:.0%} of a batch), in training and in scoring. More data.num_buckets make"
+            " it less; encoders with layer normalisation (XLS-R) do not have it.",
+        )
+    elif padding > 0.15:
+        yield Finding(
+            "padding",
+            padding,
+            f"{padding:.0%} of what is computed is padding: raise data.num_buckets"
+            f" ({cfg.data.num_buckets} now) or lower data.max_seconds.",
+        )
+
+
+def schedule(cfg: config.Config, updates: int, fresh_head: bool) -> Iterator[Finding]:
+    """A learning rate or a length that does not suit the run."""
+    warmup = cfg.optim.warmup_steps
+    if warmup > updates / 5:
+        rest = "" if warmup < updates else ": the rate never gets to optim.learning_rate"
+        yield Finding(
+            "warmup",
+            min(1.0, warmup / updates),
+            f"the warm-up takes {warmup} of {updates} updates, more than a fifth of the"
+            f" run{rest}; lower optim.warmup_steps.",
+        )
+    if fresh_head and warmup == 0:
+        yield Finding(  # it may cost nothing or all of the pretraining
+            "no_warmup",
+            0.5,
+            "a fresh head without warm-up can ruin the encoder; set optim.warmup_steps.",
+        )
+    if fresh_head and updates < _FEW_UPDATES:
+        yield Finding(  # CTC writes blanks only for its first hundreds of updates
+            "few_updates",
+            0.5,
+            f"{updates} updates are few: a fresh head writes nothing but blanks for the first"
+            " hundreds. Raise train.num_train_epochs or lower train.global_batch_size.",
+        )
+    if cfg.data.eval_splits and updates <= cfg.train.eval_steps:
+        yield Finding(
+            "one_evaluation",
+            0.05,
+            f"train.eval_steps {cfg.train.eval_steps} is not less than the {updates} updates: only"
+            " the last checkpoint is scored, so none can be chosen.",
+        )
+    if set(cfg.data.eval_splits) & set(cfg.data.test_splits):
+        yield Finding(
+            "selected_on_test",
+            0.05,
+            "data.eval_splits and data.test_splits share a split: the best checkpoint is chosen on"
+            " what it is tested with.",
+        )
+
+
+def precision(mixed_precision: str, platform: str) -> Iterator[Finding]:
+    """A precision that the devices do not compute in."""
+    if platform == "tpu" and mixed_precision == "fp16":
+        yield Finding(
+            "precision",
+            0.02,
+            "TPUs compute in bf16: train.mixed_precision fp16 only adds a loss scale.",
+        )
+    if platform == "cpu" and mixed_precision != "fp32":
+        yield Finding(  # from no difference (AMX) to several times slower
+            "precision",
+            0.3,
+            f"most CPUs only emulate {mixed_precision}: train.mixed_precision fp32 is faster.",
+        )
+
+
+def duration(days: float, cheap: tuple[int, float] | None, least: bool) -> Iterator[Finding]:
+    """A run that takes long on this machine."""
+    if days > _LONG_DAYS:
+        way_out = (
+            f" With --model.trainable_layers {cheap[0]} it is about {_days(cheap[1])}."
+            if cheap is not None and cheap[1] < days
+            else ""
+        )
+        yield Finding(
+            "duration",
+            min(1.0, days / 30),
+            f"on this machine the run takes {'at least' if least else 'about'} {_days(days)}."
+            f"{way_out} Fewer clips: data.max_train_clips.",
+        )
+
+
+def room(needed: int, free: int | None, what: str, fatal: bool) -> Iterator[Finding]:
+    """Disk or memory that is not enough, or hardly."""
+    if free is not None and needed > 0.8 * free:
+        short = needed > free
+        yield Finding(
+            "room",
+            0.5,  # whether the last fifth is enough is anyone's guess
+            f"{what}: about {gigabytes(needed)} are needed and {gigabytes(free)} are free.",
+            fatal=short and fatal,
+        )
+
+
+def gigabytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+def _days(days: float) -> str:
+    return duration_text(days * 86400)
+
+
+def duration_text(seconds: float) -> str:
+    """A length of time for people, in one unit."""
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"

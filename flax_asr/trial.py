@@ -1,0 +1,223 @@
+"""A few updates of the real compiled step, in a process of its own that can be given up.
+
+A compilation cannot be stopped, a process can; and the accelerator belongs to one process, so the
+one that looks at it is also the one that works on it.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import Wav2Vec2Config
+
+from flax_asr import config, experiment, optim, parallel, step
+from flax_asr.data import loader, pool
+
+_SHALLOW, _DEEPER = 1, 3
+_CAUTION = 1.5
+_REPEATS = 5
+_REPEAT_SECONDS = 4.0
+_PRODUCT_SIZES = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
+
+
+class Machine(NamedTuple):
+    """The devices, and what one of them does in a large matrix product.
+
+    `memory_bytes` is a device's own memory, None where it shares the host's.
+    """
+
+    platform: str
+    kind: str
+    count: int
+    memory_bytes: int | None
+    flops_per_second: float
+
+
+class Asked(NamedTuple):
+    """One micro-batch and update to be timed: which run, model and shape, and in what time."""
+
+    cfg: config.Config
+    model_config: dict[str, Any]
+    do_normalize: bool
+    use_attention_mask: bool
+    samples: int
+    tokens: int
+    limit_seconds: float
+
+
+class Timed(NamedTuple):
+    """Seconds; `temporary_bytes` are what a device needs beside state and batch.
+
+    `layers` is how many the encoder that was timed had: fewer than the model has where the rest
+    was too much for the time, and is added in proportion.
+    """
+
+    accumulate_seconds: float
+    update_seconds: float
+    compile_seconds: float
+    temporary_bytes: int
+    layers: int
+
+
+def run(
+    asked: Asked | None, limit_seconds: float
+) -> tuple[Machine | pool.Failure, Timed | pool.Failure | None]:
+    """The devices and, where something is asked, its times; each may fail or take too long."""
+    tasks = [(None, precision(asked)), *([(None, asked)] if asked is not None else [])]
+    with contextlib.closing(
+        pool.run_ordered(answer, tasks, workers=1, limit_seconds=limit_seconds)
+    ) as results:
+        answers = [result for _, result in results]
+    return answers[0], answers[1] if asked is not None else None
+
+
+def precision(asked: Asked | None) -> str:
+    """In which precision the devices are tried."""
+    return "fp32" if asked is None else asked.cfg.train.mixed_precision
+
+
+def answer(task: str | Asked) -> Machine | Timed:
+    """What the process does: a precision asks for the devices."""
+    return _machine(task) if isinstance(task, str) else _timed(task)
+
+
+def _machine(mixed_precision: str) -> Machine:
+    devices = parallel.Devices()
+    device = devices.devices[0]
+    memory = device.memory_stats() or {}
+    size = _PRODUCT_SIZES[devices.platform]
+    matrix = jnp.full((size, size), 1e-3, experiment.DTYPES[mixed_precision])
+    product = jax.jit(lambda a: a @ a)
+    seconds = min(_repeated(lambda: product(matrix)))
+    return Machine(
+        platform=devices.platform,
+        kind=device.device_kind,
+        count=devices.count,
+        memory_bytes=memory.get("bytes_limit"),
+        flops_per_second=2.0 * size**3 / seconds,
+    )
+
+
+def _timed(asked: Asked) -> Timed:
+    """The whole model where that is quick, else what two shallow ones tell of it."""
+    layers = Wav2Vec2Config(**asked.model_config).num_hidden_layers
+    if layers <= _DEEPER:
+        return _timed_with(asked, layers)
+    began = time.monotonic()
+    shallow, deeper = (_timed_with(asked, count) for count in (_SHALLOW, _DEEPER))
+    whole = _extended(asked.cfg.model.trainable_layers, layers, shallow, deeper)
+    needed = _CAUTION * (
+        whole.compile_seconds + (_REPEATS + 1) * (whole.accumulate_seconds + whole.update_seconds)
+    )
+    if needed < asked.limit_seconds - (time.monotonic() - began):
+        return _timed_with(asked, layers)
+    return whole
+
+
+def _extended(trainable_layers: int | None, layers: int, shallow: Timed, deeper: Timed) -> Timed:
+    """The times of all layers, each as dear as one of those between the two that were timed.
+
+    Where only some are trained, the ones between were not; a trained one costs three times that.
+    """
+    more = layers - _SHALLOW
+    worth = float(more)
+    if trainable_layers is not None:
+        trained = max(0, min(trainable_layers, layers) - _SHALLOW)
+        worth += 2 * trained
+
+    def grown(name: str, by: float) -> float:
+        low, high = getattr(shallow, name), getattr(deeper, name)
+        return low + max(0.0, high - low) / (_DEEPER - _SHALLOW) * by
+
+    return Timed(
+        accumulate_seconds=grown("accumulate_seconds", worth),
+        update_seconds=grown("update_seconds", more),
+        compile_seconds=grown("compile_seconds", more),
+        temporary_bytes=round(grown("temporary_bytes", more)),
+        layers=_DEEPER,
+    )
+
+
+def _timed_with(asked: Asked, layers: int) -> Timed:
+    cfg = asked.cfg
+    if cfg.model.trainable_layers is not None:
+        trained = min(cfg.model.trainable_layers, _SHALLOW if layers == _DEEPER else layers)
+        cfg = dataclasses.replace(
+            cfg, model=dataclasses.replace(cfg.model, trainable_layers=trained)
+        )
+    devices = parallel.Devices()
+    model_config = Wav2Vec2Config(**(asked.model_config | {"num_hidden_layers": layers}))
+    origin = experiment.Origin(
+        model_config, None, None, asked.do_normalize, asked.use_attention_mask, {}
+    )
+    objective = experiment.objective(cfg, origin)
+    learning_rate = optim.schedule(cfg.optim, max(1, cfg.optim.warmup_steps) * 10)
+    optimiser = optim.adamw(cfg.optim, learning_rate)
+    # Any weights take as long as any others; these keep every figure finite.
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.random(leaf.shape, np.float32) * 0.02 + 0.01,
+        experiment.parameter_shapes(objective),
+    )
+    state = devices.replicate(jax.device_get(experiment.fresh_state(cfg, params, optimiser)))
+    sums = devices.zero_sums(state.trainable)
+    per_device = cfg.train.per_device_train_batch_size
+    (batch,) = devices.micro_batches(
+        _batch(devices.local_count * per_device, asked.samples, asked.tokens), per_device
+    )
+    started = time.monotonic()
+    programs = parallel.compile_all(
+        {
+            "accumulate": (parallel.accumulate(objective, devices), (state, sums, batch)),
+            "update": (parallel.update(optimiser, learning_rate, devices), (state, sums)),
+        },
+        lambda key, seconds: None,
+    )
+    compile_seconds = time.monotonic() - started
+
+    def accumulate():
+        nonlocal sums
+        sums = programs["accumulate"](state, sums, batch)
+        return sums
+
+    def update():
+        nonlocal state, sums
+        state, sums, metrics = programs["update"](state, sums)
+        return metrics
+
+    return Timed(
+        accumulate_seconds=float(np.median(list(_repeated(accumulate)))),
+        update_seconds=float(np.median(list(_repeated(update)))),
+        compile_seconds=compile_seconds,
+        temporary_bytes=programs["accumulate"].memory_analysis().temp_size_in_bytes,
+        layers=layers,
+    )
+
+
+def _batch(rows: int, samples: int, tokens: int) -> step.Batch:
+    rng = np.random.default_rng(0)
+    return loader.Batch(
+        audio=rng.integers(-3000, 3000, (rows, samples), np.int16),
+        gains=np.full(rows, 1 / 32768, np.float32),
+        sample_lengths=np.full(rows, samples, np.int32),
+        labels=np.tile(np.arange(tokens, dtype=np.int32) % 2 + 1, (rows, 1)),
+        label_lengths=np.full(rows, tokens, np.int32),
+        weights=np.ones(rows, np.float32),
+    )
+
+
+def _repeated(function) -> Iterator[float]:
+    """Times of some calls; the first one, which may compile or allocate, is not counted."""
+    jax.block_until_ready(function())
+    began = time.monotonic()
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        jax.block_until_ready(function())
+        yield time.perf_counter() - started
+        if time.monotonic() - began > _REPEAT_SECONDS:
+            return

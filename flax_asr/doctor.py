@@ -7,21 +7,15 @@ cannot do is a finding, and the others go on without it.
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import math
-import os
-import platform
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from transformers import Wav2Vec2Config
 
-import flax_asr
 from flax_asr import (
     audio,
     config,
@@ -30,6 +24,7 @@ from flax_asr import (
     experiment,
     findings,
     forecast,
+    host,
     optim,
     results,
     run_folder,
@@ -38,7 +33,7 @@ from flax_asr import (
     trial,
     vocabulary,
 )
-from flax_asr.data import buckets, examples, pool, prepare
+from flax_asr.data import buckets, examples, pool
 from flax_asr.models import wav2vec2
 
 READ_SECONDS = 12.0
@@ -46,7 +41,6 @@ HEAR_SECONDS = 12.0
 TRIAL_SECONDS = 25.0
 CHEAP_LAYERS = 2
 _MOST_REPORTED = 20_000
-_PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers numpy soundfile soxr".split()
 
 
 def command(cfg: config.Config, json_file: str | None) -> None:
@@ -92,7 +86,7 @@ class Examination:
         """Gathers everything."""
         # The accelerator belongs to one process: to the one of the trial.
         jax.config.update("jax_platforms", "cpu")
-        self.facts["machine"] = machine(self.cfg)
+        self.facts["machine"] = host.facts(self.cfg)
         start = self._origin()
         corpus, splits = None, {}
         with self._noting("data"):
@@ -236,7 +230,7 @@ class Examination:
             "clips": forecast.histogram(lengths, edges),
             "mean": float(lengths.mean()),
         }
-        self.facts["suspects"] = suspects(train)
+        self.facts["suspects"] = survey.suspects(train)
         expected = forecast.losses(train, start.model_config, corpus.vocabulary.size)
         kept = start.vocabulary == corpus.vocabulary and not cfg.model.reset_head
         self.facts["losses"] = dataclasses.asdict(expected) | {
@@ -308,7 +302,7 @@ class Examination:
             cfg.seed,
         )
         train = [splits[name] for name in cfg.data.train_splits]
-        usable = _usable(corpus.train, train, cfg.data.max_train_clips)
+        usable = survey.usable(corpus.train, train, cfg.data.max_train_clips)
         updates_per_epoch = math.ceil(usable / cfg.train.global_batch_size)
         updates = experiment.total_updates(cfg.train, updates_per_epoch)
         self.facts["batches"] = {
@@ -334,7 +328,7 @@ class Examination:
         batches = self.facts["batches"]
         scored = 0.0
         if corpus.eval is not None:
-            clips = _usable(
+            clips = survey.usable(
                 corpus.eval, [splits[n] for n in cfg.data.eval_splits], cfg.data.max_eval_clips
             )
             scored = clips * float(corpus.eval.samples.mean())
@@ -395,7 +389,7 @@ class Examination:
         prepared = 0
         if not survey.is_prepared(cfg):
             prepared = sum(
-                round(_seconds(split) * audio.SAMPLE_RATE_HZ * 2) for split in splits.values()
+                round(split.seconds * audio.SAMPLE_RATE_HZ * 2) for split in splits.values()
             )
         temporary = timed.temporary_bytes if isinstance(timed, trial.Timed) else 0
         per_device = checkpoint + gradients + temporary
@@ -423,57 +417,6 @@ class Examination:
             self.findings += findings.room(per_device, memory, "memory of this machine", True)
 
 
-def machine(cfg: config.Config) -> dict[str, Any]:
-    """Versions, cores, free memory and disk of this machine."""
-    versions = {"flax_asr": flax_asr.__version__, "python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
-    places = {"output_dir": cfg.output_dir, "prepared": str(prepare.prepared_folder(cfg))}
-    return {
-        "versions": versions,
-        "cores": pool.available_cores(),
-        "memory_bytes": free_memory(),
-        "disk": {name: free_disk(place) for name, place in places.items()},
-    }
-
-
-def free_memory() -> int | None:
-    """Bytes that programs can still take, where the system tells (Linux)."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def free_disk(place: str) -> dict[str, Any]:
-    """Free bytes where a folder is or will be; None for a bucket."""
-    if "://" in place:
-        return {"path": place, "device": None, "free_bytes": None}
-    path = Path(place).absolute()
-    while not path.exists():
-        path = path.parent
-    return {
-        "path": str(path),
-        "device": os.stat(path).st_dev,
-        "free_bytes": shutil.disk_usage(path).free,
-    }
-
-
-def suspects(data: examples.Examples, most: int = 5) -> list[dict[str, Any]]:
-    """Clips with far too little audio for their text: probably another sentence, or cut."""
-    rates = data.samples / audio.SAMPLE_RATE_HZ / data.label_lengths
-    rows = np.argsort(rates)[:most]
-    return [
-        {
-            "id": data.ids[row],
-            "seconds": round(int(data.samples[row]) / audio.SAMPLE_RATE_HZ, 3),
-            "tokens": int(data.label_lengths[row]),
-        }
-        for row in rows.tolist()
-        if rates[row] < np.median(rates) / 4
-    ]
-
-
 def _sized(start: experiment.Origin, found: vocabulary.Vocabulary) -> experiment.Origin:
     sizes = {"vocab_size": found.size, "pad_token_id": found.blank}
     return dataclasses.replace(
@@ -483,18 +426,6 @@ def _sized(start: experiment.Origin, found: vocabulary.Vocabulary) -> experiment
 
 def _unknown(found: vocabulary.Vocabulary, character: str) -> bool:
     return found.unknown is not None and found.unknown in found.encode(character)
-
-
-def _usable(data: examples.Examples, splits: Sequence[survey.Split], most: int | None) -> int:
-    """Rows of all clips, from those that were judged."""
-    judged = sum(len(split) / split.scale for split in splits)
-    clips = round(data.clips_available * sum(map(len, splits)) / judged)
-    return min(clips, most) if most is not None else clips
-
-
-def _seconds(split: survey.Split) -> float:
-    known = split.samples[split.samples != survey.UNKNOWN]
-    return float(known.sum(dtype=np.int64)) / audio.SAMPLE_RATE_HZ * split.scale
 
 
 def _bytes(tree: Any) -> int:

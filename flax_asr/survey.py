@@ -9,15 +9,15 @@ import contextlib
 import dataclasses
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from flax_asr import audio, common_voice, config, errors, progress, tables
-from flax_asr.data import decoding, pool, prepare, shards
+from flax_asr.data import decoding, examples, pool, prepare, shards
 
 MOST_HEARD = 2000
 """So many clips of a corpus are decoded at most; smaller ones are decoded whole."""
@@ -66,6 +66,12 @@ class Split:
         """Clips for each one whose length or reason to be left out is known."""
         judged = int((self.samples != UNKNOWN).sum()) + len(self.left_out)
         return len(self) / judged if judged else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Audio of all clips, from those whose length is known."""
+        known = self.samples[self.samples != UNKNOWN]
+        return float(known.sum(dtype=np.int64)) / audio.SAMPLE_RATE_HZ * self.scale
 
     def left_out_of(self) -> list[tuple[list[shards.LeftOut], int]]:
         """What was left out, with the number of clips among which it was looked for."""
@@ -342,3 +348,25 @@ def require_clips(split: Split) -> None:
     why = shards.summary(split.left_out) or "none was read in time"
     first = "".join(f" The first: {e.id}: {e.reason} {e.detail}" for e in split.left_out[:1])
     raise errors.DataError(f"No clip of the split {split.split} can be used: {why}.{first}")
+
+
+def usable(data: examples.Examples, splits: Sequence[Split], most: int | None) -> int:
+    """Rows of all clips, from those that were judged."""
+    judged = sum(len(split) / split.scale for split in splits)
+    clips = round(data.clips_available * sum(map(len, splits)) / judged)
+    return min(clips, most) if most is not None else clips
+
+
+def suspects(data: examples.Examples, most: int = 5) -> list[dict[str, Any]]:
+    """Clips with far too little audio for their text: probably another sentence, or cut."""
+    rates = data.samples / audio.SAMPLE_RATE_HZ / data.label_lengths
+    rows = np.argsort(rates)[:most]
+    return [
+        {
+            "id": data.ids[row],
+            "seconds": round(int(data.samples[row]) / audio.SAMPLE_RATE_HZ, 3),
+            "tokens": int(data.label_lengths[row]),
+        }
+        for row in rows.tolist()
+        if rates[row] < np.median(rates) / 4
+    ]

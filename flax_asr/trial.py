@@ -107,15 +107,15 @@ def _timed(asked: Asked) -> Timed:
     """The whole model where that is quick, else what two shallow ones tell of it."""
     layers = Wav2Vec2Config(**asked.model_config).num_hidden_layers
     if layers <= _DEEPER:
-        return _timed_with(asked, layers)
+        return _timed_with(asked, layers, layers)
     began = time.monotonic()
-    shallow, deeper = (_timed_with(asked, count) for count in (_SHALLOW, _DEEPER))
+    shallow, deeper = (_timed_with(asked, count, _SHALLOW) for count in (_SHALLOW, _DEEPER))
     whole = _extended(asked.cfg.model.trainable_layers, layers, shallow, deeper)
     needed = _CAUTION * (
         whole.compile_seconds + (_REPEATS + 1) * (whole.accumulate_seconds + whole.update_seconds)
     )
     if needed < asked.limit_seconds - (time.monotonic() - began):
-        return _timed_with(asked, layers)
+        return _timed_with(asked, layers, layers)
     return whole
 
 
@@ -143,13 +143,14 @@ def _extended(trainable_layers: int | None, layers: int, shallow: Timed, deeper:
     )
 
 
-def _timed_with(asked: Asked, layers: int) -> Timed:
+def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
+    """The times of a model of so many layers, at most `trained` of them trained on purpose."""
     cfg = asked.cfg
     if cfg.model.trainable_layers is not None:
-        trained = min(cfg.model.trainable_layers, _SHALLOW if layers == _DEEPER else layers)
-        cfg = dataclasses.replace(
-            cfg, model=dataclasses.replace(cfg.model, trainable_layers=trained)
+        model = dataclasses.replace(
+            cfg.model, trainable_layers=min(cfg.model.trainable_layers, trained)
         )
+        cfg = dataclasses.replace(cfg, model=model)
     devices = parallel.Devices()
     model_config = Wav2Vec2Config(**(asked.model_config | {"num_hidden_layers": layers}))
     origin = experiment.Origin(

@@ -1,14 +1,14 @@
 """Checkpoints: the whole state and what is needed to understand it. The only file that names orbax.
 
-`RUN/checkpoints/STEP` holds the arrays (orbax), `meta` (our JSON) and `seal.json`: size and sha256
-of every file, written after orbax has committed. orbax commits atomically but does not notice a
-flipped bit; a checkpoint whose seal is missing or does not hold is not used.
+`RUN/checkpoints/STEP` holds `state` (orbax), `meta.json` and `seal.json`. A checkpoint is written
+under a hidden name, sealed, and only then renamed: what has a step's name was complete once. orbax
+does not notice a flipped bit; the seal does, and what it does not hold for is not used.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
+import math
 import shutil
 import threading
 from dataclasses import dataclass
@@ -21,16 +21,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, errors
+from flax_asr import config, errors, seals
 from flax_asr import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-SEAL = "seal.json"
+STATE, META = "state", "meta.json"
+_UNFINISHED, _REPLACED, _DAMAGED = ".unfinished-", ".replaced-", "damaged-"
+_WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+"""What orbax and tensorstore raise where the disk is full or the folder is gone."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Meta:
         do_normalize: whether clips are brought to zero mean and unit variance.
         use_attention_mask: whether the model is told where clips end.
         group_rows: rows of a batch group over all devices; fixed when the run starts.
-        facts: what the card says about data and origin.
+        facts: what the card says about data and origin; `updates` of the whole run.
         metrics: the scores of this step, empty where it was not scored.
         window: figures since the last line of the log.
     """
@@ -91,123 +93,129 @@ class SavedModel:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest ones and the best one are kept.
+    """Writes the checkpoints of one run and keeps the latest ones and the best one.
 
     Args:
         run: the run folder.
         keep: how many of the latest.
-        metric: the score that says which is best; lower is better.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
     """
 
-    def __init__(self, run: Path, keep: int, metric: str):
-        self._folder = run / FOLDER
-        self._metric = f"eval_{metric}"
-        self._seal: threading.Thread | None = None
-        self._failure: BaseException | None = None
-
-        def score(metrics):
-            return metrics[self._metric]
-
-        self._manager = ocp.CheckpointManager(
-            self._folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(
-                    [
-                        preservation_policy.LatestN(keep),
-                        preservation_policy.BestN(get_metric_fn=score, reverse=True, n=1),
-                    ]
-                ),
-                best_fn=score,
-                best_mode="min",
-                create=True,
-            ),
-            item_names=("state", "meta"),
-        )
+    def __init__(self, run: Path, keep: int):
+        self._run, self._folder, self._keep = run, run / FOLDER, keep
+        self._publishing: threading.Thread | None = None
+        self._failure: Exception | None = None
+        try:
+            self._folder.mkdir(exist_ok=True)
+            for path in self._folder.iterdir():
+                if path.name.startswith((_UNFINISHED, _REPLACED)):
+                    shutil.rmtree(path)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
 
     def save(self, state: PyTree, meta: Meta) -> None:
-        """Begins to save; returns as soon as the state is on the host."""
+        """Begins to save; returns as soon as the state is on the host.
+
+        Raises:
+            CheckpointError: this one or the one before cannot be written.
+        """
         self.wait()
-        self._manager.save(
-            meta.step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(flax.serialization.to_state_dict(state)),
-                meta=ocp.args.JsonSave(dataclasses.asdict(meta)),
-            ),
-            metrics=meta.metrics or None,
-            force=True,
-        )
-        self._seal = threading.Thread(target=self._finish, args=(meta.step,), daemon=True)
-        self._seal.start()
+        unfinished = self._folder / f"{_UNFINISHED}{meta.step}"
+        arrays = _on_host(flax.serialization.to_state_dict(state))
+        try:
+            unfinished.mkdir()
+            content = json.dumps(dataclasses.asdict(meta), indent=1, default=str)
+            (unfinished / META).write_text(content + "\n", encoding="utf-8")
+            self._writer.save((unfinished / STATE).absolute(), args=ocp.args.StandardSave(arrays))
+        except _WRITE_ERRORS as error:
+            raise self._cannot_write(error) from error
+        self._publishing = threading.Thread(target=self._publish, args=(meta.step,), daemon=True)
+        self._publishing.start()
 
     def wait(self) -> None:
-        """Returns when what was begun is on the disk and sealed.
+        """Returns when what was begun is on the disk under its name.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        if self._seal is not None:
-            self._seal.join()
-            self._seal = None
+        if self._publishing is not None:
+            self._publishing.join()
+            self._publishing = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise errors.CheckpointError(
-                f"cannot write a checkpoint in {self._folder}: {failure}. Free some space or mend"
-                " the folder, then run the same command again."
-            ) from failure
-
-    def restore(self, step: int, state: PyTree) -> PyTree:
-        """The state of a step, placed as `state` is."""
-        template = flax.serialization.to_state_dict(state)
-        shapes = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), template
-        )
-        _check_tree(self._manager.directory / str(step), shapes)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        )
-        return flax.serialization.from_state_dict(state, restored["state"])
+            raise self._cannot_write(failure) from failure
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
-
-    def _finish(self, step: int) -> None:
+        """Waits and lets go of orbax's threads."""
         try:
-            self._manager.wait_until_finished()
-            if jax.process_index() == 0:
-                seal(self._folder / str(step))
-        except (OSError, ValueError, RuntimeError) as error:
+            self.wait()
+        finally:
+            self._writer.close()
+
+    def _publish(self, step: int) -> None:
+        unfinished, folder = self._folder / f"{_UNFINISHED}{step}", self._folder / str(step)
+        try:
+            self._writer.wait_until_finished()
+            if jax.process_index() != 0:
+                return
+            seals.write(unfinished)
+            replaced = self._folder / f"{_REPLACED}{step}"
+            if folder.exists():
+                folder.rename(replaced)
+            unfinished.rename(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            for old in _superfluous(self._run, self._keep):
+                # Renamed first: half of a checkpoint never has a step's name.
+                going = (self._folder / str(old)).rename(self._folder / f"{_REPLACED}{old}")
+                shutil.rmtree(going)
+        except _WRITE_ERRORS as error:
             self._failure = error
 
-
-def seal(folder: Path) -> None:
-    """Writes the sizes and hashes of a committed checkpoint, atomically."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != SEAL
-    }
-    unfinished = folder / (SEAL + ".unfinished")
-    unfinished.write_text(json.dumps(files, indent=1))
-    unfinished.replace(folder / SEAL)
+    def _cannot_write(self, error: Exception) -> errors.CheckpointError:
+        kept = ", ".join(map(str, steps(self._run))) or "none"
+        return errors.CheckpointError(
+            f"cannot write a checkpoint in {self._folder}: {error}. Make room or mend the folder,"
+            f" then run the same command again. Checkpoints there: {kept}."
+        )
 
 
-def verify(folder: Path) -> None:
-    """Raises `CheckpointError` naming the first file that is not as it was sealed."""
-    try:
-        files = json.loads((folder / SEAL).read_text())
-    except (OSError, ValueError) as error:
-        raise errors.CheckpointError(f"{folder / SEAL} cannot be read: {error}") from error
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise errors.CheckpointError(f"{path} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise errors.CheckpointError(
-                f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            )
-        if _sha256(path) != expected["sha256"]:
-            raise errors.CheckpointError(f"{path} has changed since it was written (sha256)")
+def restore(run: Path, step: int, like: PyTree) -> PyTree:
+    """The state of a step, placed as `like` says.
+
+    Args:
+        run: the run folder.
+        step: a step whose seal was verified.
+        like: a state of `jax.ShapeDtypeStruct`s with shardings.
+
+    Raises:
+        CheckpointError: it is the state of another model or optimiser; names the difference.
+    """
+    template = flax.serialization.to_state_dict(like)
+    folder = (run / FOLDER / str(step) / STATE).absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        _check_same(folder, _shapes(template), _shapes(_stored(checkpointer, folder)))
+        restored = checkpointer.restore(folder, template)
+    return flax.serialization.from_state_dict(like, restored)
+
+
+def load_model(run: Path, step: int | None = None) -> SavedModel:
+    """The model of a checkpoint, by default of the best one that is sound.
+
+    Raises:
+        CheckpointError: there is no such step, or its files are damaged.
+    """
+    if step is None:
+        ranked = _by_merit(run)
+        # Those that cannot be ranked come first, so that they are named.
+        return _read_model(run, _first_sound(run, [*(set(steps(run)) - set(ranked)), *ranked]))
+    if step not in steps(run):
+        there = ", ".join(map(str, steps(run))) or "none"
+        raise errors.CheckpointError(f"{run} has no checkpoint of step {step}; there: {there}.")
+    seals.verify(run / FOLDER / str(step))
+    return _read_model(run, step)
 
 
 def steps(run: Path) -> list[int]:
@@ -219,36 +227,22 @@ def steps(run: Path) -> list[int]:
 
 
 def newest_sound(run: Path) -> int | None:
-    """The newest step whose seal holds; damaged ones are named in the log and set aside.
+    """The newest step whose seal holds; None where nothing was saved.
 
     Raises:
         CheckpointError: there are checkpoints, and none is sound.
     """
-    problems = []
-    for step in steps(run):
-        try:
-            verify(run / FOLDER / str(step))
-        except errors.CheckpointError as error:
-            problems.append(str(error))
-            logger.warning("the checkpoint of step %d is not used: %s", step, error)
-        else:
-            set_aside(run, newer_than=step)
-            return step
-    if problems:
-        raise errors.CheckpointError(
-            f"no checkpoint in {run / FOLDER} is sound: {'; '.join(problems)}. Begin again with"
-            " --restart, or restore the folder from a copy."
-        )
-    return None
+    return _first_sound(run, steps(run)) if steps(run) else None
 
 
 def set_aside(run: Path, newer_than: int) -> None:
     """Moves newer, unsound checkpoints out of the way: the run will write these steps again."""
     for step in steps(run):
         if step > newer_than:
-            damaged = run / FOLDER / f"damaged-{step}"
+            damaged = run / FOLDER / f"{_DAMAGED}{step}"
             shutil.rmtree(damaged, ignore_errors=True)
             (run / FOLDER / str(step)).rename(damaged)
+            logger.warning("the damaged checkpoint is kept as %s", damaged)
 
 
 def is_run(folder: Path) -> bool:
@@ -257,62 +251,14 @@ def is_run(folder: Path) -> bool:
 
 
 def read_meta(run: Path, step: int) -> Meta:
-    """What stands beside the arrays of a step."""
-    path = run / FOLDER / str(step) / "meta" / "metadata"
-    try:
-        return Meta(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise errors.CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def best_step(run: Path) -> int:
-    """The step with the lowest score; the newest one where none was scored."""
-    scored = []
-    for step in steps(run):
-        meta = read_meta(run, step)
-        name = f"eval_{meta.run['train']['metric_for_best_model']}"
-        if name in meta.metrics:
-            scored.append((meta.metrics[name], step))
-    if scored:
-        return min(scored)[1]
-    if not steps(run):
-        raise errors.CheckpointError(f"there is no checkpoint in {run / FOLDER}.")
-    return steps(run)[0]
-
-
-def load_model(run: Path, step: int | None = None) -> SavedModel:
-    """The model of a checkpoint, by default of the best one.
+    """What stands beside the arrays of a step.
 
     Raises:
-        CheckpointError: there is no such step, or its files are damaged.
+        CheckpointError: it is damaged.
     """
-    saved = steps(run)
-    if step is None:
-        step = best_step(run)
-    elif step not in saved:
-        raise errors.CheckpointError(
-            f"{run} has no checkpoint of step {step}: it has {', '.join(map(str, saved))}."
-        )
     folder = run / FOLDER / str(step)
-    verify(folder)
-    meta = read_meta(run, step)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata((folder / "state").absolute()).item_metadata.tree
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored
-        )
-        state = checkpointer.restore((folder / "state").absolute(), shapes)
-    flat = {**state["trainable"], **state["frozen"]}
-    params = flax.traverse_util.unflatten_dict(
-        {path: np.asarray(leaf) for path, leaf in flat.items()}, sep="/"
-    )
-    return SavedModel(
-        model_config=Wav2Vec2Config(**meta.model_config),
-        params=params,
-        vocabulary=vocabularies.Vocabulary.from_json(meta.vocabulary),
-        meta=meta,
-    )
+    seals.verify(folder, META)
+    return Meta(**json.loads((folder / META).read_text(encoding="utf-8")))
 
 
 def meta_config(meta: Meta) -> config.Config:
@@ -320,26 +266,110 @@ def meta_config(meta: Meta) -> config.Config:
     return config.build(meta.run)
 
 
-def _check_tree(folder: Path, shapes: PyTree) -> None:
-    """Refuses a checkpoint of another architecture, vocabulary or optimiser; names the difference."""
+def check_vocabulary(meta: Meta, ours: vocabularies.Vocabulary) -> None:
+    """Raises `CheckpointError` where a checkpoint writes other symbols than `ours`."""
+    theirs = vocabularies.Vocabulary.from_json(meta.vocabulary)
+    if theirs != ours:
+        only_there = "".join(sorted(set(theirs.characters) - set(ours.characters)))
+        only_here = "".join(sorted(set(ours.characters) - set(theirs.characters)))
+        raise errors.CheckpointError(
+            f"the checkpoint of step {meta.step} writes another vocabulary ({theirs.size} symbols,"
+            f" here {ours.size}; only there: {only_there!r}, only here: {only_here!r}). The data or"
+            " their normalisation have changed: use another --output_dir, or --restart."
+        )
+
+
+def _on_host(state: PyTree) -> PyTree:
+    """numpy arrays: orbax copies them before it returns, and slices (compiles) nothing."""
+    for leaf in jax.tree.leaves(state):
+        leaf.copy_to_host_async()
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), state)
+
+
+def _read_model(run: Path, step: int) -> SavedModel:
+    meta = read_meta(run, step)
+    folder = (run / FOLDER / str(step) / STATE).absolute()
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(folder / "state").item_metadata.tree
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            _stored(checkpointer, folder),
+        )
+        state = checkpointer.restore(folder, shapes)
+    flat = {**state["trainable"], **state["frozen"]}
+    return SavedModel(
+        model_config=Wav2Vec2Config(**meta.model_config),
+        params=flax.traverse_util.unflatten_dict(
+            {path: np.asarray(leaf) for path, leaf in flat.items()}, sep="/"
+        ),
+        vocabulary=vocabularies.Vocabulary.from_json(meta.vocabulary),
+        meta=meta,
+    )
 
-    def flat(tree):
-        return {
-            "/".join(str(getattr(k, "key", k)) for k in path): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
 
-    ours, theirs = flat(shapes), flat(stored)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise errors.CheckpointError(
-                f"{folder} is of another model: {name} is {theirs.get(name, 'absent')} there and"
-                f" {ours.get(name, 'absent')} here. Use another output_dir, or --restart."
-            )
+def _first_sound(run: Path, candidates: list[int]) -> int:
+    problems = []
+    for step in candidates:
+        try:
+            seals.verify(run / FOLDER / str(step))
+        except errors.CheckpointError as error:
+            problems.append(str(error))
+            logger.warning("the checkpoint of step %d is not used: %s", step, error)
+        else:
+            return step
+    if problems:
+        raise errors.CheckpointError(
+            f"no checkpoint in {run / FOLDER} is sound: {'; '.join(problems)}. Begin again with"
+            " --restart, or restore the folder from a copy."
+        )
+    raise errors.CheckpointError(f"there is no checkpoint in {run / FOLDER}.")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _by_merit(run: Path) -> list[int]:
+    """Scored steps, best first, the earliest of equals; then the others, newest first.
+
+    Steps whose scores are damaged are in no place.
+    """
+    scored, others = [], []
+    for step in steps(run):
+        try:
+            meta = read_meta(run, step)
+        except errors.CheckpointError:
+            continue
+        name = f"eval_{meta.run['train']['metric_for_best_model']}"
+        if name in meta.metrics and math.isfinite(meta.metrics[name]):
+            scored.append((meta.metrics[name], step))
+        else:
+            others.append(step)
+    return [step for _, step in sorted(scored)] + others
+
+
+def _superfluous(run: Path, keep: int) -> list[int]:
+    kept = {*steps(run)[:keep], *_by_merit(run)[:1]}
+    return [step for step in steps(run) if step not in kept]
+
+
+def _stored(checkpointer: ocp.StandardCheckpointer, folder: Path) -> PyTree:
+    return checkpointer.metadata(folder).item_metadata.tree
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    return {
+        "/".join(str(key.key) for key in path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _check_same(folder: Path, ours: dict[str, tuple], theirs: dict[str, tuple]) -> None:
+    """Refuses a checkpoint of another architecture, vocabulary or optimiser."""
+    differing = [
+        f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if differing:
+        more = f"; {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise errors.CheckpointError(
+            f"{folder.parent} is of another model or optimiser: {'; '.join(differing[:3])}{more}."
+            " Use another --output_dir, or --restart."
+        )

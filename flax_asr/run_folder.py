@@ -10,19 +10,27 @@ import dataclasses
 import datetime
 import fcntl
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from flax_asr import checkpoint, config, errors, runlog
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
+CONFIG, CARD, EXPORT = "config.yaml", "README.md", "export"
+LOCK, FINISHED = ".lock", ".finished"
+
 FREE_TO_CHANGE = frozenset(
-    "output_dir data.num_workers data.prepared_dir train.logging_steps train.eval_steps"
-    " train.save_steps train.save_total_limit train.per_device_train_batch_size"
-    " train.per_device_eval_batch_size train.max_bad_updates".split()
+    "output_dir data.source data.num_workers data.prepared_dir model.attention model.remat_policy"
+    " train.gradient_checkpointing train.logging_steps train.eval_steps train.save_steps"
+    " train.save_total_limit train.per_device_train_batch_size train.per_device_eval_batch_size"
+    " train.max_bad_updates".split()
 )
+"""Where and how fast, not what. That a moved source holds the same clips, `check_data` sees to."""
+
+LENGTHS = ("train.max_steps", "train.num_train_epochs")
 
 
 @contextlib.contextmanager
@@ -34,23 +42,29 @@ def owned(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise errors.CheckpointError(
             f"cannot write in output_dir {folder}: {error.strerror}. Give another --output_dir."
         ) from error
-    with lock:
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise errors.CheckpointError(
                 f"another run is at work in {folder}: wait for it, or give another --output_dir."
             ) from error
+        except OSError:
+            logger.warning("%s cannot be locked: see that only one run writes there.", folder)
         yield
+    finally:
+        os.close(lock)
 
 
 def resume_point(folder: Path, asked: config.Config, restart: bool) -> checkpoint.Meta | None:
     """Where to go on, or None for a fresh run.
+
+    Before the first checkpoint nothing is done that another configuration could spoil.
 
     Args:
         folder: the run folder.
@@ -61,56 +75,138 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> checkpoin
         ConfigError: the old run was made with another configuration.
         CheckpointError: no checkpoint is sound.
     """
-    if restart and (folder / CONFIG).exists():
+    if restart:
         put_aside(folder)
-    if not (folder / CONFIG).exists():
+    if not checkpoint.steps(folder):
         return None
-    old = config.load(folder / CONFIG)
-    changes = differences(old, asked)
-    forbidden = {name: change for name, change in changes.items() if not _harmless(name, *change)}
-    if forbidden:
-        listed = "\n".join(f"  {name}: was {a!r}, now {b!r}" for name, (a, b) in forbidden.items())
-        raise errors.ConfigError(
-            f"{folder} holds a run with another configuration:\n{listed}\nGive another"
-            " --output_dir, or --restart to begin again (the old folder is kept under a dated"
-            f" name), or --model.pretrained {folder} in a new folder to start from its weights."
+    if not (folder / CONFIG).is_file():
+        raise errors.CheckpointError(
+            f"{folder} holds checkpoints but no {CONFIG}: give another --output_dir, or --restart"
+            " to begin again (what is there is kept under a dated name)."
         )
-    for name, (a, b) in changes.items():
-        logger.info("going on with %s = %r (was %r)", name, b, a)
+    changes = differences(config.load(folder / CONFIG), asked)
+    _refuse_meaningful(folder, changes)
     step = checkpoint.newest_sound(folder)
-    return None if step is None else checkpoint.read_meta(folder, step)
+    for name, (a, b) in changes.items():
+        logger.info("going on with %s %r (was %r)", name, b, a)
+    return checkpoint.read_meta(folder, step)
 
 
-def differences(old: config.Config, new: config.Config) -> dict[str, tuple]:
+def differences(old: config.Config, new: config.Config) -> dict[str, tuple[Any, Any]]:
     """Dotted names of what differs, with both values."""
     before, after = config.flat(old), config.flat(new)
     return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 
 
-def _harmless(name: str, old, new) -> bool:
-    if name in ("train.num_train_epochs", "train.max_steps"):
-        return old is not None and new is not None and new > old
-    return name in FREE_TO_CHANGE
+def _refuse_meaningful(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    refused = {
+        name: (old, new)
+        for name, (old, new) in changes.items()
+        if name not in FREE_TO_CHANGE and not _longer(name, old, new)
+    }
+    if refused:
+        listed = "\n".join(
+            f"  {name}: was {old!r}, now {new!r}" for name, (old, new) in refused.items()
+        )
+        raise errors.ConfigError(
+            f"{folder} holds a run with another configuration:\n{listed}\nGive another"
+            " --output_dir, or --restart to begin again (the old folder is kept under a dated"
+            f" name), or --model.pretrained {folder} with another --output_dir to start from its"
+            " weights."
+        )
+
+
+def _longer(name: str, old: Any, new: Any) -> bool:
+    return name in LENGTHS and old is not None and new is not None and new > old
 
 
 def put_aside(folder: Path) -> None:
-    """Renames everything of an old run into a dated folder beside it."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    """Moves everything of an old run into a dated folder beside it, the configuration last."""
+    old = [path for path in folder.iterdir() if path.name != LOCK]
+    if not old:
+        return
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     target = folder.with_name(f"{folder.name}-{stamp}")
     target.mkdir()
-    for path in folder.iterdir():
-        if path.name != ".lock":
-            path.rename(target / path.name)
+    # A kill in between must not leave checkpoints that look like those of the new run.
+    for path in sorted(old, key=lambda p: (p.name == CONFIG, p.name != checkpoint.FOLDER)):
+        path.rename(target / path.name)
     logger.info("the old run is kept in %s", target)
 
 
-def is_finished(folder: Path, updates: int, has_test: bool) -> bool:
-    """Whether all updates were made, and the test scores, the card and the export are there."""
-    if not checkpoint.steps(folder) or checkpoint.steps(folder)[0] < updates:
+def record(folder: Path, cfg: config.Config) -> None:
+    """Writes config.yaml, whole or not at all."""
+    unfinished = folder / f".{CONFIG}.unfinished"
+    try:
+        config.save(cfg, unfinished)
+        unfinished.replace(folder / CONFIG)
+    except OSError as error:
+        raise errors.CheckpointError(
+            f"cannot write {folder / CONFIG}: {error.strerror}."
+        ) from error
+
+
+def mark_finished(folder: Path, step: int) -> None:
+    """Notes that test scores, card and export belong to the run as it is after `step`."""
+    (folder / FINISHED).write_text(f"{step}\n", encoding="utf-8")
+
+
+def is_finished(folder: Path, past: checkpoint.Meta, asked: config.Config) -> bool:
+    """Whether nothing is left to do: no update, and card and export are those of the last one."""
+    before, after = config.flat(checkpoint.meta_config(past)), config.flat(asked)
+    longer = any(before[name] != after[name] for name in LENGTHS)
+    if longer or past.step < past.facts["updates"]:
         return False
-    tested = any("test_loss" in event for event in runlog.read(folder) if event["step"] >= updates)
-    written = (folder / "README.md").is_file() and (folder / "export" / "config.json").is_file()
-    return written and (tested or not has_test)
+    marked = folder / FINISHED
+    written = (folder / CARD).is_file() and (folder / EXPORT / "config.json").is_file()
+    return written and marked.is_file() and marked.read_text().strip() == str(past.step)
+
+
+def tested(folder: Path, step: int) -> bool:
+    """Whether the log has the test scores of a run that ended with this step."""
+    return any("best_step" in event and event["step"] == step for event in runlog.read(folder))
+
+
+def evaluated(folder: Path, step: int) -> bool:
+    """Whether the log has the scores of this step."""
+    return any("eval_clips" in event and event["step"] == step for event in runlog.read(folder))
+
+
+def best_score(folder: Path, name: str) -> float:
+    """The lowest `name` that the log has, infinity where it has none."""
+    scores = [event[name] for event in runlog.read(folder) if name in event]
+    return min(scores, default=float("inf"))
+
+
+def check_data(past: checkpoint.Meta, splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses to go on with other clips than those that the run began with.
+
+    Args:
+        past: where the run goes on.
+        splits: what `train`, `eval` and `test` are now, as in the checkpoint's facts.
+
+    Raises:
+        ConfigError: names the sets that differ, with release and clips.
+    """
+    then = past.facts["splits"]
+    changed = [
+        f"{name}: was {_described(then, name)}, now {_described(splits, name)}"
+        for name in sorted(then.keys() | splits.keys())
+        if name not in then or name not in splits or then[name]["hash"] != splits[name]["hash"]
+    ]
+    if changed:
+        raise errors.ConfigError(
+            "the data are not those that this run began with:\n  "
+            + "\n  ".join(changed)
+            + "\nPut the old data.source back, or give another --output_dir, or --restart."
+        )
+
+
+def _described(splits: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    if name not in splits:
+        return "not there"
+    split = splits[name]
+    return f"{split['clips']} clips of {split['release']} ({split['hash'][:12]})"
 
 
 def resolve(asked: config.Config, device_count: int) -> config.Config:
@@ -121,24 +217,47 @@ def resolve(asked: config.Config, device_count: int) -> config.Config:
     """
     train = asked.train
     at_once = device_count * train.per_device_train_batch_size
-    if train.global_batch_size is None:
+    size = train.global_batch_size
+    if size is None:
         size = at_once * (train.gradient_accumulation_steps or 1)
-    elif train.global_batch_size % at_once:
-        share, rest = divmod(train.global_batch_size, device_count)
-        fitting = [n for n in range(1, share + 1) if rest == 0 and share % n == 0]
-        way_out = (
-            f"--train.per_device_train_batch_size {' or '.join(map(str, fitting))} would do"
-            if fitting
-            else f"no per-device batch divides it over {device_count} devices"
-        )
+    elif size % at_once:
         raise errors.ConfigError(
-            f"train.global_batch_size {train.global_batch_size} is not {device_count} devices x"
+            f"train.global_batch_size {size} is not {device_count} devices x"
             f" train.per_device_train_batch_size {train.per_device_train_batch_size} x a whole"
-            f" number: {way_out}."
+            f" number: {_fitting(size, device_count)}."
         )
-    else:
-        size = train.global_batch_size
     return dataclasses.replace(
         asked,
         train=dataclasses.replace(train, global_batch_size=size, gradient_accumulation_steps=None),
     )
+
+
+def group_rows(cfg: config.Config, device_count: int, past: checkpoint.Meta | None) -> int:
+    """Rows of a batch group: what the devices take at once when the run begins, the same later on.
+
+    Raises:
+        ConfigError: the devices there are now cannot share such a group; names what would fit.
+    """
+    at_once = device_count * cfg.train.per_device_train_batch_size
+    if past is None:
+        return at_once
+    if past.group_rows % at_once:
+        raise errors.ConfigError(
+            f"this run was begun with {past.group_rows} clips at once, which {device_count} devices"
+            f" x train.per_device_train_batch_size {cfg.train.per_device_train_batch_size} do not"
+            f" divide: {_fitting(past.group_rows, device_count)}."
+        )
+    return past.group_rows
+
+
+def _fitting(rows: int, device_count: int) -> str:
+    share, rest = divmod(rows, device_count)
+    if rest:
+        fitting = [str(n) for n in range(1, rows + 1) if rows % n == 0]
+        return f"{device_count} devices cannot share {rows} clips; {_or(fitting)} devices could"
+    fitting = [str(n) for n in range(1, share + 1) if share % n == 0]
+    return f"--train.per_device_train_batch_size {_or(fitting)} would do"
+
+
+def _or(choices: list[str]) -> str:
+    return " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)

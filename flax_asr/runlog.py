@@ -2,8 +2,13 @@
 
 import importlib.util
 import json
+import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from flax_asr import errors
 
 FILE = "log.jsonl"
 
@@ -19,8 +24,8 @@ class RunLog:
     def __init__(self, run: Path, keep_until: int):
         self._path = run / FILE
         kept = [event for event in read(run) if event["step"] <= keep_until]
-        unfinished = self._path.with_suffix(".unfinished")
-        unfinished.write_text("".join(map(_line, kept)), encoding="utf-8")
+        unfinished = self._path.with_name(f".{FILE}.unfinished")
+        self._write(unfinished, "w", kept)
         unfinished.replace(self._path)
         self._board = None
         if importlib.util.find_spec("tensorboardX") is not None:
@@ -29,17 +34,40 @@ class RunLog:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=keep_until + 1)
 
     def append(self, event: dict[str, Any]) -> None:
-        """Writes one event; it is on the disk when this returns."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(_line(event))
+        """Writes one event; it is on the disk when this returns.
+
+        Figures that are not finite are left out: JSON has no word for them.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        finite = {
+            name: value
+            for name, value in event.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        self._write(self._path, "a", [finite])
         if self._board is not None:
-            for name, value in event.items():
+            for name, value in finite.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, event["step"])
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+    def _write(self, path: Path, mode: str, events: Iterable[dict[str, Any]]) -> None:
+        try:
+            with open(path, mode, encoding="utf-8") as file:
+                for event in events:
+                    file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise errors.CheckpointError(
+                f"cannot write {path}: {error.strerror}. Make room or mend the folder, then run the"
+                " same command again: it goes on from the newest checkpoint."
+            ) from error
 
 
 def read(run: Path) -> list[dict[str, Any]]:
@@ -48,13 +76,9 @@ def read(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return events
-
-
-def _line(event: dict[str, Any]) -> str:
-    return json.dumps(event, ensure_ascii=False) + "\n"

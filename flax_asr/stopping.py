@@ -1,28 +1,61 @@
 """Asked to stop: SIGTERM (preemption, a scheduler) and SIGINT (a person)."""
 
-import logging
+import contextlib
+import os
 import signal
+from collections.abc import Iterator
+from types import FrameType
 
-logger = logging.getLogger(__name__)
+STATUS = 75
+"""EX_TEMPFAIL of sysexits.h: run again to go on."""
 
 
 class Stop:
-    """Remembers SIGTERM and SIGINT; a second one ends the process at once."""
+    """What SIGTERM and SIGINT do while a run owns the process.
 
-    def __init__(self):
+    Outside of `deferred` there is nothing to save, and the process ends at once: a compilation in
+    another thread could not be broken off in any other way. Inside, the signal is noted for the
+    loop to see, and a second one ends the process.
+
+    Attributes:
+        asked: a signal has come.
+    """
+
+    def __init__(self) -> None:
         self.asked = False
+        self._deferred = False
 
     def __enter__(self) -> "Stop":
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame) -> None:
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """The loop inside looks at `asked` and saves."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not self._deferred:
+            _say(f"{name}: stopped. Run the same command to go on.")
+            os._exit(STATUS)
         if self.asked:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            _say(
+                f"{name} again: stopped at once. Run the same command to go on from what is saved."
+            )
+            os._exit(STATUS)
         self.asked = True
-        logger.warning("%s: finishing this update, then saving", signal.Signals(number).name)
+        _say(f"{name}: finishing this update, then saving.")
+
+
+def _say(message: str) -> None:
+    # Not print: the signal may have come in the middle of another line of the same stream.
+    os.write(2, f"\n{message}\n".encode())

@@ -9,22 +9,25 @@ import numpy as np
 from flax_asr import audio, step
 from flax_asr.data import buckets, examples, loader
 
+_SUMS = ("updates", "finite", "loss", "infeasible", "blank", "real", "padded")
+_LATEST = ("learning_rate", "grad_norm", "loss_scale", "skipped")
+
 
 class Window:
     """Figures since the last line of the log; all but the clock's survive a resume.
 
     Args:
-        totals: what `as_json` gave at the checkpoint, or nothing.
+        figures: what `as_json` gave at the checkpoint, or nothing.
     """
 
-    def __init__(self, totals: Mapping[str, float]):
-        self._totals = dict(totals)
+    def __init__(self, figures: Mapping[str, float]):
+        self._figures = dict.fromkeys((*_SUMS, *_LATEST), 0) | dict(figures)
         self._started = time.monotonic()
-        self._paused = 0.0
-        self._waited = 0.0
+        self._paused_seconds = 0.0
+        self._waited_seconds = 0.0
 
     def as_json(self) -> dict[str, float]:
-        return dict(self._totals)
+        return dict(self._figures)
 
     def add(
         self,
@@ -35,56 +38,67 @@ class Window:
     ) -> None:
         """Counts one update."""
         rows = np.concatenate([group.rows for _, group in groups])
-        real = data.samples[rows[rows >= 0]].sum(dtype=np.int64)
-        padded = sum(shapes[group.shape] * len(group.rows) for _, group in groups)
         finite = bool(metrics.finite)
         for name, value in {
             "updates": 1,
-            "finite": finite,
+            "finite": int(finite),
             "loss": float(metrics.loss) if finite else 0.0,
-            "infeasible": float(metrics.infeasible),
+            "infeasible": int(metrics.infeasible),
             "blank": float(metrics.blank_fraction) if finite else 0.0,
-            "real": int(real),
-            "padded": int(padded),
+            "real": int(data.samples[rows[rows >= 0]].sum(dtype=np.int64)),
+            "padded": sum(int(shapes[group.shape]) * len(group.rows) for _, group in groups),
         }.items():
-            self._totals[name] = self._totals.get(name, 0) + value
-        self._last = metrics
+            self._figures[name] += value
+        for name in _LATEST:
+            self._figures[name] = getattr(metrics, name).item()
 
     def facts(self) -> dict[str, str]:
         """For the progress bar."""
-        totals = self._totals
-        seconds = max(1e-9, time.monotonic() - self._started - self._paused)
+        figures = self._figures
         return {
-            "loss": f"{totals['loss'] / max(1, totals['finite']):.4g}",
-            "audio s/s": f"{totals['real'] / audio.SAMPLE_RATE_HZ / seconds:.0f}",
-            "padding": f"{1 - totals['real'] / totals['padded']:.0%}",
+            "loss": f"{self._mean('loss'):.4g}",
+            "audio s/s": f"{figures['real'] / audio.SAMPLE_RATE_HZ / self._seconds():.0f}",
+            "padding": f"{1 - figures['real'] / figures['padded']:.0%}",
         }
 
-    def close(self, waited: float) -> dict[str, float]:
-        """The event of the log; begins a new window."""
-        totals, last = self._totals, self._last
-        seconds = max(1e-9, time.monotonic() - self._started - self._paused)
-        finite = max(1, totals["finite"])
+    def close(self, waited_seconds: float) -> dict[str, float]:
+        """The event of the log; begins a new window.
+
+        Args:
+            waited_seconds: how long the run has waited for data since it was started.
+        """
+        figures, seconds = self._figures, self._seconds()
         event = {
-            "loss": round(totals["loss"] / finite, 4),
-            "learning_rate": float(last.learning_rate),
-            "grad_norm": float(last.grad_norm),
-            "loss_scale": float(last.loss_scale),
-            "skipped_steps": int(last.skipped),
-            "infeasible_clips": int(totals["infeasible"]),
-            "blank_fraction": round(totals["blank"] / finite, 4),
-            "padding": round(1 - totals["real"] / totals["padded"], 4),
-            "audio_seconds_per_second": round(totals["real"] / audio.SAMPLE_RATE_HZ / seconds, 2),
-            "data_wait_seconds": round(waited - self._waited, 4),
+            "loss": round(self._mean("loss"), 4),
+            "learning_rate": figures["learning_rate"],
+            "grad_norm": figures["grad_norm"],
+            "loss_scale": figures["loss_scale"],
+            "skipped_steps": figures["skipped"],
+            "infeasible_clips": figures["infeasible"],
+            "blank_fraction": round(self._mean("blank"), 4),
+            "padding": round(1 - figures["real"] / figures["padded"], 4),
+            "audio_seconds_per_second": round(figures["real"] / audio.SAMPLE_RATE_HZ / seconds, 2),
+            "data_wait_seconds": round(waited_seconds - self._waited_seconds, 4),
             "time": round(time.time(), 3),
         }
-        self._totals, self._started, self._paused = {}, time.monotonic(), 0.0
-        self._waited = waited
+        self._figures = dict.fromkeys((*_SUMS, *_LATEST), 0)
+        self._started, self._paused_seconds = time.monotonic(), 0.0
+        self._waited_seconds = waited_seconds
         return event
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """What is done inside does not count as training time."""
         began = time.monotonic()
-        yield
-        self._paused += time.monotonic() - began
+        try:
+            yield
+        finally:
+            self._paused_seconds += time.monotonic() - began
+
+    def _mean(self, name: str) -> float:
+        """Over the finite updates; not a number where there was none."""
+        figures = self._figures
+        return figures[name] / figures["finite"] if figures["finite"] else float("nan")
+
+    def _seconds(self) -> float:
+        return max(1e-9, time.monotonic() - self._started - self._paused_seconds)

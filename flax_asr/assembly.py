@@ -1,0 +1,158 @@
+"""A run before its first update: data, model, batch plan, optimiser, and its compiled steps."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import flax_asr
+from flax_asr import checkpoint, config, experiment, optim, parallel, progress, run_folder, step
+from flax_asr.data import buckets
+
+logger = logging.getLogger(__name__)
+
+Programs = dict[tuple[str, int], Callable]
+"""Compiled steps: ("accumulate" or "evaluate", padded samples), and ("update", 0)."""
+
+
+class Assembly:
+    """What a run is made of; all of it follows from the configuration and, later on, a checkpoint.
+
+    Args:
+        cfg: with its global batch size resolved.
+        devices: what it runs on.
+        past: the checkpoint that it goes on from.
+
+    Raises:
+        FlaxAsrError: data, model or devices do not fit the configuration or the checkpoint.
+    """
+
+    def __init__(self, cfg: config.Config, devices: parallel.Devices, past: checkpoint.Meta | None):
+        self.cfg, self.devices, self.past = cfg, devices, past
+        self.group_rows = run_folder.group_rows(cfg, devices.count, past)
+        start = experiment.origin(cfg.model) if past is None else experiment.resumed_origin(past)
+        self.corpus = experiment.corpus(cfg, start)
+        if past is None:
+            start, self._params = experiment.initial_model(cfg, start, self.corpus)
+        else:
+            run_folder.check_data(past, self._splits())
+            checkpoint.check_vocabulary(past, self.corpus.vocabulary)
+            self._params = None
+        self.start = start
+        self.objective = experiment.objective(cfg, start)
+        scored = list(self.corpus.scored().values())
+        self.train_shapes = experiment.shapes(cfg, start.model_config, [self.corpus.train])
+        self.eval_shapes = (
+            experiment.shapes(cfg, start.model_config, scored)
+            if scored
+            else experiment.Shapes((), ())
+        )
+        self.plan = buckets.TrainPlan(
+            self.corpus.train.samples,
+            self.train_shapes.samples,
+            self.group_rows,
+            cfg.train.global_batch_size // self.group_rows,
+            cfg.seed,
+        )
+        self.updates = experiment.total_updates(cfg.train, self.plan.updates_per_epoch)
+        self._learning_rate = optim.schedule(cfg.optim, self.updates)
+        self._optimiser = optim.adamw(cfg.optim, self._learning_rate)
+
+    def scores(self, which: str) -> bool:
+        """Whether there are `eval` or `test` examples."""
+        return which in self.corpus.scored()
+
+    def warnings(self) -> Iterator[str]:
+        """What is allowed and probably not meant."""
+        cfg = self.cfg
+        if cfg.optim.warmup_steps > self.updates / 5:
+            yield (
+                f"the warm-up takes {cfg.optim.warmup_steps} of {self.updates} updates, more than a"
+                " fifth of the run; lower optim.warmup_steps."
+            )
+        if cfg.train.mixed_precision == "fp16" and self.devices.platform == "tpu":
+            yield "TPUs compute in bf16: train.mixed_precision fp16 only adds a loss scale."
+        if self.start.facts["head"].startswith("fresh") and cfg.optim.warmup_steps == 0:
+            yield "a fresh head without warm-up can ruin the encoder; set optim.warmup_steps."
+
+    def state_shapes(self) -> step.TrainState:
+        """Shapes and places of the state."""
+        params = self._params
+        if params is None:
+            params = experiment.parameter_shapes(self.objective)
+        return self.devices.replicated_shapes(
+            jax.eval_shape(lambda p: experiment.fresh_state(self.cfg, p, self._optimiser), params)
+        )
+
+    def initial_state(self) -> step.TrainState:
+        """The state before the first update; to be asked for once, as its arrays are large."""
+        fresh = experiment.fresh_state(self.cfg, self._params, self._optimiser)
+        self._params = None
+        return self.devices.replicate(jax.device_get(fresh))
+
+    def compile(self, folder: Path) -> Programs:
+        """Compiles every step in every shape, largest first; nothing is compiled later.
+
+        Compiled programs are kept in `folder`.
+        """
+        train, devices = self.cfg.train, self.devices
+        state = self.state_shapes()
+        params = {**state.trainable, **state.frozen}
+        sums = devices.sum_shapes(state.trainable)
+        accumulate = parallel.accumulate(self.objective, devices)
+        evaluate = parallel.evaluate(self.objective, devices)
+        jobs: dict[tuple[str, int], tuple] = {}
+        for samples, tokens in reversed(list(self.train_shapes)):
+            batch = devices.batch_shapes(train.per_device_train_batch_size, samples, tokens)
+            jobs["accumulate", samples] = (accumulate, (state, sums, batch))
+        update = parallel.update(self._optimiser, self._learning_rate, devices)
+        jobs["update", 0] = (update, (state, sums))
+        for samples, tokens in reversed(list(self.eval_shapes)):
+            batch = devices.batch_shapes(train.per_device_eval_batch_size, samples, tokens)
+            jobs["evaluate", samples] = (evaluate, (params, batch))
+        parallel.keep_compiled(folder)
+        logger.info(
+            "%d updates of %d clips; %d programs to compile, the largest first",
+            self.updates,
+            train.global_batch_size,
+            len(jobs),
+        )
+        with progress.Progress(len(jobs), "compiling", "programs") as bar:
+            return parallel.compile_all(jobs, lambda key, seconds: bar.advance(1))
+
+    def meta(
+        self, done: int, metrics: dict[str, float], window: dict[str, float]
+    ) -> checkpoint.Meta:
+        """What stands beside the arrays of a checkpoint after `done` updates."""
+        return checkpoint.Meta(
+            step=done,
+            run=config.as_dict(self.cfg),
+            model_config=self.start.model_config.to_dict(),
+            vocabulary=self.corpus.vocabulary.to_json(),
+            normalization=self.corpus.normalizer.spec,
+            do_normalize=self.start.do_normalize,
+            use_attention_mask=self.start.use_attention_mask,
+            group_rows=self.group_rows,
+            facts={
+                **self.start.facts,
+                "flax_asr": flax_asr.__version__,
+                "updates": self.updates,
+                "splits": self._splits(),
+            },
+            metrics=metrics,
+            window=window,
+        )
+
+    def _splits(self) -> dict[str, dict[str, Any]]:
+        """Release, hash and size of what is trained on and scored."""
+        return {
+            name: {
+                "release": data.release,
+                "hash": data.hash,
+                "clips": len(data),
+                "seconds": round(data.seconds, 2),
+            }
+            for name, data in {"train": self.corpus.train, **self.corpus.scored()}.items()
+        }

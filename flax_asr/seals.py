@@ -1,0 +1,66 @@
+"""Seals: the size and the sha256 of every file of a folder, so that damage to any of them shows."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from flax_asr import errors
+
+FILE = "seal.json"
+
+
+def write(folder: Path) -> None:
+    """Seals a folder, once its files are safe on the disk."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != FILE):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            # A machine that is taken away takes what the system has not yet written.
+            os.fsync(file.fileno())
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    with open(folder / FILE, "w", encoding="utf-8") as file:
+        json.dump(files, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def verify(folder: Path, *names: str) -> None:
+    """Compares files with the seal: all of them, or only those named.
+
+    Raises:
+        CheckpointError: names the first file that is not as it was sealed.
+    """
+    sealed = _read(folder / FILE)
+    for name in names or sealed:
+        path = folder / name
+        if name not in sealed:
+            raise errors.CheckpointError(f"{folder / FILE} does not name {name}")
+        expected = sealed[name]
+        if not path.is_file():
+            raise errors.CheckpointError(f"{path} is missing")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise errors.CheckpointError(f"{path} has {size} bytes instead of {expected['bytes']}")
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise errors.CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if digest != expected["sha256"]:
+            raise errors.CheckpointError(f"{path} has changed since it was written (sha256)")
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        sealed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise errors.CheckpointError(f"{path} cannot be read: {error}") from error
+    whole = isinstance(sealed, dict) and all(
+        isinstance(file, dict) and file.keys() == {"bytes", "sha256"} for file in sealed.values()
+    )
+    if not whole or not sealed:
+        raise errors.CheckpointError(f"{path} is not a seal any more")
+    return sealed

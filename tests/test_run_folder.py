@@ -1,0 +1,336 @@
+"""What a second run does with a run folder, case by case."""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import small_folder
+
+from flax_asr import checkpoint, config, errors, run_folder, runlog
+
+
+def resumed(folder, cfg, restart=False):
+    return run_folder.resume_point(folder, cfg, restart)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def unfinished(folder):
+    return small_folder.run(folder, small_folder.configuration(folder))
+
+
+def test_an_empty_or_absent_folder_is_a_fresh_run(folder):
+    assert resumed(folder, small_folder.configuration(folder)) is None
+    folder.mkdir()
+    assert resumed(folder, small_folder.configuration(folder)) is None
+
+
+def test_before_the_first_checkpoint_every_configuration_is_a_fresh_run(folder):
+    small_folder.run(folder, small_folder.configuration(folder), steps=())
+    # What a kill in mid-save leaves.
+    (folder / checkpoint.FOLDER / ".unfinished-2" / "state").mkdir(parents=True)
+    changed = small_folder.configuration(folder, optim={"learning_rate": 1.0})
+    assert resumed(folder, changed) is None
+
+
+def test_an_unfinished_run_goes_on_from_its_newest_checkpoint(folder, unfinished):
+    past = resumed(folder, unfinished)
+    assert past == small_folder.meta(unfinished, 4)
+    assert not run_folder.is_finished(folder, past, unfinished)
+
+
+def test_the_configuration_comes_back_equal(folder, unfinished):
+    assert config.load(folder / run_folder.CONFIG) == unfinished
+
+
+def test_checkpoints_without_a_configuration_are_refused(folder, unfinished):
+    (folder / run_folder.CONFIG).unlink()
+    with pytest.raises(errors.CheckpointError, match=r"no config\.yaml.*--restart"):
+        resumed(folder, unfinished)
+
+
+@pytest.fixture
+def finished(folder):
+    return small_folder.run(folder, small_folder.configuration(folder), steps=(4, 6), finished=True)
+
+
+def test_a_finished_run_is_finished(folder, finished):
+    assert run_folder.is_finished(folder, resumed(folder, finished), finished)
+
+
+@pytest.mark.parametrize(
+    "lost", [run_folder.CARD, f"{run_folder.EXPORT}/config.json", run_folder.FINISHED]
+)
+def test_a_run_whose_outputs_are_lost_is_not_finished(folder, finished, lost):
+    (folder / lost).unlink()
+    assert not run_folder.is_finished(folder, resumed(folder, finished), finished)
+
+
+def test_a_run_whose_last_checkpoint_is_lost_is_not_finished(folder, finished):
+    shutil.rmtree(folder / checkpoint.FOLDER / "6")
+    past = resumed(folder, finished)
+    assert past.step == 4
+    assert not run_folder.is_finished(folder, past, finished)
+
+
+def test_outputs_of_a_shorter_run_do_not_finish_a_longer_one(folder, finished):
+    longer = small_folder.configuration(folder, train={"max_steps": 8})
+    small_folder.save(folder, longer, 8)
+    run_folder.record(folder, longer)
+    assert not run_folder.is_finished(folder, resumed(folder, longer), longer)
+    run_folder.mark_finished(folder, 8)
+    assert run_folder.is_finished(folder, resumed(folder, longer), longer)
+
+
+HARMLESS = {
+    "train.logging_steps": 7,
+    "train.eval_steps": 7,
+    "train.save_steps": 7,
+    "train.save_total_limit": 9,
+    "train.max_bad_updates": 2,
+    "train.per_device_train_batch_size": 2,
+    "train.per_device_eval_batch_size": 3,
+    "train.gradient_checkpointing": True,
+    "train.max_steps": 60,
+    "data.num_workers": 1,
+    "data.prepared_dir": "elsewhere",
+    "data.source": "/moved/cv",
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_harmless_change_goes_on_and_is_noted(folder, unfinished, name, caplog):
+    changed = config.build(config.as_dict(unfinished), [f"--{name}={HARMLESS[name]}"])
+    with caplog.at_level(logging.INFO, logger="flax_asr"):
+        assert resumed(folder, changed).step == 4
+    assert f"going on with {name} {HARMLESS[name]!r} (was " in caplog.text
+
+
+def test_a_longer_run_extends_a_finished_one(folder, finished):
+    for name, longer in {"max_steps": 7, "num_train_epochs": 9.0}.items():
+        changed = small_folder.configuration(folder, train={name: longer})
+        past = resumed(folder, changed)
+        assert past.step == 6
+        assert not run_folder.is_finished(folder, past, changed)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--seed=1",
+        "--optim.learning_rate=1.0",
+        "--optim.warmup_steps=3",
+        "--train.max_steps=5",
+        "--train.max_steps=null",
+        "--train.num_train_epochs=1.0",
+        "--train.global_batch_size=16",
+        "--train.mixed_precision=fp32",
+        "--train.metric_for_best_model=loss",
+        "--data.language=br",
+        "--data.train_splits=train,dev",
+        "--data.eval_splits=[]",
+        "--data.max_seconds=9",
+        "--text.min_count=2",
+        "--model.pretrained=other",
+        "--model.config.layerdrop=0.1",
+        "--model.freeze_feature_encoder=false",
+    ],
+)
+def test_a_change_of_meaning_is_refused(folder, unfinished, option):
+    changed = config.build(config.as_dict(unfinished), [option])
+    with pytest.raises(errors.ConfigError) as refusal:
+        resumed(folder, changed)
+    name = option[2:].partition("=")[0].replace("model.config.layerdrop", "model.config")
+    old, new = config.flat(unfinished)[name], config.flat(changed)[name]
+    assert f"  {name}: was {old!r}, now {new!r}\n" in str(refusal.value)
+
+
+def test_a_refusal_names_every_difference_and_the_ways_out(folder, unfinished):
+    changed = config.build(
+        config.as_dict(unfinished),
+        ["--seed=1", "--optim.learning_rate=1.0", "--train.save_steps=1"],
+    )
+    with pytest.raises(errors.ConfigError) as refusal:
+        resumed(folder, changed)
+    message = str(refusal.value)
+    assert "seed: was 42, now 1" in message
+    assert "optim.learning_rate: was 0.0003, now 1.0" in message
+    assert "save_steps" not in message
+    for way_out in ("another --output_dir", "--restart", f"--model.pretrained {folder}"):
+        assert way_out in message
+    assert resumed(folder, unfinished).step == 4
+
+
+def test_every_option_is_free_or_guarded(folder, unfinished):
+    """A name that the configuration does not have would guard nothing."""
+    assert run_folder.FREE_TO_CHANGE | set(run_folder.LENGTHS) <= config.option_types().keys()
+
+
+def test_restart_keeps_the_old_folder_whole(folder, unfinished):
+    (folder / runlog.FILE).write_text('{"step": 1}\n')
+    before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    changed = small_folder.configuration(folder, optim={"learning_rate": 1.0})
+    with run_folder.owned(folder):
+        assert resumed(folder, changed, restart=True) is None
+        assert [p.name for p in folder.iterdir()] == [run_folder.LOCK]
+    (kept,) = [p for p in folder.parent.iterdir() if p != folder]
+    assert kept.name.startswith("run-20")
+    assert before == {p.relative_to(kept): p.read_bytes() for p in kept.rglob("*") if p.is_file()}
+    assert resumed(kept, unfinished).step == 4
+
+
+def test_restart_in_an_empty_folder_leaves_nothing_beside(folder):
+    with run_folder.owned(folder):
+        assert resumed(folder, small_folder.configuration(folder), restart=True) is None
+    assert [p.name for p in folder.parent.iterdir()] == ["run"]
+
+
+def test_a_kill_in_mid_restart_leaves_no_checkpoint_behind(folder, unfinished, monkeypatch):
+    """Whatever move is the last, a run without a configuration must not find old checkpoints."""
+    moves = []
+    rename = pathlib.Path.rename
+
+    def killed(path, target):
+        moves.append(path.name)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resumed(folder, unfinished, restart=True)
+    monkeypatch.undo()
+    assert moves[0] == checkpoint.FOLDER
+    assert resumed(folder, small_folder.configuration(folder, seed=1)) is None
+
+
+def test_a_second_run_in_the_same_folder_is_refused(folder):
+    hold = (
+        "import pathlib, sys, time\nfrom flax_asr import run_folder\n"
+        "with run_folder.owned(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(errors.CheckpointError, match=f"another run is at work in {folder}"):
+            run_folder.owned(folder).__enter__()
+        other.send_signal(signal.SIGKILL)
+    # The file is still there; its lock went with the process.
+    assert (folder / run_folder.LOCK).exists()
+    with run_folder.owned(folder):
+        pass
+
+
+def test_the_folder_is_free_again_after_a_run(folder):
+    with run_folder.owned(folder):
+        pass
+    with run_folder.owned(folder):
+        pass
+
+
+def test_an_output_dir_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with (
+            pytest.raises(errors.CheckpointError, match=f"cannot write in output_dir {path}"),
+            run_folder.owned(path),
+        ):
+            pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_a_read_only_output_dir_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with (
+        pytest.raises(errors.CheckpointError, match="cannot write in output_dir"),
+        run_folder.owned(tmp_path / "run"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("train", "devices", "size"),
+    [
+        ({"per_device_train_batch_size": 4}, 2, 8),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, 2, 24),
+        ({"per_device_train_batch_size": 4, "global_batch_size": 32}, 8, 32),
+        ({"per_device_train_batch_size": 4, "global_batch_size": 32}, 1, 32),
+    ],
+)
+def test_the_global_batch_is_resolved(train, devices, size):
+    resolved = run_folder.resolve(config.Config(train=config.TrainConfig(**train)), devices)
+    assert resolved.train.global_batch_size == size
+    assert resolved.train.gradient_accumulation_steps is None
+    assert run_folder.resolve(resolved, devices) == resolved
+
+
+@pytest.mark.parametrize(
+    ("size", "per_device", "devices", "expected"),
+    [
+        (32, 5, 2, "--train.per_device_train_batch_size 1, 2, 4, 8 or 16 would do"),
+        (6, 4, 2, "--train.per_device_train_batch_size 1 or 3 would do"),
+        (2, 4, 2, "--train.per_device_train_batch_size 1 would do"),
+        (10, 1, 4, "4 devices cannot share 10 clips; 1, 2, 5 or 10 devices could"),
+    ],
+)
+def test_a_global_batch_that_does_not_divide_names_what_would_fit(
+    size, per_device, devices, expected
+):
+    train = config.TrainConfig(global_batch_size=size, per_device_train_batch_size=per_device)
+    with pytest.raises(errors.ConfigError) as refusal:
+        run_folder.resolve(config.Config(train=train), devices)
+    start = f"train.global_batch_size {size} is not {devices} devices x"
+    assert str(refusal.value).startswith(start)
+    assert str(refusal.value).endswith(f"a whole number: {expected}.")
+
+
+def test_the_group_is_that_of_the_start(folder, unfinished):
+    past = resumed(folder, unfinished)
+    assert run_folder.group_rows(unfinished, 2, None) == 8
+    assert run_folder.group_rows(unfinished, 1, past) == 8
+    smaller = dataclasses.replace(past, group_rows=4)
+    with pytest.raises(errors.ConfigError, match=r"per_device_train_batch_size 1 or 2 would do"):
+        run_folder.group_rows(unfinished, 2, smaller)
+    with pytest.raises(errors.ConfigError, match=r"1, 2 or 4 devices could"):
+        run_folder.group_rows(unfinished, 8, smaller)
+
+
+def test_other_clips_are_refused(folder, unfinished):
+    past = resumed(folder, unfinished)
+    run_folder.check_data(past, json.loads(json.dumps(small_folder.SPLITS)))
+    newer = {"train": small_folder.SPLITS["train"] | {"hash": "ef" * 32, "release": "cv-10"}}
+    with pytest.raises(errors.ConfigError) as refusal:
+        run_folder.check_data(past, newer)
+    message = str(refusal.value)
+    assert "train: was 7 clips of cv-corpus-9 (abababababab), now 7 clips of cv-10 (efef" in message
+    assert "eval: was 3 clips of cv-corpus-9 (cdcdcdcdcdcd), now not there" in message
+
+
+def test_scores_are_found_in_the_log(folder):
+    folder.mkdir()
+    events = [
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "eval_clips": 3, "eval_cer": 0.5},
+        {"step": 4, "eval_clips": 3, "eval_cer": 0.25},
+        {"step": 4, "best_step": 4, "test_cer": 0.125},
+    ]
+    (folder / runlog.FILE).write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert run_folder.evaluated(folder, 2)
+    assert not run_folder.evaluated(folder, 3)
+    assert run_folder.tested(folder, 4)
+    assert not run_folder.tested(folder, 2)
+    assert run_folder.best_score(folder, "eval_cer") == 0.25
+    assert run_folder.best_score(folder, "eval_wer") == float("inf")

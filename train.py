@@ -5,4 +5,5 @@ import sys
 from flax_asr import __main__
 
 if __name__ == "__main__":
-    sys.exit(__main__.main(["train", *sys.argv[1:]]))
+    sys.argv.insert(1, "train")
+    sys.exit(__main__.command())

@@ -25,6 +25,16 @@ COMMANDS = {
 }
 
 
+def command() -> int:
+    """The process of `flax-asr`, which torch stays out of.
+
+    transformers' configuration classes import torch wherever it is installed: seconds and hundreds
+    of megabytes that no command needs. The check of an export has a process of its own.
+    """
+    sys.modules.setdefault("torch", None)
+    return main()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -61,6 +71,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _run(known: argparse.Namespace, options: list[str]) -> int:
     if known.command == "prepare":
         cfg = config.load(known.config, options)
+        cfg.require("data.source", "data.language")
         from flax_asr.data import prepare
 
         prepare.command(cfg)
@@ -152,4 +163,4 @@ class _Parser(argparse.ArgumentParser):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

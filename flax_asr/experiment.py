@@ -18,7 +18,7 @@ from transformers import Wav2Vec2Config
 
 from flax_asr import checkpoint, config, errors, optim, step, text, vocabulary
 from flax_asr.data import buckets, examples, loader, prepare
-from flax_asr.models import pretrained, wav2vec2, weights
+from flax_asr.models import configuration, pretrained, wav2vec2, weights
 
 logger = logging.getLogger(__name__)
 
@@ -66,39 +66,31 @@ def origin(model: config.ModelConfig) -> Origin:
     """Reads what a pretrained folder, run or hub model says about itself.
 
     Raises:
-        ModelError: it cannot be read, or an override is not a field of its configuration.
+        ConfigError: an override is not a field of its configuration.
+        ModelError: it cannot be read.
     """
-    known = Wav2Vec2Config().to_dict()
-    for name in model.config:
-        if name not in known:
-            raise errors.ConfigError(
-                f"model.config.{name} is not a field of transformers.Wav2Vec2Config."
-            )
     if model.pretrained is None:
-        return _described(
-            Wav2Vec2Config(**_overrides(model)), None, {"started_from": None, "revision": None}
-        )
-    if checkpoint.is_run(Path(model.pretrained)):
-        return _from_run(Path(model.pretrained), model)
-    folder, revision = weights.resolve(model.pretrained)
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_config = Wav2Vec2Config()
+        folder = revision = None
+    else:
+        folder, revision = _pretrained_folder(model.pretrained)
+        model_config = configuration.read(folder)
+    configuration.override(model_config, _overrides(model))
     facts = {"started_from": model.pretrained, "revision": revision}
-    return _described(Wav2Vec2Config(**(stored | _overrides(model))), folder, facts)
+    return _described(model_config, folder, facts)
 
 
-def _from_run(run: Path, model: config.ModelConfig) -> Origin:
-    folder = run / "export"
-    if not (folder / "config.json").is_file():
+def _pretrained_folder(name: str) -> tuple[Path, str | None]:
+    """A model's folder and its commit on the hub; of a run, its export."""
+    run = Path(name)
+    if not checkpoint.is_run(run):
+        return weights.resolve(name)
+    if not (run / "export" / "config.json").is_file():
         raise errors.ModelError(
             f"{run} is a run that has not finished: export it first with"
             f" `flax-asr export {run} FOLDER` and give model.pretrained that folder."
         )
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return _described(
-        Wav2Vec2Config(**(stored | _overrides(model))),
-        folder,
-        {"started_from": str(run), "revision": None},
-    )
+    return run / "export", None
 
 
 def resumed_origin(meta: checkpoint.Meta) -> Origin:
@@ -118,26 +110,35 @@ def _overrides(model: config.ModelConfig) -> dict[str, Any]:
 
 
 def _described(model_config: Wav2Vec2Config, folder: Path | None, facts: dict) -> Origin:
-    settings: dict[str, Any] = {}
-    found = None
-    if folder is not None:
-        if (folder / "preprocessor_config.json").is_file():
-            settings = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
-        if (folder / "vocab.json").is_file():
-            found = vocabulary.Vocabulary.from_folder(folder)
-    wavelike = model_config.feat_extract_norm == "layer"
+    settings = _preprocessor(folder)
     return Origin(
         model_config=model_config,
         folder=folder,
-        vocabulary=found,
-        do_normalize=bool(settings["do_normalize"]) if "do_normalize" in settings else True,
+        vocabulary=(
+            vocabulary.Vocabulary.from_folder(folder)
+            if folder is not None and (folder / "vocab.json").is_file()
+            else None
+        ),
+        do_normalize=bool(settings["do_normalize"]),
         use_attention_mask=(
-            bool(settings["return_attention_mask"])
-            if "return_attention_mask" in settings
-            else wavelike
+            model_config.feat_extract_norm == "layer"
+            if settings["return_attention_mask"] is None
+            else bool(settings["return_attention_mask"])
         ),
         facts=facts,
     )
+
+
+def _preprocessor(folder: Path | None) -> dict[str, Any]:
+    """The settings of a feature extractor, with transformers' defaults."""
+    defaults = {"do_normalize": True, "return_attention_mask": None}
+    path = folder / "preprocessor_config.json" if folder is not None else None
+    if path is None or not path.is_file():
+        return defaults
+    try:
+        return defaults | json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        raise errors.ModelError(f"{path} cannot be read: {error}") from error
 
 
 def corpus(cfg: config.Config, start: Origin) -> Corpus:

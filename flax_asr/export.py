@@ -1,6 +1,6 @@
 """A checkpoint -> a folder that PyTorch and transformers read, verified before it is kept."""
 
-import importlib.util
+import importlib.metadata
 import json
 import logging
 import shutil
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, card, checkpoint, config, errors, loading, vocabulary
+from flax_asr import audio, card, checkpoint, config, errors, loading, torch_logits, vocabulary
 from flax_asr.models import convert, wav2vec2, weights
 
 logger = logging.getLogger(__name__)
@@ -203,11 +203,11 @@ def _compare_logits(folder: Path, params: PyTree, model_config: Wav2Vec2Config) 
     Raises:
         ModelError: it is above the tolerance.
     """
-    if importlib.util.find_spec("torch") is None:
+    if not _torch_is_installed():
         return None
     samples, lengths = _noise()
     ours = _jax_logits(params, model_config, samples, lengths)
-    theirs = _torch_logits(folder, samples, lengths)
+    theirs = torch_logits.of(folder, samples, lengths)
     frames = wav2vec2.frame_lengths(model_config, lengths)
     real = np.arange(ours.shape[1]) < frames[:, None]
     differences = np.abs(ours - theirs)[real]
@@ -219,6 +219,15 @@ def _compare_logits(folder: Path, params: PyTree, model_config: Wav2Vec2Config) 
             " Please report this, with the versions of transformers and torch."
         )
     return difference
+
+
+def _torch_is_installed() -> bool:
+    # not find_spec: the commands keep torch out of their own process
+    try:
+        importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _noise() -> tuple[Float[np.ndarray, "batch samples"], Int[np.ndarray, " batch"]]:
@@ -241,17 +250,3 @@ def _jax_logits(
                 {"params": params}, samples, np.arange(samples.shape[1]) < lengths[:, None]
             ).logits
         )
-
-
-def _torch_logits(
-    folder: Path, samples: Float[np.ndarray, "batch samples"], lengths: Int[np.ndarray, " batch"]
-) -> Float[np.ndarray, "batch frames vocab"]:
-    import torch
-    import transformers
-
-    with torch.inference_mode():
-        model = transformers.Wav2Vec2ForCTC.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        ).eval()
-        mask = np.arange(samples.shape[1]) < lengths[:, None]
-        return model(torch.tensor(samples), torch.tensor(mask.astype(np.int64))).logits.numpy()

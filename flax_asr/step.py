@@ -152,6 +152,9 @@ def accumulate(objective: Objective, state: TrainState, sums: Sums, batch: Batch
     key = jax.random.fold_in(key, sums.micro_batches)
     key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
 
+    # fp16 sees the gradient of a mean, as it does in PyTorch: a sum would overflow sooner
+    rows = batch.weights.shape[0]
+
     def scaled_loss(trainable: Parameters) -> tuple[Float[Array, ""], dict[str, Array]]:
         losses, logits, frame_lengths = _forward(
             objective, merge(trainable, state.frozen), batch, key
@@ -161,7 +164,7 @@ def accumulate(objective: Objective, state: TrainState, sums: Sums, batch: Batch
         loss = jnp.sum(jnp.where(weights > 0, losses, 0.0) * weights)
         real = jnp.arange(logits.shape[1]) < frame_lengths[:, None]
         blank = logits[..., objective.config.pad_token_id] >= logits.max(axis=-1)
-        return loss * state.loss_scale.value, {
+        return loss / rows * state.loss_scale.value, {
             "loss": loss,
             "clips": weights.sum(),
             "infeasible": infeasible.sum(dtype=jnp.float32),
@@ -172,7 +175,7 @@ def accumulate(objective: Objective, state: TrainState, sums: Sums, batch: Batch
     gradients, counts = jax.grad(scaled_loss, has_aux=True)(state.trainable)
     return sums.replace(
         gradients=jax.tree.map(
-            lambda total, g: total + g.astype(jnp.float32), sums.gradients, gradients
+            lambda total, g: total + rows * g.astype(jnp.float32), sums.gradients, gradients
         ),
         micro_batches=sums.micro_batches + 1,
         **{name: getattr(sums, name) + count for name, count in counts.items()},

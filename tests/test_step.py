@@ -1,4 +1,4 @@
-"""One update against PyTorch, and what must not change it: devices, accumulation, padding, filler."""
+"""One update against PyTorch; and what must not change it: devices, padding, filler rows."""
 
 import jax
 import numpy as np
@@ -11,13 +11,13 @@ from models import small_torch
 from flax_asr import optim, step
 from flax_asr.models import convert
 
-QUIET = {
-    name: 0.0
-    for name in (
+QUIET = dict.fromkeys(
+    (
         "hidden_dropout attention_dropout activation_dropout feat_proj_dropout final_dropout"
         " layerdrop mask_time_prob mask_feature_prob"
-    ).split()
-}
+    ).split(),
+    0.0,
+)
 
 
 def _model(architecture="xls-r", **changes):
@@ -88,7 +88,9 @@ def test_fifty_updates_equal_a_pytorch_loop(devices):
         convert.params_from_torch(small_torch.tensors(model), config, head=True), lambda path: True
     )
     for path, value in ours.params.items():
-        np.testing.assert_allclose(value, theirs[path], atol=1e-4, err_msg=path)
+        # a key's bias changes nothing: its gradient is rounding noise, which Adam scales up
+        if not path.endswith(("k_proj/bias", "masked_spec_embed")):
+            np.testing.assert_allclose(value, theirs[path], atol=1e-4, err_msg=path)
 
 
 @pytest.mark.parametrize("architecture", ["xls-r", "base"])
@@ -106,9 +108,7 @@ def test_loss_and_gradient_of_a_padded_batch_equal_pytorch(architecture):
         lambda path: True,
     )
     np.testing.assert_allclose(ours.loss, loss.item(), rtol=1e-5)
-    for path, gradient in ours.gradients.items():
-        scale = np.abs(theirs[path]).max() + 1e-6
-        np.testing.assert_allclose(gradient / scale, theirs[path] / scale, atol=1e-3, err_msg=path)
+    _assert_gradients(ours.gradients, theirs, 1e-3)
 
 
 class _Sums:
@@ -135,12 +135,18 @@ def _gradients(config, params, groups, devices=1, **changes):
     )
 
 
-def _assert_equal(a, b, rtol=1e-5):
-    np.testing.assert_allclose(a.loss, b.loss, rtol=rtol)
-    for path in a.gradients:
-        scale = np.abs(b.gradients[path]).max() + 1e-6
+def _assert_equal(a, b):
+    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)
+    _assert_gradients(a.gradients, b.gradients, 1e-4)
+
+
+def _assert_gradients(ours, expected, tolerance):
+    """Relative to each tensor's largest entry, or 1e-5 of the largest of all."""
+    floor = 1e-5 * max(np.abs(gradient).max() for gradient in expected.values())
+    for path, gradient in ours.items():
+        scale = np.abs(expected[path]).max() + floor
         np.testing.assert_allclose(
-            a.gradients[path] / scale, b.gradients[path] / scale, atol=1e-4, err_msg=path
+            gradient / scale, expected[path] / scale, rtol=0, atol=tolerance, err_msg=path
         )
 
 
@@ -239,7 +245,8 @@ def test_parameters_and_moments_stay_float32(mixed_precision):
         mixed_precision=mixed_precision,
         optim=OPTIM,
     )
-    metrics = trainer.update(small_run.batch(4, 1, config.vocab_size))
+    # fp16 finds its scale in the first updates
+    metrics = [trainer.update(small_run.batch(4, 1, config.vocab_size)) for _ in range(8)][-1]
     assert metrics.finite
     assert np.isfinite(metrics.loss)
     kinds = {leaf.dtype for leaf in jax.tree.leaves(trainer.state.trainable)}
@@ -262,8 +269,8 @@ def test_a_bad_update_changes_nothing_but_step_scale_and_counters(mixed_precisio
         optim=OPTIM,
     )
     good = small_run.batch(4, 1, config.vocab_size)
-    trainer.update(good)
-    trainer.update(good)
+    for _ in range(8):
+        trainer.update(good)
     before = jax.device_get(trainer.state)
     bad = good._replace(gains=np.array([np.inf, 1, 1, 1], np.float32))
     metrics = trainer.update(good, bad)
@@ -277,7 +284,7 @@ def test_a_bad_update_changes_nothing_but_step_scale_and_counters(mixed_precisio
         ):
             assert a.tobytes() == b.tobytes()
     assert after.step == before.step + 1
-    assert after.skipped == 1
+    assert after.skipped == before.skipped + 1
     halved = mixed_precision == "fp16"
     assert after.loss_scale.value == before.loss_scale.value / (2 if halved else 1)
     assert trainer.update(good).finite

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 import urllib.parse
@@ -17,10 +18,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flax_asr import common_voice, config, errors, progress
+from flax_asr import common_voice, config, errors, progress, text
 from flax_asr.data import decoding, pool, shards
 
+logger = logging.getLogger(__name__)
+
 CLIP_LIMIT_SECONDS = 60.0
+CHANGES_SHOWN = 20
 _FLUSH_CLIPS = 64
 _FINGERPRINTED_BYTES = 512 * 2**20
 
@@ -86,8 +90,22 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
         prepared[split] = shards.PreparedSplit.open(folders[split], verify=verify)
         _check_settings(prepared[split], settings)
         if split in missing:
-            print(report(prepared[split]), file=sys.stderr)
+            logger.info("%s", report(prepared[split]))
     return prepared
+
+
+def command(cfg: config.Config) -> None:
+    """`flax-asr prepare`: decodes what is missing; says what was left out, and what the
+    normalisation does to the transcripts.
+    """
+    normalize = text.normalizer(cfg.text.normalization or cfg.data.language)
+    for split in prepare(cfg).values():
+        print(report(split))
+        changes = normalize.report(split.sentences)
+        for change in changes[:CHANGES_SHOWN]:
+            print(f"  {change.describe()}")
+        if len(changes) > CHANGES_SHOWN:
+            print(f"  and {len(changes) - CHANGES_SHOWN} rarer changes")
 
 
 def report(split: shards.PreparedSplit) -> str:

@@ -32,6 +32,7 @@ from flax_asr import (
     text,
     trial,
     vocabulary,
+    workload,
 )
 from flax_asr.data import buckets, examples, pool
 from flax_asr.models import wav2vec2
@@ -70,11 +71,10 @@ class Examination:
         findings: what is worth saying, the dearest first.
     """
 
-    def __init__(self, cfg: config.Config, trial_seconds: float = TRIAL_SECONDS):
+    def __init__(self, cfg: config.Config):
         self.cfg = cfg
         self.facts: dict[str, Any] = {}
         self.findings: list[findings.Finding] = []
-        self._trial_seconds = trial_seconds
 
     def as_json(self) -> dict[str, Any]:
         """The object of `--json`."""
@@ -115,7 +115,7 @@ class Examination:
 
     def _origin(self) -> experiment.Origin:
         with self._noting("model"):
-            return experiment.origin(self.cfg.model)
+            return workload.origin(self.cfg.model)
         # So that the data can be judged all the same; frames are those of every wav2vec 2.0 model.
         return experiment.Origin(Wav2Vec2Config(), None, None, True, True, {})
 
@@ -133,6 +133,8 @@ class Examination:
             for name, split in splits.items()
         }
         for name, split in splits.items():
+            if not split.complete:
+                self.findings += findings.incomplete(name, len(split))
             for entries, clips in split.left_out_of():
                 self.findings += findings.left_out(entries, clips, name)
         scored = dict.fromkeys((*data.eval_splits, *data.test_splits))
@@ -149,7 +151,7 @@ class Examination:
         cfg, data = self.cfg, self.cfg.data
         normalizer = text.normalizer(cfg.text.normalization or data.language)
         train = [splits[name] for name in data.train_splits]
-        sentences = [sentence for split in train for sentence in split.sentences]
+        sentences = [sentence for split in train for sentence in split.heeded_sentences()]
         written = [normalizer(sentence) for sentence in sentences]
         if cfg.text.vocabulary is not None:
             found = vocabulary.Vocabulary.from_folder(cfg.text.vocabulary)
@@ -248,14 +250,14 @@ class Examination:
             use_attention_mask=start.use_attention_mask,
             samples=shapes.samples[commonest],
             tokens=shapes.tokens[commonest],
-            limit_seconds=self._trial_seconds,
+            limit_seconds=TRIAL_SECONDS,
         )
 
     def _trial(
         self, asked: trial.Asked | None
     ) -> tuple[trial.Machine | None, trial.Timed | pool.Failure | None]:
         try:
-            devices, timed = trial.run(asked, self._trial_seconds)
+            devices, timed = trial.run(asked, TRIAL_SECONDS)
         except errors.DataError as error:  # the process cannot start
             devices, timed = pool.Failure("failed", str(error)), None
         if isinstance(devices, pool.Failure):
@@ -334,8 +336,7 @@ class Examination:
             scored = clips * float(corpus.eval.samples.mean())
         work = forecast.Work(
             model_config=start.model_config,
-            freeze_feature_encoder=cfg.model.freeze_feature_encoder,
-            trainable_layers=cfg.model.trainable_layers,
+            model=cfg.model,
             trained_samples=batches["updates"]
             * cfg.train.global_batch_size
             * float(corpus.train.samples.mean())

@@ -78,6 +78,16 @@ def leakage(shared: Mapping[str, Mapping[str, int]], clips: Mapping[str, int]) -
                 )
 
 
+def incomplete(split: str, read: int) -> Iterator[Finding]:
+    """A source that cannot be read whole in the time of a look."""
+    yield Finding(  # the run itself is none the worse for it
+        "incomplete",
+        0.001,
+        f"only {read} clips of {split} were read in the time there was, so updates and days are"
+        " those of a smaller corpus: unpack the archive, or run `flax-asr prepare` first.",
+    )
+
+
 def left_out(entries: Sequence[shards.LeftOut], judged: int, where: str) -> Iterator[Finding]:
     """Clips that will not be used, by reason."""
     by_reason: dict[str, list[shards.LeftOut]] = {}

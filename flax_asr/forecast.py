@@ -1,14 +1,15 @@
 """What a run should look like before it is made: its first losses, and what it computes."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int
 from transformers import Wav2Vec2Config
 
+from flax_asr import config, flops, optim
 from flax_asr.data import examples
 from flax_asr.models import wav2vec2
 
@@ -86,54 +87,12 @@ def _log_binomial(
     return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
 
 
-class Flops(NamedTuple):
-    """Multiplications and additions of one clip, matrix products only."""
-
-    forward: float
-    backward: float
-
-
-def flops(
-    model_config: Wav2Vec2Config,
-    samples: int,
-    *,
-    freeze_feature_encoder: bool,
-    trainable_layers: int | None,
-) -> Flops:
-    """What a clip of so many samples costs.
-
-    A backward pass costs two forward passes: one for the weights, one for the inputs. It ends at
-    the lowest part that is trained. Recomputed activations (gradient checkpointing) are not in it.
-    """
-    encoder = 0.0
-    channels, length = 1, samples
-    for width, taps, stride in zip(
-        model_config.conv_dim, model_config.conv_kernel, model_config.conv_stride, strict=True
-    ):
-        length = (length - taps) // stride + 1
-        encoder += 2.0 * length * taps * channels * width
-        channels = width
-    hidden, inner = model_config.hidden_size, model_config.intermediate_size
-    layer = length * (8.0 * hidden**2 + 4.0 * hidden * inner) + 4.0 * length**2 * hidden
-    group = hidden // model_config.num_conv_pos_embedding_groups
-    positional = 2.0 * length * model_config.num_conv_pos_embeddings * hidden * group
-    before = 2.0 * length * channels * hidden + positional
-    head = 2.0 * length * hidden * model_config.vocab_size
-    layers = model_config.num_hidden_layers
-    forward = encoder + before + layers * layer + head
-    if trainable_layers is not None:
-        return Flops(forward, 2 * (min(trainable_layers, layers) * layer + head))
-    frozen = encoder if freeze_feature_encoder else 0.0
-    return Flops(forward, 2 * (forward - frozen))
-
-
 @dataclass(frozen=True)
 class Work:
     """All that a run computes: padded samples that are trained on and scored, and updates."""
 
     model_config: Wav2Vec2Config
-    freeze_feature_encoder: bool
-    trainable_layers: int | None
+    model: config.ModelConfig
     trained_samples: float
     scored_samples: float
     updates: int
@@ -143,32 +102,29 @@ class Work:
 
         Scoring is a forward pass only; longer and shorter clips cost in proportion.
         """
-        each = self._flops(samples, self.trainable_layers)
-        scoring = self.scored_samples * each.forward / (each.forward + each.backward)
-        computing = (self.trained_samples + scoring) / samples_per_second
-        return computing + self.updates * update_seconds
+        share = self._forward(samples) / self._gradient(samples, self.model)
+        computed = self.trained_samples + self.scored_samples * share
+        return computed / samples_per_second + self.updates * update_seconds
 
     def at_least(self, samples: int, flops_per_second: float) -> float:
         """Seconds of the run if all of it went at the speed of a large matrix product."""
-        return self._total(samples, self.trainable_layers) / flops_per_second
+        return self._total(samples, self.model) / flops_per_second
 
     def share_with(self, trainable_layers: int, samples: int) -> float:
         """What training the top layers only costs, as a share of the run as it is."""
-        asked = self._total(samples, self.trainable_layers)
-        return self._total(samples, trainable_layers) / asked
+        cheap = dataclasses.replace(self.model, trainable_layers=trainable_layers)
+        return self._total(samples, cheap) / self._total(samples, self.model)
 
-    def _flops(self, samples: int, trainable_layers: int | None) -> Flops:
-        return flops(
-            self.model_config,
-            samples,
-            freeze_feature_encoder=self.freeze_feature_encoder,
-            trainable_layers=trainable_layers,
-        )
+    def _total(self, samples: int, model: config.ModelConfig) -> float:
+        trained = self.trained_samples * self._gradient(samples, model)
+        return (trained + self.scored_samples * self._forward(samples)) / samples
 
-    def _total(self, samples: int, trainable_layers: int | None) -> float:
-        each = self._flops(samples, trainable_layers)
-        trained = self.trained_samples * (each.forward + each.backward)
-        return (trained + self.scored_samples * each.forward) / samples
+    def _forward(self, samples: int) -> int:
+        return sum(flops.forward(self.model_config, 1, samples).values())
+
+    def _gradient(self, samples: int, model: config.ModelConfig) -> int:
+        is_trained = optim.trainable(model, self.model_config.num_hidden_layers)
+        return sum(flops.gradient(self.model_config, 1, samples, is_trained).values())
 
 
 def histogram(

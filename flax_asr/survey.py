@@ -22,6 +22,9 @@ from flax_asr.data import decoding, examples, pool, prepare, shards
 MOST_HEARD = 2000
 """So many clips of a corpus are decoded at most; smaller ones are decoded whole."""
 
+MOST_ROWS = 100_000
+"""So many clips of a split are judged one by one at most; the others are taken to be like them."""
+
 UNKNOWN = -1
 _FROM_TABLES = frozenset({"empty_transcript", "duplicate"})
 _BOUNDS = frozenset({"too_long", "too_short"})
@@ -73,6 +76,13 @@ class Split:
         known = self.samples[self.samples != UNKNOWN]
         return float(known.sum(dtype=np.int64)) / audio.SAMPLE_RATE_HZ * self.scale
 
+    def heeded_sentences(self) -> list[str]:
+        """The transcripts of clips that are not known to be unusable: what a vocabulary is of."""
+        gone = {entry.id for entry in self.left_out if entry.reason != "duplicate"}
+        pairs = zip(self.ids, self.sentences, strict=True)
+        heeded = [sentence for clip, sentence in pairs if clip not in gone]
+        return list(_spread(heeded, MOST_ROWS))
+
     def left_out_of(self) -> list[tuple[list[shards.LeftOut], int]]:
         """What was left out, with the number of clips among which it was looked for."""
         everywhere = _FROM_TABLES | (_BOUNDS if self.lengths_from != "sample" else frozenset())
@@ -81,8 +91,8 @@ class Split:
         return [(of_all, len(self)), (of_heard, max(self.heard, len(of_heard)))]
 
     def judged(self) -> "Split":
-        """The clips whose length is known."""
-        rows = np.flatnonzero(self.samples != UNKNOWN)
+        """The clips whose length is known, or so many of them."""
+        rows = _spread(np.flatnonzero(self.samples != UNKNOWN), MOST_ROWS)
         return dataclasses.replace(
             self,
             ids=[self.ids[row] for row in rows],
@@ -205,11 +215,11 @@ class _Listed:
         ]
 
 
-def _spread(clips: list[common_voice.Clip], count: int) -> list[common_voice.Clip]:
+def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
     """At most so many of them, at equal distances: tables are sorted by speaker."""
-    if len(clips) <= count:
-        return clips
-    return [clips[i] for i in np.linspace(0, len(clips) - 1, count).astype(int)]
+    if len(items) <= count:
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
 
 
 class Heard(NamedTuple):
@@ -352,7 +362,10 @@ def require_clips(split: Split) -> None:
 
 def usable(data: examples.Examples, splits: Sequence[Split], most: int | None) -> int:
     """Rows of all clips, from those that were judged."""
-    judged = sum(len(split) / split.scale for split in splits)
+    judged = 0.0
+    for split in splits:
+        known = int((split.samples != UNKNOWN).sum())
+        judged += (known + len(split.left_out)) * min(known, MOST_ROWS) / known
     clips = round(data.clips_available * sum(map(len, splits)) / judged)
     return min(clips, most) if most is not None else clips
 

@@ -1,0 +1,244 @@
+"""The shapes and sizes of a run that is only planned: from its data, or guessed and said to be."""
+
+import collections
+import copy
+import dataclasses
+import functools
+import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from transformers import Wav2Vec2Config
+
+from flax_asr import audio, config, experiment, languages, optim, step, vocabulary
+from flax_asr.data import buckets, loader, prepare, shards
+from flax_asr.models import configuration, wav2vec2
+
+LABELS_PER_SECOND = 16
+SYMBOLS, SYMBOLS_UNSPACED = 64, 4000
+PLANNED_UPDATES = 10_000
+
+_XLS_R = {
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "conv_bias": True,
+    "feat_proj_dropout": 0.1,
+    "final_dropout": 0.0,
+    "mask_time_prob": 0.075,
+}
+KNOWN: dict[str, dict[str, Any]] = {
+    f"facebook/wav2vec2-{name}": {
+        **_XLS_R,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "intermediate_size": wide,
+    }
+    for name, hidden, layers, wide in (
+        ("large-xlsr-53", 1024, 24, 4096),
+        ("xls-r-300m", 1024, 24, 4096),
+        ("xls-r-1b", 1280, 48, 5120),
+        ("xls-r-2b", 1920, 48, 7680),
+    )
+}
+"""Configurations of well-known encoders, so that planning downloads no weights.
+
+Source: their config.json on the Hugging Face hub.
+"""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Padded samples and label tokens of each bucket, ascending."""
+
+    samples: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Samples and tokens of the largest one."""
+        return self.samples[-1], self.tokens[-1]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run computes, without any of its numbers.
+
+    Attributes:
+        objective: the model.
+        state: shapes of the state.
+        optimiser: of the run.
+        learning_rate: its schedule.
+        is_trained: whether the parameter of a path gets a gradient.
+        train_shapes: of training.
+        train_portions: share of the micro-batches that each of them has.
+        eval_shapes: of scoring, empty if nothing is scored.
+        scored_groups: groups of each shape in a pass over the eval and test splits, by name; None
+            without data.
+        audio_seconds: audio of an update.
+        updates: of the run, None where it cannot be known.
+        guesses: what was guessed, in words.
+    """
+
+    objective: step.Objective
+    state: step.TrainState
+    optimiser: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    is_trained: Callable[[str], bool]
+    train_shapes: Shapes
+    train_portions: tuple[float, ...]
+    eval_shapes: Shapes
+    scored_groups: dict[str, tuple[int, ...]] | None
+    audio_seconds: float
+    updates: int | None
+    guesses: tuple[str, ...]
+
+
+def of(cfg: config.Config, device_count: int) -> Workload:
+    """The workload of a configuration whose global batch is resolved.
+
+    Raises:
+        FlaxAsrError: the model or the prepared data cannot be used.
+    """
+    start = origin(cfg.model)
+    found = experiment.corpus(cfg, start) if is_prepared(cfg) else None
+    measured = (
+        _measured(cfg, start, found, device_count) if found is not None else _guessed(cfg, start)
+    )
+    sizes = {"vocab_size": measured.pop("symbols"), "pad_token_id": 0}
+    model_config = copy.deepcopy(start.model_config)
+    configuration.override(model_config, sizes)
+    start = dataclasses.replace(start, model_config=model_config)
+    objective = experiment.objective(cfg, start)
+    updates = measured["updates"]
+    learning_rate = optim.schedule(cfg.optim, PLANNED_UPDATES if updates is None else updates)
+    optimiser = optim.adamw(cfg.optim, learning_rate)
+    params = experiment.parameter_shapes(objective)
+    return Workload(
+        objective=objective,
+        state=jax.eval_shape(lambda p: experiment.fresh_state(cfg, p, optimiser), params),
+        optimiser=optimiser,
+        learning_rate=learning_rate,
+        is_trained=optim.trainable(cfg.model, model_config.num_hidden_layers),
+        **measured,
+    )
+
+
+def origin(model: config.ModelConfig) -> experiment.Origin:
+    """As `experiment.origin`; of well-known encoders without a download."""
+    if model.pretrained in KNOWN:
+        known = {**KNOWN[model.pretrained], **model.config}
+        return experiment.origin(dataclasses.replace(model, pretrained=None, config=known))
+    return experiment.origin(model)
+
+
+def is_prepared(cfg: config.Config) -> bool:
+    """Whether every split that the run needs lies there, decoded."""
+    data = cfg.data
+    if data.language is None or (
+        data.prepared_dir is None and None in (data.source, cfg.output_dir)
+    ):
+        return False
+    folder = prepare.prepared_folder(cfg)
+    names = (*data.train_splits, *data.eval_splits, *data.test_splits)
+    return all(shards.is_finished(folder / urllib.parse.quote(name, safe="")) for name in names)
+
+
+def _measured(cfg, start, corpus: experiment.Corpus, device_count: int) -> dict[str, Any]:
+    train, scored = cfg.train, corpus.scored()
+    train_shapes = experiment.shapes(cfg, start.model_config, [corpus.train])
+    eval_shapes = Shapes((), ())
+    if scored:
+        found = experiment.shapes(cfg, start.model_config, list(scored.values()))
+        eval_shapes = Shapes(found.samples, found.tokens)
+    rows = device_count * train.per_device_train_batch_size
+    plan = buckets.TrainPlan(
+        corpus.train.samples,
+        train_shapes.samples,
+        rows,
+        train.global_batch_size // rows,
+        cfg.seed,
+    )
+    epoch = plan.updates_per_epoch
+    counted = collections.Counter(group.shape for u in range(epoch) for group in plan.update(u))
+    portions = [counted[shape] / counted.total() for shape in range(len(train_shapes.samples))]
+    return {
+        "symbols": corpus.vocabulary.size,
+        "train_shapes": Shapes(train_shapes.samples, train_shapes.tokens),
+        "train_portions": tuple(portions),
+        "eval_shapes": eval_shapes,
+        "scored_groups": {
+            name: _groups(data.samples, eval_shapes.samples, train, device_count)
+            for name, data in scored.items()
+        },
+        "audio_seconds": float(corpus.train.samples.sum()) / audio.SAMPLE_RATE_HZ / epoch,
+        "updates": experiment.total_updates(train, epoch),
+        "guesses": (),
+    }
+
+
+def _groups(samples, shapes, train: config.TrainConfig, device_count: int) -> tuple[int, ...]:
+    rows = device_count * train.per_device_eval_batch_size
+    counted = collections.Counter(g.shape for g in buckets.EvalPlan(samples, shapes, rows))
+    return tuple(counted[shape] for shape in range(len(shapes)))
+
+
+def _guessed(cfg: config.Config, start: experiment.Origin) -> dict[str, Any]:
+    data, train = cfg.data, cfg.train
+    shapes = even_shapes(data.max_seconds, data.num_buckets, start.model_config)
+    symbols, reason = _symbols(cfg, start)
+    seconds = float(np.mean(shapes.samples)) / audio.SAMPLE_RATE_HZ
+    return {
+        "symbols": symbols,
+        "train_shapes": shapes,
+        "train_portions": (1 / len(shapes.samples),) * len(shapes.samples),
+        "eval_shapes": shapes if data.eval_splits or data.test_splits else Shapes((), ()),
+        "scored_groups": None,
+        "audio_seconds": seconds * train.global_batch_size,
+        "updates": train.max_steps,
+        "guesses": (
+            f"nothing is prepared; {len(shapes.samples)} shapes up to data.max_seconds"
+            f" {data.max_seconds:g}, evenly, all equally frequent and full",
+            f"{LABELS_PER_SECOND} labels a second",
+            f"{symbols} symbols ({reason})",
+        ),
+    }
+
+
+def even_shapes(max_seconds: float, num_buckets: int, model_config: Wav2Vec2Config) -> Shapes:
+    """Evenly spaced padded lengths, multiples of 16 frames as in a real run."""
+    longest = int(max_seconds * audio.SAMPLE_RATE_HZ)
+    smallest = functools.partial(
+        buckets.smallest_samples,
+        kernels=model_config.conv_kernel,
+        strides=model_config.conv_stride,
+    )
+    samples = set()
+    for bucket in range(1, num_buckets + 1):
+        wanted = longest * bucket // num_buckets
+        frames = int(wav2vec2.frame_lengths(model_config, wanted))
+        whole = -(-max(frames, 1) // buckets.FRAME_MULTIPLE) * buckets.FRAME_MULTIPLE
+        samples.add(smallest(whole))
+    ascending = tuple(sorted(samples))
+    multiple = loader.LABEL_MULTIPLE
+    tokens = tuple(
+        -(-LABELS_PER_SECOND * n // (audio.SAMPLE_RATE_HZ * multiple)) * multiple for n in ascending
+    )
+    return Shapes(ascending, tokens)
+
+
+def _symbols(cfg: config.Config, start: experiment.Origin) -> tuple[int, str]:
+    if cfg.text.vocabulary is not None:
+        return vocabulary.Vocabulary.from_folder(cfg.text.vocabulary).size, "text.vocabulary"
+    if "vocab_size" in cfg.model.config:
+        return cfg.model.config["vocab_size"], "model.config.vocab_size"
+    if start.vocabulary is not None:
+        return start.vocabulary.size, "the pretrained head's"
+    language = cfg.data.language
+    if language is not None and languages.writes_without_spaces(language):
+        return SYMBOLS_UNSPACED, f"as {language} is written without spaces"
+    return SYMBOLS, "an alphabet"

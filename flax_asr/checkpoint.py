@@ -114,6 +114,8 @@ class Checkpoints:
                     shutil.rmtree(path)
         except OSError as error:
             raise self._cannot_write(error) from error
+        # What fails is raised here as one message; orbax would print tracebacks of it as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
 
     def save(self, state: PyTree, meta: Meta) -> None:
@@ -131,6 +133,7 @@ class Checkpoints:
             (unfinished / META).write_text(content + "\n", encoding="utf-8")
             self._writer.save((unfinished / STATE).absolute(), args=ocp.args.StandardSave(arrays))
         except _WRITE_ERRORS as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise self._cannot_write(error) from error
         self._publishing = threading.Thread(target=self._publish, args=(meta.step,), daemon=True)
         self._publishing.start()
@@ -173,11 +176,13 @@ class Checkpoints:
                 shutil.rmtree(going)
         except _WRITE_ERRORS as error:
             self._failure = error
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def _cannot_write(self, error: Exception) -> errors.CheckpointError:
         kept = ", ".join(map(str, steps(self._run))) or "none"
+        reason = str(error).splitlines()[0]
         return errors.CheckpointError(
-            f"cannot write a checkpoint in {self._folder}: {error}. Make room or mend the folder,"
+            f"cannot write a checkpoint in {self._folder}: {reason}. Make room or mend the folder,"
             f" then run the same command again. Checkpoints there: {kept}."
         )
 

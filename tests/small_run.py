@@ -9,6 +9,8 @@ from flax_asr import config, experiment, optim, parallel, step
 from flax_asr.data import loader
 
 SAMPLES, TOKENS = 1600, 8
+_ACCUMULATE: dict = {}
+_UPDATE: dict = {}
 
 
 def batch(rows: int, seed: int, vocab: int, samples: int = SAMPLES, fillers: int = 0):
@@ -60,16 +62,21 @@ class Trainer:
         fresh = experiment.fresh_state(self.cfg, params, self.optimiser)
         self.state = self.devices.replicate(jax.device_get(fresh))
         self.sums = self.devices.zero_sums(self.state.trainable)
-        self._accumulate = parallel.accumulate(objective, self.devices)
+        # compiled once for all tests that ask for the same
+        kind = (objective.config.to_json_string(), str(objective.module.dtype), devices)
+        accumulate = parallel.accumulate(objective, self.devices)
+        self.accumulate = _ACCUMULATE.setdefault(kind, accumulate)
+        settings = (self.cfg.optim, updates, devices)
         learning_rate = optim.schedule(self.cfg.optim, updates)
-        self._update = parallel.update(self.optimiser, learning_rate, self.devices)
+        update = parallel.update(self.optimiser, learning_rate, self.devices)
+        self._update = _UPDATE.setdefault(settings, update)
 
     def update(self, *groups) -> step.Metrics:
         """One update from these groups, each split over the devices."""
         for group in groups:
             per_device = len(group.weights) // self.devices.count
             for micro in self.devices.micro_batches(group, per_device):
-                self.sums = self._accumulate(self.state, self.sums, micro)
+                self.sums = self.accumulate(self.state, self.sums, micro)
         self.state, self.sums, metrics = self._update(self.state, self.sums)
         return jax.device_get(metrics)
 

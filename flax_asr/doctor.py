@@ -142,7 +142,11 @@ class Examination:
         shared = survey.shared({name: splits[name] for name in data.train_splits}, others)
         self.facts["shared_with_train"] = shared
         if "validated" not in data.train_splits:  # there, what is scored is taken out
-            self.findings += findings.leakage(shared, {n: len(s) for n, s in others.items()})
+            self.findings += findings.leakage(
+                shared,
+                {name: len(split) for name, split in others.items()},
+                {name: len(split.audio_keys) for name, split in others.items()},
+            )
 
     def _corpus(
         self, start: experiment.Origin, splits: dict[str, survey.Split]

@@ -29,7 +29,8 @@ REASONS = {
     "too_short": "are shorter than data.min_seconds",
     "empty_transcript": "have no transcript left after normalisation",
     "label_too_long": "have more labels than frames: CTC cannot align them",
-    "duplicate": "are there twice (the same id or the same audio)",
+    "duplicate": "are there twice",
+    "same_audio": "sound bit for bit like another one",
     "held_out_clip": "of the training splits are scored, and so are not trained on",
     "held_out_speaker": "of the training splits have a speaker who is scored",
     "held_out_sentence": "of the training splits have a sentence that is scored",
@@ -58,8 +59,10 @@ def ordered(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda found: (not found.fatal, -found.cost, found.name))
 
 
-def leakage(shared: Mapping[str, Mapping[str, int]], clips: Mapping[str, int]) -> Iterator[Finding]:
-    """Scored clips that training knows something about."""
+def leakage(
+    shared: Mapping[str, Mapping[str, int]], clips: Mapping[str, int], decoded: Mapping[str, int]
+) -> Iterator[Finding]:
+    """Scored clips that training knows something about; audio was compared where it was decoded."""
     meanings = {
         "clips": "are trained on",
         "audio": "sound bit for bit like a training clip",
@@ -68,11 +71,12 @@ def leakage(shared: Mapping[str, Mapping[str, int]], clips: Mapping[str, int]) -
     }
     for split, counts in shared.items():
         for what, count in counts.items():
+            seen = (decoded if what == "audio" else clips)[split]
             if count:
                 yield Finding(
                     f"shared_{what}",
-                    count / clips[split],
-                    f"{count} of {clips[split]} clips of {split} {meanings[what]}: its scores will"
+                    count / seen,
+                    f"{count} of {seen} clips of {split} {meanings[what]}: its scores will"
                     " look better than the model is. Use the release's own train, dev and test"
                     " splits, or train on `validated`, from which these are taken out.",
                 )
@@ -213,16 +217,17 @@ def precision(mixed_precision: str, platform: str) -> Iterator[Finding]:
 
 def duration(days: float, cheap: tuple[int, float] | None, least: bool) -> Iterator[Finding]:
     """A run that takes long on this machine."""
+    about = "at least" if least else "about"
     if days > _LONG_DAYS:
         way_out = (
-            f" With --model.trainable_layers {cheap[0]} it is about {_days(cheap[1])}."
+            f" With --model.trainable_layers {cheap[0]}: {about} {_days(cheap[1])}."
             if cheap is not None and cheap[1] < days
             else ""
         )
         yield Finding(
             "duration",
             min(1.0, days / 30),
-            f"on this machine the run takes {'at least' if least else 'about'} {_days(days)}."
+            f"on this machine the run takes {about} {_days(days)}."
             f"{way_out} Fewer clips: data.max_train_clips.",
         )
 

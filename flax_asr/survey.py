@@ -26,6 +26,7 @@ MOST_ROWS = 100_000
 """So many clips of a split are judged one by one at most; the others are taken to be like them."""
 
 UNKNOWN = -1
+_LEAST_HEARD = 64  # whatever the time
 _FROM_TABLES = frozenset({"empty_transcript", "duplicate"})
 _BOUNDS = frozenset({"too_long", "too_short"})
 
@@ -135,7 +136,9 @@ def look(cfg: config.Config, *, read_seconds: float, hear_seconds: float) -> dic
         for name, found in listed.items()
         for clip in _spread(found.audible(), share if found.by_path else len(found.clips))
     ]
-    heard = dict(_hear(cfg, wanted, hear_seconds))
+    # Mixed, so that what the time does not suffice for is missing everywhere alike.
+    order = np.argsort(np.random.PCG64(cfg.seed).random_raw(len(wanted)))
+    heard = dict(_hear(cfg, [wanted[i] for i in order], hear_seconds))
     return {
         name: _judge(cfg, name, source.release, found, durations, heard)
         for name, found in listed.items()
@@ -267,7 +270,7 @@ def _hear(
                 result = shards.LeftOut(clip_id, result.reason, result.detail)
             yield (split, clip_id), result
             bar.advance()
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and bar.done >= _LEAST_HEARD:
                 return
 
 
@@ -296,7 +299,7 @@ def _judge(
             keys[clip.id] = result.key
             if owners.setdefault(result.key, clip.id) != clip.id:
                 twin = owners[result.key]
-                result = shards.LeftOut(clip.id, "duplicate", f"the same audio as {twin}")
+                result = shards.LeftOut(clip.id, "same_audio", f"as {twin}")
         elif result is None and clip.id in durations:
             result = _within(cfg, clip.id, durations[clip.id])
         seen.add(clip.id)
@@ -330,8 +333,8 @@ def _within(cfg: config.Config, clip_id: str, samples: int) -> Heard | shards.Le
 
 
 def shared(train: Mapping[str, Split], scored: Mapping[str, Split]) -> dict[str, dict[str, int]]:
-    """For each scored split how many of its clips are trained on, or have a speaker, a raw
-    sentence or the audio of a clip that is."""
+    """Of each scored split how many clips are trained on, or have a speaker or a raw sentence of a
+    clip that is, or its audio as far as clips were decoded for this look."""
     ids = {clip for split in train.values() for clip in split.ids}
     speakers = {who for split in train.values() for who in split.speakers if who}
     sentences = {said for split in train.values() for said in split.sentences if said.strip()}
@@ -341,8 +344,8 @@ def shared(train: Mapping[str, Split], scored: Mapping[str, Split]) -> dict[str,
             "clips": sum(clip in ids for clip in split.ids),
             "speakers": sum(who in speakers for who in split.speakers),
             "sentences": sum(said in sentences for said in split.sentences),
-            "audio": sum(key in keys for key in split.audio_keys.values()),
         }
+        | ({"audio": sum(key in keys for key in split.audio_keys.values())} if keys else {})
         for name, split in scored.items()
     }
 

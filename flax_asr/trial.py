@@ -21,7 +21,7 @@ from flax_asr.data import loader, pool
 _SHALLOW, _DEEPER = 1, 3
 _CAUTION = 1.5
 _REPEATS = 5
-_REPEAT_SECONDS = 4.0
+_REPEAT_SECONDS = 2.0
 _PRODUCT_SIZES = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 
 
@@ -92,7 +92,7 @@ def _machine(mixed_precision: str) -> Machine:
     memory = device.memory_stats() or {}
     size = _PRODUCT_SIZES[devices.platform]
     matrix = jnp.full((size, size), 1e-3, experiment.DTYPES[mixed_precision])
-    product = jax.jit(lambda a: a @ a)
+    product = jax.jit(lambda a: a @ a).lower(matrix).compile()
     seconds = min(_repeated(lambda: product(matrix)))
     return Machine(
         platform=devices.platform,
@@ -213,12 +213,15 @@ def _batch(rows: int, samples: int, tokens: int) -> step.Batch:
 
 
 def _repeated(function) -> Iterator[float]:
-    """Times of some calls; the first one, which may compile or allocate, is not counted."""
-    jax.block_until_ready(function())
-    began = time.monotonic()
-    for _ in range(_REPEATS):
+    """Times of some calls; the first one, which may allocate, counts only if calls are slow."""
+    spent = 0.0
+    for call in range(_REPEATS + 1):
         started = time.perf_counter()
         jax.block_until_ready(function())
-        yield time.perf_counter() - started
-        if time.monotonic() - began > _REPEAT_SECONDS:
+        seconds = time.perf_counter() - started
+        spent += seconds
+        slow = spent > _REPEAT_SECONDS
+        if call > 0 or slow:
+            yield seconds
+        if slow:
             return

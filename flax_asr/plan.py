@@ -68,7 +68,7 @@ def command(cfg: config.Config, topology: str, json_file: str | None) -> None:
         for job in jobs(cfg, work, devices):
             programs.append(job.compile(described))
             write(programs[-1].as_json())
-            print(_line(programs[-1], described), file=people, flush=True)
+            print(describe_program(programs[-1], described), file=people, flush=True)
         seen = outlook.Outlook.of(cfg, work, programs, described, devices.count)
         write(seen.as_json())
         _close(seen, programs, people)
@@ -203,7 +203,8 @@ def _seconds(samples: Sequence[int]) -> str:
     return " ".join(f"{n / 16_000:.1f}" for n in samples)
 
 
-def _line(program: outlook.Program, described: chips.Slice) -> str:
+def describe_program(program: outlook.Program, described: chips.Slice) -> str:
+    """A few lines for people: cycles, time, share of peak, parts of half a percent and more."""
     title = program.function
     if program.rows:
         title += f", {program.rows} x {program.samples / 16_000:.1f} s a device"

@@ -1,0 +1,114 @@
+"""What the TPU compiler expects of one train step of XLS-R 300M on a v5e chip.
+
+    python benchmarks/tpu_plan.py [--layers 24] [--rows 8] [--seconds 10] [--json FILE]
+
+The work is that of the deleted Hugging Face Flax class's baseline: 8 clips of 10 s, bf16, 4000
+symbols, 40 labels, feature encoder frozen, no dropout, no SpecAugment, no rematerialisation. Needs
+libtpu (`pip install '.[tpu]'`), no TPU; takes minutes of every core.
+"""
+
+import argparse
+import dataclasses
+import json
+
+from flax_asr import chips, config, flops, outlook, parallel, plan, workload
+
+BASELINE_CYCLES = 174.5e6  # the deleted class with optax.ctc_loss, the whole step, same compiler
+BASELINE_BYTES = 8.1e9
+BASELINE_COMPILE_SECONDS = 173
+SYMBOLS, TOKENS, SAMPLE_RATE_HZ = 4000, 40, 16_000
+
+QUIET = dict.fromkeys(
+    "activation_dropout attention_dropout feat_proj_dropout final_dropout hidden_dropout"
+    " layerdrop mask_time_prob mask_feature_prob".split(),
+    0.0,
+)
+
+
+def configuration(layers: int, rows: int, seconds: float, checkpointing: bool) -> config.Config:
+    return config.build(
+        {
+            "data": {"max_seconds": seconds, "num_buckets": 1, "eval_splits": []},
+            "model": {
+                "pretrained": "facebook/wav2vec2-xls-r-300m",
+                "config": {**QUIET, "num_hidden_layers": layers, "vocab_size": SYMBOLS},
+            },
+            "train": {
+                "per_device_train_batch_size": rows,
+                "global_batch_size": rows,
+                "max_steps": 1000,
+                "gradient_checkpointing": checkpointing,
+            },
+        }
+    )
+
+
+def workload_of(cfg: config.Config, seconds: float) -> workload.Workload:
+    """The planned workload with exactly so many samples and labels, and without evaluation."""
+    work = workload.of(cfg, 1)
+    exact = workload.Shapes((int(seconds * SAMPLE_RATE_HZ),), (TOKENS,))
+    return dataclasses.replace(work, train_shapes=exact, eval_shapes=workload.Shapes((), ()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--topology", default="v5e:1x1")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="also write one object a program there")
+    arguments = parser.parse_args()
+
+    described = chips.parse(arguments.topology)
+    devices: parallel.Devices = plan.describe(described)
+    cfg = configuration(
+        arguments.layers, arguments.rows, arguments.seconds, arguments.checkpointing
+    )
+    work = workload_of(cfg, arguments.seconds)
+    programs = []
+    for job in plan.jobs(cfg, work, devices):
+        programs.append(job.compile(described))
+        print(plan.describe_program(programs[-1], described), flush=True)
+    accumulate, update = programs
+    if accumulate.refused:
+        raise SystemExit("does not fit")
+
+    cycles = accumulate.cycles + update.cycles
+    seconds = cycles / described.chip.clock_hz
+    peak = max(program.peak_bytes for program in programs)
+    share = accumulate.flops / seconds / described.flops
+    compiled = sum(program.compile_seconds for program in programs)
+    print(
+        f"\n{arguments.layers} layers, {arguments.rows} x {arguments.seconds:g} s, {described.name}"
+    )
+    print("                        baseline       ours   ratio")
+    for name, theirs, ours in (
+        ("M cycles of an update", BASELINE_CYCLES / 1e6, cycles / 1e6),
+        ("peak GB", BASELINE_BYTES / 1e9, peak / 1e9),
+        ("compile seconds", BASELINE_COMPILE_SECONDS, compiled),
+    ):
+        print(f"{name:22s} {theirs:9.1f} {ours:10.1f} {ours / theirs:7.2f}")
+    print(f"{1e3 * seconds:.1f} ms, {100 * share:.0f} % of peak ({accumulate.flops:.3g} FLOPs)")
+    print("\ncycles worth its FLOPs at peak, by part:")
+    counted = flops.gradient(
+        work.objective.config, arguments.rows, work.train_shapes.samples[0], work.is_trained
+    )
+    for part, count in counted.items():
+        ideal = count / described.flops * described.chip.clock_hz
+        found = accumulate.by_part[part]
+        print(f"  {part:24s} {ideal / 1e6:7.2f} M of {found / 1e6:7.2f} M")
+    bounds = {
+        name: value
+        for program in programs
+        for name, value in program.by_part.items()
+        if name.endswith(outlook.NO_ESTIMATE)
+    }
+    print("bounds of ours among them:", {k: round(v) for k, v in bounds.items()})
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(program.as_json()) + "\n" for program in programs)
+
+
+if __name__ == "__main__":
+    main()

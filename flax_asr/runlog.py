@@ -31,7 +31,12 @@ class RunLog:
         if importlib.util.find_spec("tensorboardX") is not None:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=keep_until + 1)
+            # The suffix keeps two starts within a second from sharing a file.
+            self._board = SummaryWriter(
+                str(run / "tensorboard"),
+                purge_step=keep_until + 1,
+                filename_suffix=f".after-{keep_until}",
+            )
 
     def append(self, event: dict[str, Any]) -> None:
         """Writes one event; it is on the disk when this returns.

@@ -1,31 +1,31 @@
 """A whole training run that takes seconds: a corpus in Common Voice's form and a tiny model."""
 
-import contextlib
 import json
+import multiprocessing
 import os
 import pathlib
-import signal
-import subprocess
+import re
 import sys
 import time
+from collections.abc import Callable
 
 import flax.traverse_util
+import jax
 import numpy as np
 import soundfile
-from small_saved import speech
 
-from flax_asr import audio, checkpoint, runlog
+from flax_asr import __main__, audio, checkpoint, parallel, runlog
 
-ROOT = pathlib.Path(__file__).parents[1]
 CLIPS = {"train": 16, "dev": 4, "test": 5}
 UPDATES = 8
 MODEL = {
+    "num_feat_extract_layers": 2,
     "conv_dim": [16, 16],
     "conv_kernel": [32, 10],
     "conv_stride": [32, 10],
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 2,
@@ -69,7 +69,8 @@ def corpus(folder: pathlib.Path) -> pathlib.Path:
             number += 1
             samples = int(rng.uniform(0.2, 0.9) * audio.SAMPLE_RATE_HZ)
             name = f"common_voice_cy_{number}.wav"
-            soundfile.write(clips / name, speech(samples, number), audio.SAMPLE_RATE_HZ)
+            noise = rng.standard_normal(samples) * 0.1
+            soundfile.write(clips / name, noise, audio.SAMPLE_RATE_HZ)
             words = ["".join(rng.choice(list("abcdê"), 3)) for _ in range(2)]
             rows.append(f"{split}-{number % 3}\t{name}\t{' '.join(words)}\tfemale_feminine")
         (clips.parent / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -95,33 +96,84 @@ def command(source: pathlib.Path, folder: pathlib.Path, *more: str) -> list[str]
     return ["train", *flags, *(f"--{name}={value}" for name, value in options.items())]
 
 
-def start(arguments: list[str], devices: int = 2, **popen) -> subprocess.Popen:
-    """`flax-asr` as a process of its own."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [sys.executable, "-m", "flax_asr", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **popen,
-    )
+class Process:
+    """`flax-asr` in a process of its own, forked where everything is already imported.
+
+    Args:
+        arguments: of the command line.
+        output: the file that standard output and error go to.
+        cache: where compiled programs are kept, of however little work.
+        devices: how many fake ones.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        output: pathlib.Path,
+        cache: pathlib.Path,
+        devices: int = 2,
+    ):
+        self._output = output
+        output.write_text("")
+        fork = multiprocessing.get_context("forkserver")
+        fork.set_forkserver_preload(["flax_asr.loop", "small_training"])
+        self._process = fork.Process(
+            target=_main, args=(arguments, str(output), str(cache), devices)
+        )
+        self._process.start()
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> None:
+        """Returns when the condition holds; the process must live until then."""
+        limit = time.monotonic() + seconds
+        while not condition():
+            assert self.alive, self.output
+            assert time.monotonic() < limit, self.output
+            time.sleep(0.002)
+
+    def wait_until_compiled(self) -> None:
+        self.wait_for(lambda: re.search(r"compiling: (\d+)/\1 ", self.output) is not None)
+
+    def signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def end(self, seconds: float = 300) -> int:
+        """The exit status."""
+        self._process.join(seconds)
+        assert not self.alive, self.output
+        return self._process.exitcode
 
 
-def wait_for(process: subprocess.Popen, condition, seconds: float = 120) -> None:
-    """Returns when the condition holds; the process must live until then."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < limit, "too slow"
-        time.sleep(0.005)
+def _main(arguments: list[str], output: str, cache: str, devices: int) -> None:
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    share_compiled(cache)
+    sys.exit(__main__.main(arguments))
 
 
-def kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGKILL)
-    process.communicate()
+def share_compiled(cache: str) -> None:
+    """Keeps every compiled program in one folder, whatever run asks for it."""
+
+    def keep(folder):
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+    parallel.keep_compiled = keep
 
 
 def log(folder: pathlib.Path) -> list[dict]:
@@ -134,6 +186,17 @@ def log(folder: pathlib.Path) -> list[dict]:
         }
         for event in runlog.read(folder)
     ]
+
+
+def assert_same(folder: pathlib.Path, other: pathlib.Path) -> None:
+    """The same log, and the same state and figures in every checkpoint that both still have."""
+    assert log(folder) == log(other)
+    ours, theirs = checkpoint.steps(folder), checkpoint.steps(other)
+    assert ours[0] == theirs[0]
+    for step in set(ours) & set(theirs):
+        assert state(folder, step) == state(other, step), step
+        one, two = checkpoint.read_meta(folder, step), checkpoint.read_meta(other, step)
+        assert (one.metrics, one.window, one.facts) == (two.metrics, two.window, two.facts)
 
 
 def state(folder: pathlib.Path, step: int) -> dict[str, bytes]:

@@ -1,0 +1,366 @@
+"""Whole runs of the command line: what they leave, and what stopping them at any moment costs."""
+
+import json
+import pathlib
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import small_training
+import soundfile
+
+from flax_asr import __main__, checkpoint, errors, evaluate, loop, parallel, runlog, stopping
+
+RUN_FILES = {
+    "config.yaml",
+    "log.jsonl",
+    "README.md",
+    "curves.png",
+    "predictions-eval.jsonl",
+    "predictions-test.jsonl",
+    "export/config.json",
+    "export/model.safetensors",
+    "export/vocab.json",
+    "export/tokenizer_config.json",
+    "export/preprocessor_config.json",
+    "export/flax_asr.json",
+}
+LOGGED = (
+    "step epoch loss learning_rate grad_norm loss_scale skipped_steps infeasible_clips"
+    " blank_fraction padding audio_seconds_per_second data_wait_seconds time compilations"
+).split()
+SCORED = (
+    "loss wer cer clips cer_low cer_high wer_low wer_high infeasible_clips blank_fraction".split()
+)
+
+
+class Place:
+    """Where the runs of this file are: one corpus, one cache of compiled programs."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.source = small_training.corpus(folder)
+        self.cache = folder / "compiled"
+
+    def command(self, run: pathlib.Path, *more: str) -> list[str]:
+        return small_training.command(self.source, run, *more)
+
+    def start(self, run: pathlib.Path, *more: str, devices: int = 2, cache=None):
+        return small_training.Process(
+            self.command(run, *more),
+            run.with_name(f"{run.name}.txt"),
+            cache or self.cache,
+            devices,
+        )
+
+    def finish(self, run: pathlib.Path, *more: str, devices: int = 2) -> str:
+        """Runs to the end; gives the output."""
+        process = self.start(run, *more, devices=devices)
+        assert process.end() == 0, process.output
+        return process.output
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """An uninterrupted run; not to be changed."""
+    run = place.folder / "whole"
+    place.finish(run)
+    return run
+
+
+def test_a_run_leaves_every_file(whole):
+    there = {p.relative_to(whole).as_posix() for p in whole.rglob("*") if p.is_file()}
+    assert there >= RUN_FILES
+    assert not [name for name in there if "unfinished" in name]
+    assert checkpoint.steps(whole)[0] == small_training.UPDATES
+
+
+def test_the_log_has_these_keys_and_no_others(whole):
+    kinds = {"loss": LOGGED}
+    kinds["eval_loss"] = ["step", "epoch", *(f"eval_{name}" for name in SCORED)]
+    kinds["test_loss"] = ["step", "best_step", *(f"test_{name}" for name in SCORED)]
+    found = {name: [] for name in kinds}
+    for event in runlog.read(whole):
+        (kind,) = kinds.keys() & event.keys()
+        assert list(event) == kinds[kind]
+        found[kind].append(event["step"])
+    assert found == {"loss": [2, 4, 6, 8], "eval_loss": [4, 8], "test_loss": [8]}
+
+
+def test_nothing_is_compiled_after_the_warm_up(whole):
+    assert [e["compilations"] for e in runlog.read(whole) if "compilations" in e] == [0] * 4
+
+
+def test_the_loss_falls(whole):
+    losses = [event["loss"] for event in runlog.read(whole) if "loss" in event]
+    assert losses[-1] < losses[0]
+
+
+def test_the_best_score_of_the_log_is_that_of_the_checkpoints(whole):
+    best = min((e for e in runlog.read(whole) if "eval_cer" in e), key=lambda e: e["eval_cer"])
+    model = checkpoint.load_model(whole)
+    assert model.step == best["step"] == runlog.read(whole)[-1]["best_step"]
+    assert model.metrics["eval_cer"] == best["eval_cer"]
+
+
+def test_the_card_has_the_scores(whole):
+    card = (whole / "README.md").read_text()
+    tested = runlog.read(whole)[-1]
+    assert f"{tested['test_cer']:.4f}" in card
+    assert "curves.png" in card
+
+
+def test_the_export_says_the_same_in_pytorch(place, whole):
+    import torch
+    import transformers
+
+    export = whole / "export"
+    model = transformers.Wav2Vec2ForCTC.from_pretrained(export).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(export)
+    lines = (whole / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == small_training.CLIPS["test"]
+    for line in map(json.loads, lines):
+        audio, rate = soundfile.read(place.source / "cy" / "clips" / line["id"])
+        inputs = extractor(audio, sampling_rate=rate, return_tensors="pt")
+        with torch.inference_mode():
+            ids = model(**inputs).logits.argmax(-1)[0]
+        assert tokenizer.decode(ids) == line["hypothesis"]
+
+
+def test_the_same_command_again_says_finished_and_writes_nothing(place, whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != ".lock"}
+    assert "is finished: 8 updates" in place.finish(whole)
+    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != ".lock"}
+
+
+def test_a_changed_learning_rate_is_refused(place, whole):
+    process = place.start(whole, "--optim.learning_rate=1e-3")
+    assert process.end() == 2
+    assert "optim.learning_rate: was 0.01, now 0.001" in process.output
+    assert "Traceback" not in process.output
+
+
+def test_a_lost_export_is_written_again(place, whole, tmp_path):
+    run = pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
+    weights = (run / "export" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "export")
+    place.finish(run)
+    assert (run / "export" / "model.safetensors").read_bytes() == weights
+    small_training.assert_same(run, whole)
+
+
+def test_another_number_of_devices_and_more_updates_go_on(place, tmp_path):
+    run = tmp_path / "run"
+    alone = ("--train.max_steps=4", "--train.per_device_train_batch_size=4")
+    place.finish(run, *alone, devices=1)
+    output = place.finish(run)
+    assert "going on with train.max_steps 8 (was 4)" in output
+    assert "going on after update 4" in output
+    assert [e["step"] for e in runlog.read(run) if "loss" in e] == [2, 4, 6, 8]
+    assert [e["step"] for e in runlog.read(run) if "best_step" in e] == [4, 8]
+    assert checkpoint.read_meta(run, 8).group_rows == 4
+    assert "is finished: 8 updates" in place.finish(run)
+
+
+def killed(place, whole, run, rng, kills: int) -> int:
+    """Kills a run at random moments, then lets it end; gives how many kills hit."""
+    times = [event["time"] for event in runlog.read(whole) if "time" in event]
+    seconds = 2 * (times[-1] - times[0]) + 1
+    hits = 0
+    for _ in range(kills):
+        process = place.start(run)
+        process.wait_until_compiled()
+        time.sleep(rng.uniform(0, seconds))
+        hits += process.alive
+        process.kill()
+    place.finish(run)
+    return hits
+
+
+def test_kills_at_random_moments_change_nothing(place, whole, tmp_path):
+    run = tmp_path / "run"
+    assert killed(place, whole, run, np.random.default_rng(1), kills=3) > 0
+    small_training.assert_same(run, whole)
+    assert checkpoint.steps(run) == checkpoint.steps(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_many_kills_at_random_moments_change_nothing(place, whole, tmp_path, seed):
+    run = tmp_path / "run"
+    killed(place, whole, run, np.random.default_rng(seed), kills=6)
+    small_training.assert_same(run, whole)
+
+
+def test_a_kill_in_mid_save_changes_nothing(place, whole, tmp_path):
+    run = tmp_path / "run"
+    process = place.start(run)
+    process.wait_for(lambda: any((run / checkpoint.FOLDER).glob(".unfinished-*")))
+    process.kill()
+    place.finish(run)
+    small_training.assert_same(run, whole)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(place, whole, tmp_path):
+    run = tmp_path / "run"
+    process = place.start(run)
+    process.wait_for(lambda: len(runlog.read(run)) > 0)
+    process.signal(signal.SIGTERM)
+    assert process.end() == 75
+    assert "SIGTERM: finishing this update, then saving." in process.output
+    (newest, *_) = checkpoint.steps(run)
+    assert f"stopped after update {newest}; everything is saved in {run}" in process.output
+    assert f"going on after update {newest}" in place.finish(run)
+    small_training.assert_same(run, whole)
+
+
+def test_sigterm_while_compiling_ends_at_once_and_leaves_a_fresh_start(place, tmp_path):
+    run = tmp_path / "run"
+    process = place.start(run, cache=tmp_path / "cold")
+    process.wait_for(lambda: "programs to compile" in process.output)
+    process.signal(signal.SIGTERM)
+    assert process.end(seconds=10) == 75
+    assert "SIGTERM: stopped. Run the same command to go on." in process.output
+    assert "finishing this update" not in process.output
+    # Nothing was done yet that another configuration could spoil.
+    place.finish(run, "--seed=1", "--train.max_steps=2")
+    assert checkpoint.steps(run)[0] == 2
+
+
+def test_sigterm_while_finishing_ends_at_once_and_the_same_command_finishes(place, whole, tmp_path):
+    run = tmp_path / "run"
+    process = place.start(run)
+    process.wait_for(lambda: any("best_step" in event for event in runlog.read(run)))
+    process.signal(signal.SIGINT)
+    assert process.end(seconds=10) == 75
+    assert "finishing this update" not in process.output
+    place.finish(run)
+    small_training.assert_same(run, whole)
+    assert {p.name for p in (run / "export").iterdir()} == {
+        p.name for p in (whole / "export").iterdir()
+    }
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    """Runs in this process, with the compiled programs of the others."""
+    monkeypatch.setattr(parallel, "keep_compiled", None)
+    small_training.share_compiled(str(place.cache))
+
+    def run(folder, *more):
+        return __main__.main(place.command(folder, *more))
+
+    return run
+
+
+def test_an_evaluation_broken_off_is_made_up_for(here, place, whole, tmp_path, monkeypatch):
+    """A preempted machine does not wait for the end of an evaluation."""
+    run, stops = tmp_path / "run", []
+    score, enter = evaluate.score, stopping.Stop.__enter__
+
+    def entered(stop):
+        stops.append(stop)
+        return enter(stop)
+
+    def asked(*arguments, **options):
+        stops[-1].asked = True
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(stopping.Stop, "__enter__", entered)
+    monkeypatch.setattr(evaluate, "score", asked)
+    assert here(run) == 75
+    assert checkpoint.steps(run)[0] == 4
+    assert not any("eval_loss" in event for event in runlog.read(run))
+    monkeypatch.setattr(evaluate, "score", score)
+    assert here(run) == 0
+    small_training.assert_same(run, whole)
+
+
+def test_bad_numbers_are_skipped_counted_and_in_a_row_stop_the_run(
+    here, place, tmp_path, monkeypatch, capsys
+):
+    run, calls = tmp_path / "run", []
+    micro_batches = parallel.Devices.micro_batches
+    bad = {4, 12, 13, 14, 15}  # of two groups an update: updates 3 and 7, 8
+
+    def spoilt(devices, batch, per_device):
+        if batch.audio.shape[0] == 4 and len(calls) in bad:
+            batch = batch._replace(gains=np.full_like(batch.gains, np.nan))
+        calls.append(batch)
+        return micro_batches(devices, batch, per_device)
+
+    monkeypatch.setattr(parallel.Devices, "micro_batches", spoilt)
+    options = ("--train.max_bad_updates=2", "--data.eval_splits=[]", "--data.test_splits=[]")
+    assert here(run, *options) == 2
+    message = capsys.readouterr().err
+    assert "2 updates in a row had a gradient that is not finite; the last at step 8" in message
+    assert "common_voice_cy_" in message
+    events = runlog.read(run)
+    assert [event["skipped_steps"] for event in events] == [0, 1, 1]
+    saved = checkpoint.load_model(run)
+    assert saved.step == 6
+    for leaf in small_training.state(run, 6).values():
+        assert np.frombuffer(leaf, np.uint8).size == 0 or leaf is not None
+    assert all(np.isfinite(p).all() for p in _leaves(saved.params))
+
+
+def _leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--data.eval_splits=[]",),
+        ("--data.test_splits=[]",),
+        ("--data.eval_splits=test", "--data.test_splits=test"),
+    ],
+)
+def test_any_choice_of_splits_ends(here, tmp_path, options):
+    run = tmp_path / "run"
+    assert here(run, *options, "--train.max_steps=4") == 0
+    events = runlog.read(run)
+    assert any("eval_cer" in event for event in events) == ("--data.eval_splits=[]" not in options)
+    assert any("test_cer" in event for event in events) == ("--data.test_splits=[]" not in options)
+    card = (run / "README.md").read_text()
+    assert ("**The test score is too good**" in card) == ("--data.eval_splits=test" in options)
+    assert (run / "export" / "config.json").is_file()
+    assert here(run, *options, "--train.max_steps=4") == 0
+
+
+def test_other_data_behind_the_same_path_are_refused(here, place, whole, tmp_path, capsys):
+    run = pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
+    other = small_training.corpus(tmp_path / "other")
+    table = other / "cy" / "train.tsv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    moved = (f"--data.source={other}", f"--data.prepared_dir={tmp_path / 'prepared'}")
+    assert here(run, *moved, "--train.max_steps=9") == 2
+    message = capsys.readouterr().err
+    assert "the data are not those that this run began with" in message
+    assert "train: was 16 clips" in message
+    assert "now 15 clips" in message
+
+
+def test_a_run_that_another_process_is_at_is_refused(place, tmp_path, here, capsys):
+    run = tmp_path / "run"
+    process = place.start(run, cache=tmp_path / "cold")
+    process.wait_for(lambda: "programs to compile" in process.output)
+    assert here(run) == 2
+    assert f"another run is at work in {run}" in capsys.readouterr().err
+    process.kill()
+
+
+def test_interrupted_is_the_status_of_the_command_line():
+    assert __main__.INTERRUPTED == stopping.STATUS
+    assert issubclass(errors.Interrupted, Exception)
+    assert callable(loop.train)

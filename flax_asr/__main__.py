@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,7 @@ def command() -> int:
     of megabytes that no command needs. The check of an export has a process of its own.
     """
     sys.modules.setdefault("torch", None)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it deplores the lack of torch
     return main()
 
 

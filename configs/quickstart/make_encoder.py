@@ -1,18 +1,15 @@
-"""Makes `encoder`: a small wav2vec 2.0 encoder that knows Cantonese syllables, without a head.
+"""Makes `encoder`: a small wav2vec 2.0 encoder that knows the sounds of Cantonese, without a head.
 
     pip install . espeakng-loader==0.2.4 pycantonese==5.0.0 lameenc==1.9.0
     python configs/quickstart/make_encoder.py speak /tmp/encoder-corpus
     python configs/quickstart/make_encoder.py train /tmp/encoder-corpus
 
-`speak` records five hours of synthetic speech in three minutes. `train` runs `flax-asr train`
-twice on them, on the letters of jyutping first, because single letters leave the plateau where
-only blanks are written soonest, then on whole syllables, so that a frame knows all of the
-character that it belongs to. Run again, it goes on where it stopped. ORIGIN.md says what the
-speech is made from.
+`speak` records five hours of synthetic speech in three minutes. `train` runs `flax-asr train` twice
+on their jyutping, letters and tone digits: from random weights, then on from there with a second
+warm-up. Run again, it goes on where it stopped. ORIGIN.md says what the speech is made from.
 """
 
 import argparse
-import collections
 import csv
 import json
 import pathlib
@@ -29,7 +26,8 @@ SEED = 21
 LETTERS = range(3, 15)
 SNR_DB = (20.0, 40.0)
 DEV_SENTENCES = 150
-STEPS = {"letters": 2500, "syllables": 4000}
+STAGES = {"first": (1500, "2e-3", 200), "second": (1800, "1.5e-3", 100)}
+"""Updates, learning rate and warm-up of two runs; the second one starts from the first one's model."""
 HERE = pathlib.Path(__file__).parent
 
 
@@ -87,7 +85,7 @@ def sentence_number(file_name: str) -> int:
 
 
 def speak(arguments: argparse.Namespace) -> None:
-    """Records the corpus and writes its manifest: clip, jyutping, one character a syllable."""
+    """Records the corpus and writes its manifest: clip and jyutping."""
     known = corpus_sentences(make_corpus.RELEASE / "yue")
     texts = other_sentences(speech.prompts(), known)
     rng = np.random.default_rng(SEED)
@@ -102,45 +100,28 @@ def speak(arguments: argparse.Namespace) -> None:
         for clip in own
         if len(clip.syllables) == len(speech.han(text_of[clip.file_name]))
     ]
-    written_as = syllable_characters(
-        (speech.han(text_of[clip.file_name]), clip.syllables) for clip in clips
-    )
     with (arguments.folder / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("path", "letters", "syllables", "split"))
+        writer.writerow(("path", "sentence", "split"))
         for clip in clips:
             letters = "".join(clip.syllables)
-            characters = "".join(written_as[syllable] for syllable in clip.syllables)
             split = "dev" if sentence_number(clip.file_name) < DEV_SENTENCES else "train"
-            writer.writerow((f"clips/{clip.file_name}", letters, characters, split))
+            writer.writerow((f"clips/{clip.file_name}", letters, split))
     hours = sum(clip.milliseconds for clip in clips) / 3.6e6
-    print(
-        f"{len(clips)} of {len(text_of)} clips, {hours:.2f} h, {len(texts)} sentences, "
-        f"{len(written_as)} syllables"
-    )
-
-
-def syllable_characters(readings) -> dict[str, str]:
-    """For each syllable the character that is read so most often: one symbol a syllable."""
-    counts = collections.Counter(
-        pair for letters, syllables in readings for pair in zip(syllables, letters, strict=True)
-    )
-    written_as: dict[str, str] = {}
-    for (syllable, character), _ in counts.most_common():
-        written_as.setdefault(syllable, character)
-    return written_as
+    print(f"{len(clips)} of {len(text_of)} clips, {hours:.2f} h, {len(texts)} sentences")
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Pre-trains in FOLDER/letters and FOLDER/syllables, and keeps the encoder of the second."""
+    """Pre-trains in FOLDER/first and FOLDER/second, and keeps the encoder of the second."""
     start: list[str] = []
-    for column, steps in STEPS.items():
-        run = arguments.folder / column
+    for name, (steps, rate, warmup) in STAGES.items():
+        run = arguments.folder / name
         options = {
             "--data.source": arguments.folder / "manifest.csv",
-            "--data.text_column": column,
             "--output_dir": run,
             "--train.max_steps": steps,
+            "--optim.learning_rate": rate,
+            "--optim.warmup_steps": warmup,
         }
         words = [str(word) for option in options.items() for word in option]
         command = [sys.executable, "-m", "flax_asr", "train", "--config", HERE / "encoder.yaml"]

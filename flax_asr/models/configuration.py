@@ -44,6 +44,10 @@ def override(config: "Wav2Vec2Config", changes: Mapping[str, Any]) -> None:
     """
     from huggingface_hub.errors import StrictDataclassError
 
+    changes = dict(changes)
+    if "conv_dim" in changes and isinstance(changes["conv_dim"], (list, tuple)):
+        # transformers stores the length too and refuses a configuration where they differ
+        changes.setdefault("num_feat_extract_layers", len(changes["conv_dim"]))
     fields = config.to_dict()
     for name, value in changes.items():
         if name not in fields:

@@ -58,8 +58,10 @@ def uniform(bound: float) -> nn.initializers.Initializer:
 class Dropout(nn.Module):
     """Zeroes elements with probability `rate` and scales the rest; nothing at all when it is off.
 
-    Sixteen random bits decide an element (half of the generator's work), so `rate` is rounded to a
-    multiple of 2**-16; the scale is that of the rounded rate, so the expectation is exact.
+    An element's fate is a hash of its place and of two words drawn from the key, a few integer
+    operations that compile into the product they mask: no random bits are stored between forward
+    and backward pass, and none come from JAX's generator, which took two fifths of a small model's
+    update on a CPU.
     """
 
     rate: float
@@ -67,15 +69,34 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        levels = 1 << 16
-        kept_levels = round((1.0 - self.rate) * levels)
-        if self.deterministic or kept_levels >= levels:
+        dropped_levels = round(self.rate * 2**32)
+        if self.deterministic or dropped_levels <= 0:
             return x
-        if kept_levels <= 0:
+        if dropped_levels >= 2**32:
             return jnp.zeros_like(x)
-        bits = jax.random.bits(self.make_rng("dropout"), x.shape, jnp.uint16)
-        scale = jnp.asarray(levels / kept_levels, x.dtype)
-        return jnp.where(bits < kept_levels, x * scale, jnp.zeros_like(x))
+        words = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
+        kept = hashed_places(words, x.shape) >= jnp.uint32(dropped_levels)
+        scale = jnp.asarray(2**32 / (2**32 - dropped_levels), x.dtype)
+        return jnp.where(kept, x * scale, jnp.zeros_like(x))
+
+
+def hashed_places(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """32 well-mixed bits for each place of an array, from two key words.
+
+    Source: two rounds of the finaliser of MurmurHash3 (A. Appleby, public domain), with a key word
+    before each; every input bit changes every output bit with probability one half.
+    """
+    places = jnp.zeros(shape, jnp.uint32)
+    step = 1
+    for axis in reversed(range(len(shape))):
+        places += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step % 2**32)
+        step *= shape[axis]
+    for word in words:
+        places ^= word
+        places = (places ^ (places >> 16)) * jnp.uint32(0x85EBCA6B)
+        places = (places ^ (places >> 13)) * jnp.uint32(0xC2B2AE35)
+        places ^= places >> 16
+    return places
 
 
 def rematerialised(module: type[nn.Module], policy: str) -> type[nn.Module]:

@@ -427,6 +427,22 @@ def test_dropout_keeps_the_expectation_and_drops_the_share(rate):
     assert np.unique(y[y != 0]).size == 1
 
 
+def test_what_is_dropped_is_independent_of_place_and_key():
+    shape = (512, 512)
+    words = [jnp.array(pair, jnp.uint32) for pair in ((0, 0), (0, 1), (1, 0), (7, 123456))]
+    drawn = [np.asarray(layers.hashed_places(pair, shape)) for pair in words]
+    bits = [((d[..., None] >> np.arange(32, dtype=np.uint32)) & 1) * 2.0 - 1 for d in drawn]
+    bound = 5 / np.sqrt(shape[0] * shape[1])  # five standard deviations of a fair coin's mean
+    for i, one in enumerate(bits):
+        assert np.abs(one.mean(axis=(0, 1))).max() < bound
+        for axis in (0, 1):
+            for lag in (1, 2, 64):
+                neighbour = one * np.roll(one, lag, axis)
+                assert np.abs(neighbour.mean(axis=(0, 1))).max() < bound
+        for other in bits[:i]:
+            assert np.abs((one * other).mean(axis=(0, 1))).max() < bound
+
+
 def test_dropout_of_everything_and_of_nothing():
     x = jnp.ones((3, 4))
     rngs = {"dropout": jax.random.key(0)}

@@ -122,12 +122,14 @@ class Assembly:
         with progress.Progress(len(jobs), "compiling", "programs") as bar:
             return parallel.compile_all(jobs, lambda key, seconds: bar.advance(1))
 
-    def meta(
-        self, done: int, metrics: dict[str, float], window: dict[str, float]
-    ) -> checkpoint.Meta:
-        """What stands beside the arrays of a checkpoint after `done` updates."""
+    def meta(self, **progress: Any) -> checkpoint.Meta:
+        """What stands beside the arrays of a checkpoint.
+
+        Args:
+            **progress: `step`, `metrics`, `window` and `log_events`, which change with each.
+        """
         return checkpoint.Meta(
-            step=done,
+            **progress,
             run=config.as_dict(self.cfg),
             model_config=self.start.model_config.to_dict(),
             vocabulary=self.corpus.vocabulary.to_json(),
@@ -141,8 +143,6 @@ class Assembly:
                 "updates": self.updates,
                 "splits": self._splits(),
             },
-            metrics=metrics,
-            window=window,
         )
 
     def _splits(self) -> dict[str, dict[str, Any]]:

@@ -51,6 +51,7 @@ class Meta:
         facts: what the card says about data and origin; `updates` of the whole run.
         metrics: the scores of this step, empty where it was not scored.
         window: figures since the last line of the log.
+        log_events: how many events the log had.
     """
 
     step: int
@@ -64,6 +65,7 @@ class Meta:
     facts: dict[str, Any]
     metrics: dict[str, float]
     window: dict[str, Any]
+    log_events: int = 0
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Run:
             self.state = checkpoint.restore(folder, past.step, made.state_shapes())
             logger.info("going on after update %d", past.step)
         self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit)
-        self.log = runlog.RunLog(folder, keep_until=self.step)
+        self.log = runlog.RunLog(folder, 0 if past is None else past.log_events, after=self.step)
         self.window = window.Window({} if past is None else past.window)
 
     def close(self) -> None:
@@ -182,7 +182,12 @@ class Run:
                     improved = metrics[best] < run_folder.best_score(self.folder, best)
                     self._log(metrics)
             if improved or self._due(self.cfg.save_steps) or self.stop.asked:
-                meta = self.made.meta(self.step, metrics, self.window.as_json())
+                meta = self.made.meta(
+                    step=self.step,
+                    metrics=metrics,
+                    window=self.window.as_json(),
+                    log_events=self.log.events,
+                )
                 self.checkpoints.save(self.state, meta)
 
     def _score(self, which: str) -> dict[str, float]:
@@ -224,13 +229,10 @@ class Run:
             and not run_folder.evaluated(self.folder, self.step)
         )
 
-    def _misses_test(self) -> bool:
-        return self.made.scores("test") and not run_folder.tested(self.folder, self.step)
-
     def finish(self) -> None:
         """The best checkpoint: its test scores, the export, the curves and the card."""
         saved = checkpoint.load_model(self.folder)
-        if self._misses_test():
+        if self.made.scores("test"):
             flat, _ = step.split(saved.params, lambda path: True)
             self.state = self.state.replace(
                 trainable=self.devices.replicate({p: flat[p] for p in self.state.trainable}),

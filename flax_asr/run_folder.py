@@ -162,11 +162,6 @@ def is_finished(folder: Path, past: checkpoint.Meta, asked: config.Config) -> bo
     return written and marked.is_file() and marked.read_text().strip() == str(past.step)
 
 
-def tested(folder: Path, step: int) -> bool:
-    """Whether the log has the test scores of a run that ended with this step."""
-    return any("best_step" in event and event["step"] == step for event in runlog.read(folder))
-
-
 def evaluated(folder: Path, step: int) -> bool:
     """Whether the log has the scores of this step."""
     return any("eval_clips" in event and event["step"] == step for event in runlog.read(folder))

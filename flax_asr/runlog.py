@@ -18,12 +18,17 @@ class RunLog:
 
     Args:
         run: the run folder.
-        keep_until: events of later steps are dropped: a resumed run writes them again.
+        keep: the events after so many are dropped: a resumed run writes them again.
+        after: the step that the run goes on after.
+
+    Attributes:
+        events: how many the log has.
     """
 
-    def __init__(self, run: Path, keep_until: int):
+    def __init__(self, run: Path, keep: int, after: int):
         self._path = run / FILE
-        kept = [event for event in read(run) if event["step"] <= keep_until]
+        kept = read(run)[:keep]
+        self.events = len(kept)
         unfinished = self._path.with_name(f".{FILE}.unfinished")
         self._write(unfinished, "w", kept)
         unfinished.replace(self._path)
@@ -34,8 +39,8 @@ class RunLog:
             # The suffix keeps two starts within a second from sharing a file.
             self._board = SummaryWriter(
                 str(run / "tensorboard"),
-                purge_step=keep_until + 1,
-                filename_suffix=f".after-{keep_until}",
+                purge_step=after + 1,
+                filename_suffix=f".after-{after}",
             )
 
     def append(self, event: dict[str, Any]) -> None:
@@ -52,6 +57,7 @@ class RunLog:
             if not isinstance(value, float) or math.isfinite(value)
         }
         self._write(self._path, "a", [finite])
+        self.events += 1
         if self._board is not None:
             for name, value in finite.items():
                 if isinstance(value, (int, float)) and name != "step":

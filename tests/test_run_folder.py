@@ -330,7 +330,5 @@ def test_scores_are_found_in_the_log(folder):
     (folder / runlog.FILE).write_text("".join(json.dumps(event) + "\n" for event in events))
     assert run_folder.evaluated(folder, 2)
     assert not run_folder.evaluated(folder, 3)
-    assert run_folder.tested(folder, 4)
-    assert not run_folder.tested(folder, 2)
     assert run_folder.best_score(folder, "eval_cer") == 0.25
     assert run_folder.best_score(folder, "eval_wer") == float("inf")

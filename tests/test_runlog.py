@@ -13,7 +13,7 @@ def lines(run) -> list[str]:
 
 
 def test_events_come_back_in_order(tmp_path):
-    log = runlog.RunLog(tmp_path, keep_until=0)
+    log = runlog.RunLog(tmp_path, 0, after=0)
     events = [{"step": 1, "loss": 0.1}, {"step": 2, "eval_cer": 1 / 3, "note": "é\u2028x"}]
     for event in events:
         log.append(event)
@@ -25,11 +25,14 @@ def test_a_run_without_a_log_has_no_events(tmp_path):
     assert runlog.read(tmp_path) == []
 
 
-def test_events_after_the_checkpoint_are_dropped(tmp_path):
-    log = runlog.RunLog(tmp_path, keep_until=0)
+def test_events_after_those_of_the_checkpoint_are_dropped(tmp_path):
+    log = runlog.RunLog(tmp_path, 0, after=0)
     for step in (2, 4, 4, 6):
         log.append({"step": step})
-    runlog.RunLog(tmp_path, keep_until=4).append({"step": 5})
+    assert log.events == 4
+    resumed = runlog.RunLog(tmp_path, 3, after=4)
+    resumed.append({"step": 5})
+    assert resumed.events == 4
     assert [event["step"] for event in runlog.read(tmp_path)] == [2, 4, 4, 5]
 
 
@@ -37,18 +40,18 @@ def test_a_line_cut_by_a_kill_ends_the_log_and_is_mended(tmp_path):
     path = tmp_path / runlog.FILE
     path.write_bytes(b'{"step": 1}\n{"step": 2, "note": "\xc3')
     assert runlog.read(tmp_path) == [{"step": 1}]
-    runlog.RunLog(tmp_path, keep_until=9).append({"step": 2})
+    runlog.RunLog(tmp_path, 9, after=2).append({"step": 2})
     assert [json.loads(line) for line in lines(tmp_path)] == [{"step": 1}, {"step": 2}]
 
 
 def test_figures_that_are_not_finite_are_left_out(tmp_path):
-    log = runlog.RunLog(tmp_path, keep_until=0)
+    log = runlog.RunLog(tmp_path, 0, after=0)
     log.append({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "padding": 0.5})
     assert lines(tmp_path) == ['{"step": 1, "padding": 0.5}']
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path):
-    log = runlog.RunLog(tmp_path, keep_until=0)
+    log = runlog.RunLog(tmp_path, 0, after=0)
     log.append({"step": 1})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
@@ -62,11 +65,11 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
 
 def test_tensorboard_shows_no_step_twice(tmp_path):
     pytest.importorskip("tensorboardX")
-    log = runlog.RunLog(tmp_path, keep_until=0)
+    log = runlog.RunLog(tmp_path, 0, after=0)
     for step in (2, 4):
         log.append({"step": step, "loss": 1.0 / step, "note": "text"})
     log.close()
-    log = runlog.RunLog(tmp_path, keep_until=2)
+    log = runlog.RunLog(tmp_path, 1, after=2)
     log.append({"step": 4, "loss": 0.25})
     log.close()
     scalars, purges = [], []

@@ -27,7 +27,7 @@ LETTERS = range(3, 15)
 SNR_DB = (20.0, 40.0)
 DEV_SENTENCES = 150
 STAGES = {"first": (1500, "2e-3", 200), "second": (1800, "1.5e-3", 100)}
-"""Updates, learning rate and warm-up of two runs; the second one starts from the first one's model."""
+"""Updates, learning rate and warm-up of two runs; the second one starts from the first."""
 HERE = pathlib.Path(__file__).parent
 
 

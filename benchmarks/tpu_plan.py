@@ -10,6 +10,7 @@ libtpu (`pip install '.[tpu]'`), no TPU; takes minutes of every core.
 import argparse
 import dataclasses
 import json
+import time
 
 from flax_asr import chips, config, flops, outlook, parallel, plan, workload
 
@@ -67,9 +68,11 @@ def main():
     )
     work = workload_of(cfg, arguments.seconds)
     programs = []
+    cpu_before = time.process_time()
     for job in plan.jobs(cfg, work, devices):
         programs.append(job.compile(described))
         print(plan.describe_program(programs[-1], described), flush=True)
+    cpu_seconds = time.process_time() - cpu_before
     accumulate, update = programs
     if accumulate.refused:
         raise SystemExit("does not fit")
@@ -89,6 +92,7 @@ def main():
         ("compile seconds", BASELINE_COMPILE_SECONDS, compiled),
     ):
         print(f"{name:22s} {theirs:9.1f} {ours:10.1f} {ours / theirs:7.2f}")
+    print(f"compilation took {cpu_seconds:.0f} s of CPU time, over all cores")
     print(f"{1e3 * seconds:.1f} ms, {100 * share:.0f} % of peak ({accumulate.flops:.3g} FLOPs)")
     print("\ncycles worth its FLOPs at peak, by part:")
     counted = flops.gradient(

@@ -58,12 +58,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_split_is_prepared_once(release, tmp_path, capsys):
+def test_every_split_is_prepared_once(release, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", logger="flax_asr")
     cfg = configuration(release, tmp_path / "run", num_workers=2)
     splits = prepare.prepare(cfg)
     assert list(splits) == ["train", "dev", "test"]
     assert [len(split) for split in splits.values()] == [12, 4, 4]
-    assert "train: 12 clips, 0.00 h" in capsys.readouterr().err
+    assert "train: 12 clips, 0.00 h" in caplog.text
+    capsys.readouterr()
     assert splits["train"].folder == prepare.prepared_folder(cfg) / "train"
     train = splits["train"]
     assert train.ids == [f"{i}.wav" for i in range(12)]

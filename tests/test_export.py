@@ -67,8 +67,8 @@ def test_transformers_loads_everything_and_writes_our_text(exported):
 
 
 def test_a_weight_that_pytorch_reads_otherwise_is_not_kept(tmp_path, monkeypatch):
-    true = export._torch_logits
-    monkeypatch.setattr(export, "_torch_logits", lambda *a: true(*a) + 1e-2)
+    true = export.torch_logits.of
+    monkeypatch.setattr(export.torch_logits, "of", lambda *a: true(*a) + 1e-2)
     saved = small_saved.saved()
     with pytest.raises(errors.ModelError, match="differ by 1"):
         export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
@@ -95,7 +95,7 @@ def test_a_flipped_bit_on_the_disk_is_noticed_and_the_old_folder_stays(tmp_path,
 
 
 def test_without_torch_the_tensors_are_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(export, "_torch_is_installed", lambda: False)
     saved = small_saved.saved()
     done = export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
     assert done.logits is None

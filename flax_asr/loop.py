@@ -48,6 +48,7 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
         if past is not None and run_folder.is_finished(folder, past, cfg):
             logger.info("%s is finished: %d updates. Nothing to do.", folder, past.step)
             return
+        run_folder.sweep(folder)
         made = assembly.Assembly(cfg, devices, past)
         run_folder.record(folder, cfg)
         for warning in made.warnings():

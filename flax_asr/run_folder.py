@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,16 @@ def put_aside(folder: Path) -> None:
     for path in sorted(old, key=lambda p: (p.name == CONFIG, p.name != checkpoint.FOLDER)):
         path.rename(target / path.name)
     logger.info("the old run is kept in %s", target)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a kill left half written."""
+    for path in folder.glob(".*"):
+        if path.suffix in (".unfinished", ".old"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def record(folder: Path, cfg: config.Config) -> None:

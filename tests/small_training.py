@@ -130,7 +130,7 @@ class Process:
     def alive(self) -> bool:
         return self._process.is_alive()
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 900) -> None:
         """Returns when the condition holds; the process must live until then."""
         limit = time.monotonic() + seconds
         while not condition():
@@ -148,7 +148,7 @@ class Process:
         self._process.kill()
         self._process.join()
 
-    def end(self, seconds: float = 300) -> int:
+    def end(self, seconds: float = 900) -> int:
         """The exit status."""
         self._process.join(seconds)
         assert not self.alive, self.output

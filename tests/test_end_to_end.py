@@ -1,6 +1,8 @@
 """Whole runs of the command line: what they leave, and what stopping them at any moment costs."""
 
+import fcntl
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -42,7 +44,7 @@ class Place:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        self.source = small_training.corpus(folder)
+        self.source = folder / "cv-corpus-1"
         self.cache = folder / "compiled"
 
     def command(self, run: pathlib.Path, *more: str) -> list[str]:
@@ -65,21 +67,30 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return Place(tmp_path_factory.mktemp("place"))
+    """The same one for all workers of pytest-xdist, with an uninterrupted run in it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    place = Place(folder / "place")
+    place.folder.mkdir(exist_ok=True)
+    with open(folder / "place.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place.folder / "whole").exists():
+            small_training.corpus(place.folder)
+            place.finish(place.folder / "whole")
+    return place
 
 
 @pytest.fixture(scope="module")
 def whole(place):
     """An uninterrupted run; not to be changed."""
-    run = place.folder / "whole"
-    place.finish(run)
-    return run
+    return place.folder / "whole"
 
 
 def test_a_run_leaves_every_file(whole):
     there = {p.relative_to(whole).as_posix() for p in whole.rglob("*") if p.is_file()}
     assert there >= RUN_FILES
-    assert not [name for name in there if "unfinished" in name]
+    assert [p.name for p in whole.iterdir() if "unfinished" in p.name] == []
     assert checkpoint.steps(whole)[0] == small_training.UPDATES
 
 
@@ -137,14 +148,16 @@ def test_the_export_says_the_same_in_pytorch(place, whole):
         assert tokenizer.decode(ids).replace("[UNK]", "").split() == line["hypothesis"].split()
 
 
-def test_the_same_command_again_says_finished_and_writes_nothing(place, whole):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != ".lock"}
-    assert "is finished: 8 updates" in place.finish(whole)
-    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != ".lock"}
+def test_the_same_command_again_says_finished_and_writes_nothing(place, whole, tmp_path):
+    run = pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != ".lock"}
+    assert "is finished: 8 updates" in place.finish(run)
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != ".lock"}
 
 
-def test_a_changed_learning_rate_is_refused(place, whole):
-    process = place.start(whole, "--optim.learning_rate=1e-3")
+def test_a_changed_learning_rate_is_refused(place, whole, tmp_path):
+    run = pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
+    process = place.start(run, "--optim.learning_rate=1e-3")
     assert process.end() == 2
     assert "optim.learning_rate: was 0.01, now 0.001" in process.output
     assert "Traceback" not in process.output
@@ -193,6 +206,7 @@ def test_kills_at_random_moments_change_nothing(place, whole, tmp_path):
     assert killed(place, whole, run, np.random.default_rng(1), kills=3) > 0
     small_training.assert_same(run, whole)
     assert checkpoint.steps(run) == checkpoint.steps(whole)
+    assert [p for p in run.rglob(".*") if "unfinished" in p.name] == []
 
 
 @pytest.mark.slow
@@ -247,9 +261,8 @@ def test_sigterm_while_finishing_ends_at_once_and_the_same_command_finishes(plac
     assert "finishing this update" not in process.output
     place.finish(run)
     small_training.assert_same(run, whole)
-    assert {p.name for p in (run / "export").iterdir()} == {
-        p.name for p in (whole / "export").iterdir()
-    }
+    for path in (whole / "export").iterdir():
+        assert (run / "export" / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.fixture

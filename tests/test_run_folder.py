@@ -319,6 +319,15 @@ def test_other_clips_are_refused(folder, unfinished):
     assert "eval: was 3 clips of cv-corpus-9 (cdcdcdcdcdcd), now not there" in message
 
 
+def test_what_a_kill_left_half_written_is_swept(folder, unfinished):
+    before = sorted(folder.rglob("*"))
+    (folder / ".export.1a2b.unfinished" / "sub").mkdir(parents=True)
+    (folder / ".export.1a2b.old").mkdir()
+    (folder / ".config.yaml.unfinished").write_text("seed:")
+    run_folder.sweep(folder)
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_scores_are_found_in_the_log(folder):
     folder.mkdir()
     events = [

@@ -198,6 +198,8 @@ def test_restart_in_an_empty_folder_leaves_nothing_beside(folder):
 
 def test_a_kill_in_mid_restart_leaves_no_checkpoint_behind(folder, unfinished, monkeypatch):
     """Whatever move is the last, a run without a configuration must not find old checkpoints."""
+    (folder / ".compiled").mkdir()
+    (folder / runlog.FILE).write_text("")
     moves = []
     rename = pathlib.Path.rename
 

@@ -142,9 +142,8 @@ class Run:
                     if self._due(self.cfg.logging_steps):
                         figures = self.window.close(batches.wait_seconds)
                         self._log(figures | {"compilations": compilations.count})
-                    self._score_and_save()
-                if self.step == self.made.updates or self.stop.asked:
-                    return
+                    if self._score_and_save() or self.step == self.made.updates:
+                        return
 
     def _due(self, *intervals: int) -> bool:
         return self.step == self.made.updates or any(self.step % n == 0 for n in intervals)
@@ -170,8 +169,12 @@ class Run:
         epoch = round(self.step / self.made.plan.updates_per_epoch, 2)
         self.log.append({"step": self.step, "epoch": epoch, **figures})
 
-    def _score_and_save(self) -> None:
-        """Scores and saves what is due after this update; the best so far is always saved."""
+    def _score_and_save(self) -> bool:
+        """Scores and saves what is due after this update; the best so far is always saved.
+
+        Returns:
+            Whether the run is to stop; then this step is saved whatever is due.
+        """
         metrics: dict[str, float] = {}
         best = f"eval_{self.cfg.metric_for_best_model}"
         improved = False
@@ -182,7 +185,9 @@ class Run:
                     metrics = self._score("eval")
                     improved = metrics[best] < run_folder.best_score(self.folder, best)
                     self._log(metrics)
-            if improved or self._due(self.cfg.save_steps) or self.stop.asked:
+            # Read once: the signal may come at any moment, and what stops here must be saved here.
+            asked = self.stop.asked
+            if improved or self._due(self.cfg.save_steps) or asked:
                 meta = self.made.meta(
                     step=self.step,
                     metrics=metrics,
@@ -190,6 +195,7 @@ class Run:
                     log_events=self.log.events,
                 )
                 self.checkpoints.save(self.state, meta)
+        return asked
 
     def _score(self, which: str) -> dict[str, float]:
         """`eval` or `test` figures of the present parameters.

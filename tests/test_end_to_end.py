@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import time
@@ -298,6 +299,20 @@ def test_an_evaluation_broken_off_is_made_up_for(here, place, whole, tmp_path, m
     monkeypatch.setattr(evaluate, "score", score)
     assert here(run) == 0
     small_training.assert_same(run, whole)
+
+
+@pytest.mark.parametrize("reads", [1, 2, 3, 4])
+def test_whenever_the_signal_comes_the_step_is_saved(here, tmp_path, monkeypatch, capsys, reads):
+    """As if it came between any two looks at it."""
+    run, left = tmp_path / "run", iter(range(reads))
+
+    class Stop(stopping.Stop):
+        asked = property(lambda self: next(left, None) is None, lambda self, value: None)
+
+    monkeypatch.setattr(stopping, "Stop", Stop)
+    assert here(run, "--data.eval_splits=[]", "--data.test_splits=[]") == 75
+    said = re.search(r"stopped after update (\d+); everything is saved", capsys.readouterr().err)
+    assert checkpoint.steps(run)[0] == int(said[1])
 
 
 def test_bad_numbers_are_skipped_counted_and_in_a_row_stop_the_run(

@@ -5,8 +5,8 @@
 The tiny run of the tests (two fake CPU devices; dropout, SpecAugment, layerdrop and accumulation
 on) is killed again and again, until it ends before the next kill; then its log, and parameters,
 optimiser state and figures of every checkpoint are compared, bit for bit, with the uninterrupted
-run's. Then the next run begins, until enough kills have hit. Moments are drawn evenly between the
-end of compilation and the end of the process, so some hit saving, scoring and exporting.
+run's. Then the next run begins, until enough kills have hit. A kill comes at a random moment of the
+half of a run's time that follows compilation: most hit updates, some saving, scoring, exporting.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import small_training
 from flax_asr import checkpoint, runlog
 
 MOST_KILLS_A_RUN = 5
+UPDATES = 60
 
 
 def moment(run: pathlib.Path) -> str:
@@ -48,7 +49,11 @@ def main() -> int:
 
     def start(run: pathlib.Path) -> small_training.Process:
         return small_training.Process(
-            small_training.command(source, run), folder / "output.txt", folder / "compiled"
+            small_training.command(
+                source, run, f"--train.max_steps={UPDATES}", "--data.num_buckets=2"
+            ),
+            folder / "output.txt",
+            folder / "compiled",
         )
 
     whole = folder / "whole"
@@ -56,7 +61,7 @@ def main() -> int:
     # Once more with everything compiled, to know how long a run takes after that.
     shutil.rmtree(whole)
     process = start(whole)
-    process.wait_until_compiled()
+    assert process.wait_until_compiled()
     began = time.monotonic()
     assert process.end() == 0
     seconds = time.monotonic() - began
@@ -67,8 +72,9 @@ def main() -> int:
         kills = 0
         while kills < min(MOST_KILLS_A_RUN, arguments.kills - moments.total() + kills):
             process = start(run)
-            process.wait_until_compiled()
-            time.sleep(rng.uniform(0, seconds))
+            if not process.wait_until_compiled():
+                break
+            time.sleep(rng.uniform(0, seconds / 2))
             if not process.alive:
                 break
             process.kill()
@@ -82,7 +88,10 @@ def main() -> int:
         except AssertionError as error:
             print(error)
         rows.append(row)
-        print(f"run {row['run']}: {kills} kills, {'same' if row['identical'] else 'DIFFERENT'}")
+        print(
+            f"run {row['run']}: {kills} kills, {'same' if row['identical'] else 'DIFFERENT'}",
+            flush=True,
+        )
         if row["identical"]:
             shutil.rmtree(run)
     same = sum(row["identical"] for row in rows)

@@ -19,7 +19,6 @@ from flax_asr import __main__, audio, checkpoint, export, parallel, runlog
 CLIPS = {"train": 16, "dev": 4, "test": 5}
 UPDATES = 8
 MODEL = {
-    "num_feat_extract_layers": 2,
     "conv_dim": [16, 16],
     "conv_kernel": [32, 10],
     "conv_stride": [32, 10],

@@ -1,23 +1,19 @@
-"""The configuration: frozen dataclasses, one for each concern, read strictly from YAML and options.
+"""The configuration: frozen dataclasses, one for each concern; how it is read is options.py's part.
 
 A key that does not exist, a value of the wrong type or out of range is a `ConfigError` that names
 the key and the nearest right one. Scalars are YAML 1.2: `no` is a string, `1e-8` is a number.
 """
 
 import dataclasses
-import difflib
 import inspect
-import io
-import math
 import os
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flax_asr import errors
+from flax_asr import errors, options
 
 
 @dataclass(frozen=True)
@@ -232,51 +228,6 @@ class Config:
                 )
 
 
-TRAINER_NAMES = {
-    "fp16": "train.mixed_precision fp16",
-    "bf16": "train.mixed_precision bf16",
-    "warmup_ratio": "optim.warmup_steps",
-    "group_by_length": "data.num_buckets (batches are always grouped by length)",
-    "report_to": "nothing: log.jsonl is always written, TensorBoard too where it is installed",
-    "train_split_name": "data.train_splits",
-    "eval_split_name": "data.eval_splits",
-    "text_column_name": "data.text_column",
-    "audio_column_name": "nothing: the column is found by its name, audio or path",
-    "dataset_name": "data.source hf:NAME",
-    "dataset_config_name": "data.source hf:NAME:CONFIG",
-    "model_name_or_path": "model.pretrained",
-    "freeze_feature_extractor": "model.freeze_feature_encoder",
-    "max_duration_in_seconds": "data.max_seconds",
-    "min_duration_in_seconds": "data.min_seconds",
-    "max_train_samples": "data.max_train_clips",
-    "max_eval_samples": "data.max_eval_clips",
-    "preprocessing_num_workers": "data.num_workers",
-    "dataloader_num_workers": "data.num_workers",
-    "chars_to_ignore": "text.normalization",
-    "overwrite_output_dir": "the option --restart of `flax-asr train`",
-    "resume_from_checkpoint": "nothing: the same command goes on by itself",
-    "evaluation_strategy": "train.eval_steps",
-    "eval_strategy": "train.eval_steps",
-    "save_strategy": "train.save_steps",
-    "logging_strategy": "train.logging_steps",
-    "train_batch_size": "train.per_device_train_batch_size",
-    "eval_batch_size": "train.per_device_eval_batch_size",
-    "num_epochs": "train.num_train_epochs",
-    "epochs": "train.num_train_epochs",
-    "batch_size": "train.global_batch_size",
-    "lr": "optim.learning_rate",
-    **{
-        name: f"model.config: {{{name}: VALUE}}"
-        for name in (
-            "mask_time_prob mask_time_length mask_feature_prob mask_feature_length layerdrop"
-            " attention_dropout hidden_dropout activation_dropout feat_proj_dropout"
-            " final_dropout ctc_loss_reduction"
-        ).split()
-    },
-}
-"""Names of the Hugging Face Trainer and its examples that are spelt otherwise here."""
-
-
 def option_types() -> dict[str, Any]:
     """Every option of the configuration as a dotted name, with its type."""
     found: dict[str, Any] = {}
@@ -298,7 +249,7 @@ def load(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: names the file or option, the key and the nearest right name.
     """
-    return build(_read_yaml(path) if path is not None else {}, overrides, origin=path)
+    return build(options.read_yaml(path) if path is not None else {}, overrides, origin=path)
 
 
 def build(
@@ -307,12 +258,10 @@ def build(
     origin: str | os.PathLike | None = None,
 ) -> Config:
     """A configuration from nested values (as `as_dict` gives them) and options."""
-    flat = _flatten(values, f"{origin}: " if origin is not None else "")
-    flat |= _parse_options(overrides)
     kinds = option_types()
-    checked: dict[str, Any] = {}
-    for name, value in flat.items():
-        checked[name] = _typed(name, value, kinds[name])
+    found = options.flatten(values, kinds, f"{origin}: " if origin is not None else "")
+    found |= options.parse(overrides, kinds)
+    checked = {name: options.typed(name, value, kinds[name]) for name, value in found.items()}
     sections: dict[str, dict[str, Any]] = {}
     top: dict[str, Any] = {}
     for name, value in checked.items():
@@ -332,7 +281,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def flat(config: Config) -> dict[str, Any]:
     """Every option by its dotted name."""
-    return _flatten(as_dict(config), "")
+    return options.flatten(as_dict(config), option_types())
 
 
 def save(config: Config, path: str | os.PathLike) -> None:
@@ -342,64 +291,7 @@ def save(config: Config, path: str | os.PathLike) -> None:
 
 def dump(config: Config) -> str:
     """The configuration as YAML."""
-    out = io.StringIO()
-    _yaml().dump(as_dict(config), out)
-    return out.getvalue()
-
-
-def _yaml():
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.allow_unicode = True
-    yaml.sort_base_mapping_type_on_output = False
-    return yaml
-
-
-def _read_yaml(path: str | os.PathLike) -> Mapping[str, Any]:
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise errors.ConfigError(f"cannot read the configuration {path}: {error}") from error
-    try:
-        values = _yaml().load(text)
-    except YAMLError as error:
-        raise errors.ConfigError(f"{path} is not valid YAML: {_first_lines(error)}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, Mapping):
-        raise errors.ConfigError(f"{path}: expected `section:` lines, found {_kind(values)}.")
-    return values
-
-
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith(("To suppress", "http", "#")))
-
-
-def _flatten(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Dotted names; an empty section means its defaults."""
-    kinds = option_types()
-    sections = {name.split(".")[0] for name in kinds if "." in name}
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in sections:
-            if name not in kinds:
-                raise errors.ConfigError(where + unknown_name(str(name)))
-            flat[name] = value
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                if f"{name}.{key}" not in kinds:
-                    raise errors.ConfigError(where + unknown_name(f"{name}.{key}"))
-                flat[f"{name}.{key}"] = item
-        elif value is not None:
-            raise errors.ConfigError(
-                f"{where}{name} is a section: expected keys below it, found {_kind(value)}."
-            )
-    return flat
+    return options.to_yaml(as_dict(config))
 
 
 def options_help() -> str:
@@ -419,101 +311,6 @@ def options_help() -> str:
 def _sections() -> dict[str, type]:
     kinds = typing.get_type_hints(Config)
     return {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
-
-
-def unknown_name(name: str) -> str:
-    """The message for a name that is not an option, with the nearest one that is."""
-    last = name.rpartition(".")[2].replace("-", "_")
-    names = list(option_types())
-    same = [known for known in names if known.rpartition(".")[2] == last]
-    if same:
-        return f"there is no option {name}: it is {' or '.join(same)}."
-    if last in TRAINER_NAMES:
-        return f"there is no option {name}: here it is {TRAINER_NAMES[last]}."
-    lasts = {known.rpartition(".")[2]: known for known in names}
-    near = difflib.get_close_matches(last, lasts, n=1, cutoff=0.6)
-    if near:
-        return f"there is no option {name}: did you mean {lasts[near[0]]}?"
-    return f"there is no option {name}. The README lists all options."
-
-
-def _parse_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--section.key value` pairs -> dotted names and YAML 1.2 values."""
-    kinds = option_types()
-    found: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise errors.ConfigError(
-                f"unexpected argument {word}: options are --section.key value."
-            )
-        name, equals, value = word[2:].partition("=")
-        parent = name.rpartition(".")[0]
-        inside_mapping = parent in kinds and kinds[parent] == dict[str, Any]
-        if name not in kinds and not inside_mapping:
-            raise errors.ConfigError(unknown_name(name))
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise errors.ConfigError(f"--{name} needs a value.")
-            value = rest.pop(0)
-        if inside_mapping:
-            found.setdefault(parent, {})[name.rpartition(".")[2]] = _scalar(name, value)
-        elif name in found:
-            raise errors.ConfigError(f"--{name} is given twice.")
-        else:
-            found[name] = _option_value(name, value, kinds[name])
-    return found
-
-
-def _option_value(name: str, text: str, kind: Any) -> Any:
-    members = _members(kind)
-    if text == "null" and types.NoneType in members:
-        return None
-    lists = [m for m in members if typing.get_origin(m) is tuple]
-    if lists and not text.startswith("["):
-        if str not in members or "," in text:
-            return [part.strip() for part in text.split(",") if part.strip()]
-        return text
-    if str in members and not lists:
-        return text
-    return _scalar(name, text)
-
-
-def _scalar(name: str, text: str) -> Any:
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return _yaml().load(text)
-    except YAMLError as error:
-        raise errors.ConfigError(f"--{name} {text}: {_first_lines(error)}") from error
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    if isinstance(kind, types.UnionType):
-        return typing.get_args(kind)
-    return (kind,)
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the option's type: integers serve as floats, nothing else is converted."""
-    import msgspec
-
-    try:
-        typed = msgspec.convert(value, kind, strict=True)
-        if isinstance(typed, float) and not math.isfinite(typed):
-            raise errors.ConfigError(f"{name} is {value}: it must be finite.")
-        return typed
-    except msgspec.ValidationError as error:
-        choices = " or ".join(
-            ", ".join(typing.get_args(m)) for m in _members(kind) if typing.get_origin(m) is Literal
-        )
-        wanted = f"one of {choices}" if choices else str(error).replace("`", "")
-        raise errors.ConfigError(f"{name} is {value!r}: {wanted}.") from error
-
-
-def _kind(value: Any) -> str:
-    return {list: "a list", str: f"the text {value!r}"}.get(type(value), repr(value))
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ import sys
 
 import pytest
 
-from flax_asr import __main__, config
+from flax_asr import __main__, config, options
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -219,7 +219,7 @@ def options_table() -> str:
 def names_table() -> str:
     """The Trainer's names that are spelt otherwise here."""
     rows = ["| there | here |", "|---|---|"]
-    for name, ours in config.TRAINER_NAMES.items():
+    for name, ours in options.TRAINER_NAMES.items():
         code, _, rest = ours.partition(" (")
         plain = re.match(r"nothing|the option", code)
         rows.append(f"| `{name}` | {code if plain else f'`{code}`'}{' (' + rest if rest else ''} |")

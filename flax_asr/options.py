@@ -1,0 +1,237 @@
+"""How options are read: strict YAML 1.2, `--section.key value`, and the nearest right name.
+
+What options there are is config.py's part; here they are dotted names with their types.
+"""
+
+import difflib
+import io
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from flax_asr import errors
+
+TRAINER_NAMES = {
+    "fp16": "train.mixed_precision fp16",
+    "bf16": "train.mixed_precision bf16",
+    "warmup_ratio": "optim.warmup_steps",
+    "group_by_length": "data.num_buckets (batches are always grouped by length)",
+    "report_to": "nothing: log.jsonl is always written, TensorBoard too where it is installed",
+    "train_split_name": "data.train_splits",
+    "eval_split_name": "data.eval_splits",
+    "text_column_name": "data.text_column",
+    "audio_column_name": "nothing: the column is found by its name, audio or path",
+    "dataset_name": "data.source hf:NAME",
+    "dataset_config_name": "data.source hf:NAME:CONFIG",
+    "model_name_or_path": "model.pretrained",
+    "freeze_feature_extractor": "model.freeze_feature_encoder",
+    "max_duration_in_seconds": "data.max_seconds",
+    "min_duration_in_seconds": "data.min_seconds",
+    "max_train_samples": "data.max_train_clips",
+    "max_eval_samples": "data.max_eval_clips",
+    "preprocessing_num_workers": "data.num_workers",
+    "dataloader_num_workers": "data.num_workers",
+    "chars_to_ignore": "text.normalization",
+    "overwrite_output_dir": "the option --restart of `flax-asr train`",
+    "resume_from_checkpoint": "nothing: the same command goes on by itself",
+    "evaluation_strategy": "train.eval_steps",
+    "eval_strategy": "train.eval_steps",
+    "save_strategy": "train.save_steps",
+    "logging_strategy": "train.logging_steps",
+    "train_batch_size": "train.per_device_train_batch_size",
+    "eval_batch_size": "train.per_device_eval_batch_size",
+    "num_epochs": "train.num_train_epochs",
+    "epochs": "train.num_train_epochs",
+    "batch_size": "train.global_batch_size",
+    "lr": "optim.learning_rate",
+    **{
+        name: f"model.config: {{{name}: VALUE}}"
+        for name in (
+            "mask_time_prob mask_time_length mask_feature_prob mask_feature_length layerdrop"
+            " attention_dropout hidden_dropout activation_dropout feat_proj_dropout"
+            " final_dropout ctc_loss_reduction"
+        ).split()
+    },
+}
+"""Names of the Hugging Face Trainer and its examples that are spelt otherwise here."""
+
+
+def _yaml():
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.sort_base_mapping_type_on_output = False
+    return yaml
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML that `read_yaml` reads back equal."""
+    out = io.StringIO()
+    _yaml().dump(values, out)
+    return out.getvalue()
+
+
+def read_yaml(path: str | os.PathLike) -> Mapping[str, Any]:
+    """The mapping in a YAML 1.2 file; an empty file is an empty one.
+
+    Raises:
+        ConfigError: unreadable, not YAML, a key twice, or no mapping.
+    """
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.ConfigError(f"cannot read the configuration {path}: {error}") from error
+    try:
+        values = _yaml().load(text)
+    except YAMLError as error:
+        raise errors.ConfigError(f"{path} is not valid YAML: {_first_lines(error)}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise errors.ConfigError(f"{path}: expected `section:` lines, found {_kind(values)}.")
+    return values
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith(("To suppress", "http", "#")))
+
+
+def flatten(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested values by their dotted names; an empty section means its defaults.
+
+    Args:
+        values: sections of keys, as a file has them.
+        kinds: every option's type by its dotted name.
+        where: what an error's message begins with.
+
+    Raises:
+        ConfigError: a key that does not exist, or no keys where a section is.
+    """
+    sections = {name.split(".")[0] for name in kinds if "." in name}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in sections:
+            if name not in kinds:
+                raise errors.ConfigError(where + unknown_name(str(name), kinds))
+            flat[name] = value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                if f"{name}.{key}" not in kinds:
+                    raise errors.ConfigError(where + unknown_name(f"{name}.{key}", kinds))
+                flat[f"{name}.{key}"] = item
+        elif value is not None:
+            raise errors.ConfigError(
+                f"{where}{name} is a section: expected keys below it, found {_kind(value)}."
+            )
+    return flat
+
+
+def unknown_name(name: str, kinds: Mapping[str, Any]) -> str:
+    """The message for a name that is not an option, with the nearest one that is."""
+    last = name.rpartition(".")[2].replace("-", "_")
+    names = list(kinds)
+    same = [known for known in names if known.rpartition(".")[2] == last]
+    if same:
+        return f"there is no option {name}: it is {' or '.join(same)}."
+    if last in TRAINER_NAMES:
+        return f"there is no option {name}: here it is {TRAINER_NAMES[last]}."
+    lasts = {known.rpartition(".")[2]: known for known in names}
+    near = difflib.get_close_matches(last, lasts, n=1, cutoff=0.6)
+    if near:
+        return f"there is no option {name}: did you mean {lasts[near[0]]}?"
+    return f"there is no option {name}. `flax-asr train --help` lists all."
+
+
+def parse(arguments: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """`--section.key value` or `--section.key=value` -> dotted names and YAML 1.2 values.
+
+    Raises:
+        ConfigError: an option that does not exist, lacks its value or is given twice.
+    """
+    found: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise errors.ConfigError(
+                f"unexpected argument {word}: options are --section.key value."
+            )
+        name, equals, value = word[2:].partition("=")
+        parent = name.rpartition(".")[0]
+        inside_mapping = parent in kinds and kinds[parent] == dict[str, Any]
+        if name not in kinds and not inside_mapping:
+            raise errors.ConfigError(unknown_name(name, kinds))
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise errors.ConfigError(f"--{name} needs a value.")
+            value = rest.pop(0)
+        if inside_mapping:
+            found.setdefault(parent, {})[name.rpartition(".")[2]] = _scalar(name, value)
+        elif name in found:
+            raise errors.ConfigError(f"--{name} is given twice.")
+        else:
+            found[name] = _option_value(name, value, kinds[name])
+    return found
+
+
+def _option_value(name: str, text: str, kind: Any) -> Any:
+    members = _members(kind)
+    if text == "null" and types.NoneType in members:
+        return None
+    lists = [m for m in members if typing.get_origin(m) is tuple]
+    if lists and not text.startswith("["):
+        if str not in members or "," in text:
+            return [part.strip() for part in text.split(",") if part.strip()]
+        return text
+    if str in members and not lists:
+        return text
+    return _scalar(name, text)
+
+
+def _scalar(name: str, text: str) -> Any:
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return _yaml().load(text)
+    except YAMLError as error:
+        raise errors.ConfigError(f"--{name} {text}: {_first_lines(error)}") from error
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    if isinstance(kind, types.UnionType):
+        return typing.get_args(kind)
+    return (kind,)
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the option's type: integers serve as floats, nothing else is converted.
+
+    Raises:
+        ConfigError: another type, or a number that is not finite.
+    """
+    import msgspec
+
+    try:
+        typed = msgspec.convert(value, kind, strict=True)
+        if isinstance(typed, float) and not math.isfinite(typed):
+            raise errors.ConfigError(f"{name} is {value}: it must be finite.")
+        return typed
+    except msgspec.ValidationError as error:
+        choices = " or ".join(
+            ", ".join(typing.get_args(m)) for m in _members(kind) if typing.get_origin(m) is Literal
+        )
+        wanted = f"one of {choices}" if choices else str(error).replace("`", "")
+        raise errors.ConfigError(f"{name} is {value!r}: {wanted}.") from error
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: f"the text {value!r}"}.get(type(value), repr(value))

@@ -33,6 +33,9 @@ FREE_TO_CHANGE = frozenset(
 
 LENGTHS = ("train.max_steps", "train.num_train_epochs")
 
+UNSET = "not set"
+"""Stands for what a mapping such as model.config does not have."""
+
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
@@ -95,8 +98,20 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> checkpoin
 
 def differences(old: config.Config, new: config.Config) -> dict[str, tuple[Any, Any]]:
     """Dotted names of what differs, with both values."""
-    before, after = config.flat(old), config.flat(new)
-    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    before, after = _every_name(old), _every_name(new)
+    pairs = {name: (before.get(name, UNSET), after.get(name, UNSET)) for name in before | after}
+    return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
+
+
+def _every_name(cfg: config.Config) -> dict[str, Any]:
+    """Every option by its dotted name, those inside of a mapping such as model.config too."""
+    named: dict[str, Any] = {}
+    for name, value in config.flat(cfg).items():
+        if isinstance(value, dict):
+            named |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            named[name] = value
+    return named
 
 
 def _refuse_meaningful(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> None:

@@ -151,8 +151,12 @@ def test_a_change_of_meaning_is_refused(folder, unfinished, option):
     changed = config.build(config.as_dict(unfinished), [option])
     with pytest.raises(errors.ConfigError) as refusal:
         resumed(folder, changed)
-    name = option[2:].partition("=")[0].replace("model.config.layerdrop", "model.config")
-    old, new = config.flat(unfinished)[name], config.flat(changed)[name]
+    name = option[2:].partition("=")[0]
+    if name.startswith("model.config."):
+        key = name.rpartition(".")[2]
+        old, new = unfinished.model.config.get(key, "not set"), changed.model.config[key]
+    else:
+        old, new = config.flat(unfinished)[name], config.flat(changed)[name]
     assert f"  {name}: was {old!r}, now {new!r}\n" in str(refusal.value)
 
 

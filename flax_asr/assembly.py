@@ -64,17 +64,22 @@ class Assembly:
         """Whether there are `eval` or `test` examples."""
         return which in self.corpus.scored()
 
+    def weights_scored(self) -> dict[str, str]:
+        """For the log: which weights a score is of, where they are not simply the last ones."""
+        return {} if self.cfg.optim.ema_decay is None else {"weights": "average"}
+
     def warnings(self) -> Iterator[str]:
         """What is allowed and probably not meant."""
         cfg = self.cfg
-        if cfg.optim.warmup_steps > self.updates / 5:
+        warmup = cfg.optim.warmup_updates(self.updates)
+        if warmup > self.updates / 5:
             yield (
-                f"the warm-up takes {cfg.optim.warmup_steps} of {self.updates} updates, more than a"
-                " fifth of the run; lower optim.warmup_steps."
+                f"the warm-up takes {warmup} of {self.updates} updates, more than a fifth of the"
+                " run; lower optim.warmup_steps or optim.warmup_fraction."
             )
         if cfg.train.mixed_precision == "fp16" and self.devices.platform == "tpu":
             yield "TPUs compute in bf16: train.mixed_precision fp16 only adds a loss scale."
-        if self.start.facts["head"].startswith("fresh") and cfg.optim.warmup_steps == 0:
+        if self.start.facts["head"].startswith("fresh") and warmup == 0:
             yield "a fresh head without warm-up can ruin the encoder; set optim.warmup_steps."
 
     def state_shapes(self) -> step.TrainState:
@@ -99,7 +104,7 @@ class Assembly:
         """
         train, devices = self.cfg.train, self.devices
         state = self.state_shapes()
-        params = {**state.trainable, **state.frozen}
+        params = state.scored
         sums = devices.sum_shapes(state.trainable)
         accumulate = parallel.accumulate(self.objective, devices)
         evaluate = parallel.evaluate(self.objective, devices)
@@ -107,7 +112,9 @@ class Assembly:
         for samples, tokens in reversed(list(self.train_shapes)):
             batch = devices.batch_shapes(train.per_device_train_batch_size, samples, tokens)
             jobs["accumulate", samples] = (accumulate, (state, sums, batch))
-        update = parallel.update(self._optimiser, self._learning_rate, devices)
+        update = parallel.update(
+            self._optimiser, self._learning_rate, devices, self.cfg.optim.ema_decay
+        )
         jobs["update", 0] = (update, (state, sums))
         for samples, tokens in reversed(list(self.eval_shapes)):
             batch = devices.batch_shapes(train.per_device_eval_batch_size, samples, tokens)

@@ -294,6 +294,12 @@ def _description(saved: checkpoint.SavedModel) -> str:
         + f"; head: {escape(facts['head'])}",
         "This checkpoint": f"after {saved.step} updates",
     }
+    decay = checkpoint.meta_config(saved.meta).optim.ema_decay
+    if decay is not None:
+        history["Weights"] = (
+            f"the exponential moving average over the updates, decay {decay:g}; it is what was"
+            " scored, and what is exported"
+        )
     return _bullets(history, ": ")
 
 
@@ -319,6 +325,7 @@ def _hyperparameters(meta: checkpoint.Meta, cfg: config.Config) -> str:
     accumulation = train.global_batch_size // meta.group_rows
     found: dict[str, Any] = {
         "learning_rate": optim.learning_rate,
+        **({"head_learning_rate": optim.head_learning_rate} if optim.head_learning_rate else {}),
         "train_batch_size": train.per_device_train_batch_size,
         "eval_batch_size": train.per_device_eval_batch_size,
         "seed": cfg.seed,
@@ -332,10 +339,13 @@ def _hyperparameters(meta: checkpoint.Meta, cfg: config.Config) -> str:
     found["optimizer"] = f"Adam with betas={betas} and epsilon={optim.adam_epsilon}"
     if optim.weight_decay:
         found["weight_decay"] = optim.weight_decay
-    found |= {
-        "lr_scheduler_type": optim.lr_scheduler_type,
-        "lr_scheduler_warmup_steps": optim.warmup_steps,
-    }
+    found["lr_scheduler_type"] = optim.lr_scheduler_type
+    if optim.warmup_fraction is None:
+        found["lr_scheduler_warmup_steps"] = optim.warmup_steps
+    else:
+        found["lr_scheduler_warmup_ratio"] = optim.warmup_fraction
+    if optim.hold_fraction:
+        found["lr_scheduler_hold_ratio"] = optim.hold_fraction
     if train.max_steps is not None:
         found["training_steps"] = train.max_steps
     else:

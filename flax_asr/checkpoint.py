@@ -303,7 +303,9 @@ def _read_model(run: Path, step: int) -> SavedModel:
             _stored(checkpointer, folder),
         )
         state = checkpointer.restore(folder, shapes)
-    flat = {**state["trainable"], **state["frozen"]}
+    # As `TrainState.scored`; without an average there is nothing under its name.
+    averaged = state.get("average", {})
+    flat = {**state["trainable"], **state["frozen"], **averaged}
     return SavedModel(
         model_config=Wav2Vec2Config(**meta.model_config),
         params=flax.traverse_util.unflatten_dict(

@@ -6,6 +6,7 @@ the key and the nearest right one. Scalars are YAML 1.2: `no` is a string, `1e-8
 
 import dataclasses
 import inspect
+import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -115,27 +116,55 @@ class OptimConfig:
 
     Attributes:
         learning_rate: the peak rate.
-        lr_scheduler_type: what happens after the warm-up.
+        head_learning_rate: another peak rate for lm_head, over the same course.
+        lr_scheduler_type: what happens after the warm-up; `tri_stage` holds, then decays.
         warmup_steps: updates in which the rate rises linearly from 0.
+        warmup_fraction: the same as a fraction of the run; excludes warmup_steps.
+        hold_fraction: the fraction of the run that `tri_stage` stays at the peak.
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
         adam_epsilon: added to the root of the second moment.
         weight_decay: decoupled decay of weights, not of biases and LayerNorm scales.
         max_grad_norm: gradients are scaled down to this global norm; null for never.
+        ema_decay: keep an exponential moving average of the weights; it is what is scored and
+            exported then.
     """
 
     learning_rate: float = 3e-4
-    lr_scheduler_type: Literal["linear", "constant", "cosine"] = "linear"
+    head_learning_rate: float | None = None
+    lr_scheduler_type: Literal["linear", "constant", "cosine", "tri_stage"] = "linear"
     warmup_steps: int = 0
+    warmup_fraction: float | None = None
+    hold_fraction: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
 
     def __post_init__(self):
-        _above("optim.learning_rate", self.learning_rate, 0)
+        for name in ("learning_rate", "head_learning_rate"):
+            _above(f"optim.{name}", getattr(self, name), 0)
         _at_least("optim.warmup_steps", self.warmup_steps, 0)
+        for name in ("warmup_fraction", "hold_fraction"):
+            _at_least(f"optim.{name}", getattr(self, name), 0)
+        if self.warmup_steps and self.warmup_fraction is not None:
+            raise errors.ConfigError(
+                "optim.warmup_steps and optim.warmup_fraction exclude each other: remove one."
+            )
+        if self.hold_fraction and self.lr_scheduler_type != "tri_stage":
+            raise errors.ConfigError(
+                f"optim.hold_fraction is {self.hold_fraction}: only optim.lr_scheduler_type"
+                " tri_stage holds its peak."
+            )
+        if (self.warmup_fraction or 0) + self.hold_fraction > 1:
+            raise errors.ConfigError(
+                f"optim.warmup_fraction {self.warmup_fraction or 0} and optim.hold_fraction"
+                f" {self.hold_fraction} are more than the whole run together."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise errors.ConfigError(f"optim.ema_decay is {self.ema_decay}: it must be in (0, 1).")
         _above("optim.adam_epsilon", self.adam_epsilon, 0)
         _at_least("optim.weight_decay", self.weight_decay, 0)
         _above("optim.max_grad_norm", self.max_grad_norm, 0)
@@ -143,6 +172,12 @@ class OptimConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise errors.ConfigError(f"optim.{name} is {value}: it must be in [0, 1).")
+
+    def warmup_updates(self, updates: int) -> int:
+        """Updates of the warm-up in a run of so many; a fraction rounds up, as in the Trainer."""
+        if self.warmup_fraction is None:
+            return self.warmup_steps
+        return math.ceil(self.warmup_fraction * updates)
 
 
 @dataclass(frozen=True)

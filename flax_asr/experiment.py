@@ -257,6 +257,7 @@ def fresh_state(
         key=jax.random.key_data(jax.random.key(cfg.seed)),
         skipped=jnp.int32(0),
         bad_in_a_row=jnp.int32(0),
+        average={} if cfg.optim.ema_decay is None else dict(trainable),
     )
 
 

@@ -161,14 +161,14 @@ def batches(cfg: config.Config, padding: float, group_norm: bool) -> Iterator[Fi
 
 def schedule(cfg: config.Config, updates: int, fresh_head: bool) -> Iterator[Finding]:
     """A learning rate or a length that does not suit the run."""
-    warmup = cfg.optim.warmup_steps
+    warmup = cfg.optim.warmup_updates(updates)
     if warmup > updates / 5:
         rest = "" if warmup < updates else ": the rate never gets to optim.learning_rate"
         yield Finding(
             "warmup",
             min(1.0, warmup / updates),
             f"the warm-up takes {warmup} of {updates} updates, more than a fifth of the"
-            f" run{rest}; lower optim.warmup_steps.",
+            f" run{rest}; lower optim.warmup_steps or optim.warmup_fraction.",
         )
     if fresh_head and warmup == 0:
         yield Finding(  # it may cost nothing or all of the pretraining

@@ -184,7 +184,7 @@ class Run:
                 with contextlib.suppress(_Asked):
                     metrics = self._score("eval")
                     improved = metrics[best] < run_folder.best_score(self.folder, best)
-                    self._log(metrics)
+                    self._log(metrics | self.made.weights_scored())
             # Read once: the signal may come at any moment, and what stops here must be saved here.
             asked = self.stop.asked
             if improved or self._due(self.cfg.save_steps) or asked:
@@ -205,9 +205,7 @@ class Run:
         """
         data, shapes = self.made.corpus.scored()[which], self.made.eval_shapes
         per_device = self.cfg.per_device_eval_batch_size
-        forward = parallel.forward(
-            self.programs, {**self.state.trainable, **self.state.frozen}, self.devices, per_device
-        )
+        forward = parallel.forward(self.programs, self.state.scored, self.devices, per_device)
 
         def unless_asked(batch):
             if self.stop.asked:
@@ -244,9 +242,17 @@ class Run:
             self.state = self.state.replace(
                 trainable=self.devices.replicate({p: flat[p] for p in self.state.trainable}),
                 frozen=self.devices.replicate({p: flat[p] for p in self.state.frozen}),
+                average={},
             )
             scores = self._score("test")
-            self.log.append({"step": self.step, "best_step": saved.step, **scores})
+            self.log.append(
+                {
+                    "step": self.step,
+                    "best_step": saved.step,
+                    **scores,
+                    **self.made.weights_scored(),
+                }
+            )
         export.write_folder(self.folder / run_folder.EXPORT, saved, self.made.cfg, saved.meta.facts)
         curves.draw(self.folder)
         card.write(self.folder, saved)

@@ -4,7 +4,8 @@ Everything numeric is optax's; what is here is the choice and the composition. P
 dictionaries by their path, `wav2vec2/encoder/layers/0/attention/q_proj/kernel`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,34 +18,55 @@ from flax_asr import config
 LARGEST_LOSS_SCALE = 2.0**24
 SMALLEST_LOSS_SCALE = 1.0
 GROWTH_INTERVAL = 2000
+TRI_STAGE_START, TRI_STAGE_END = 0.01, 0.05
+"""Of the peak rate, where its first and its last stage begin and end.
+
+Source: fairseq's TriStageLRScheduleConfig (init_lr_scale), and the final_lr_scale of its
+wav2vec 2.0 fine-tuning recipes.
+"""
+HEAD = "lm_head/"
 
 
 def schedule(optim: config.OptimConfig, updates: int) -> optax.Schedule:
     """The learning rate of every update, counted from 0.
 
-    A linear rise from 0 over `warmup_steps`, then `linear` falls to 0 at `updates`, `cosine` falls
-    there along half a cosine, `constant` stays.
+    A linear rise from 0, then `linear` falls to 0 at `updates`, `cosine` falls there along half a
+    cosine, `constant` stays. `tri_stage` rises from a hundredth of the peak, holds, and decays
+    exponentially to a twentieth.
 
-    Source: transformers' get_linear_schedule_with_warmup and its siblings; oracle: those.
+    Source: transformers' get_linear_schedule_with_warmup and its siblings; oracle: those. Of
+    `tri_stage`: fairseq's TriStageLRSchedule.
     """
     peak = optim.learning_rate
-    rest = max(1, updates - optim.warmup_steps)
+    warmup = optim.warmup_updates(updates)
+    stages, ends = [], []
+    if warmup:
+        start = TRI_STAGE_START * peak if optim.lr_scheduler_type == "tri_stage" else 0.0
+        stages.append(optax.linear_schedule(start, peak, warmup))
+        ends.append(warmup)
+    if optim.hold_fraction:
+        stages.append(optax.constant_schedule(peak))
+        ends.append(warmup + int(optim.hold_fraction * updates))
+    rest = max(1, updates - (ends[-1] if ends else 0))
     if optim.lr_scheduler_type == "linear":
-        after = optax.linear_schedule(peak, 0.0, rest)
+        last = optax.linear_schedule(peak, 0.0, rest)
     elif optim.lr_scheduler_type == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest)
+        last = optax.cosine_decay_schedule(peak, rest)
+    elif optim.lr_scheduler_type == "tri_stage":
+        last = optax.exponential_decay(peak, rest, TRI_STAGE_END, end_value=TRI_STAGE_END * peak)
     else:
-        after = optax.constant_schedule(peak)
-    if optim.warmup_steps == 0:
-        return after
-    rise = optax.linear_schedule(0.0, peak, optim.warmup_steps)
-    return optax.join_schedules([rise, after], [optim.warmup_steps])
+        last = optax.constant_schedule(peak)
+    return optax.join_schedules([*stages, last], ends)
 
 
 def adamw(
     optim: config.OptimConfig, learning_rate: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping to a global norm, then AdamW; weights decay, biases and LayerNorm scales do not."""
+    """Clipping to a global norm, then AdamW; weights decay, biases and LayerNorm scales do not.
+
+    With a `head_learning_rate` the head's moves are scaled by its ratio to the other rate, which
+    is another rate: an AdamW move, decay included, is proportional to it.
+    """
     optimiser = optax.adamw(
         learning_rate,
         b1=optim.adam_beta1,
@@ -53,9 +75,18 @@ def adamw(
         weight_decay=optim.weight_decay,
         mask=lambda params: {path: decays(path) for path in params},
     )
-    if optim.max_grad_norm is None:
-        return optimiser
-    return optax.chain(optax.clip_by_global_norm(optim.max_grad_norm), optimiser)
+    parts = [optimiser]
+    if optim.max_grad_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(optim.max_grad_norm))
+    if optim.head_learning_rate is not None:
+        ratio = optim.head_learning_rate / optim.learning_rate
+        parts.append(optax.masked(optax.scale(ratio), in_head))
+    return optax.chain(*parts) if len(parts) > 1 else optimiser
+
+
+def in_head(params: Mapping[str, Any]) -> dict[str, bool]:
+    """Which of these parameters are the CTC head's."""
+    return {path: path.startswith(HEAD) for path in params}
 
 
 def decays(path: str) -> bool:
@@ -79,7 +110,7 @@ def trainable(model: config.ModelConfig, layers: int) -> Callable[[str], bool]:
     encoder = "wav2vec2/encoder/layers/"
 
     def is_trained(path: str) -> bool:
-        if path.startswith("lm_head/"):
+        if path.startswith(HEAD):
             return True
         if path.startswith(encoder):
             return int(path.removeprefix(encoder).split("/")[0]) >= first

@@ -18,7 +18,7 @@ from flax_asr import errors
 TRAINER_NAMES = {
     "fp16": "train.mixed_precision fp16",
     "bf16": "train.mixed_precision bf16",
-    "warmup_ratio": "optim.warmup_steps",
+    "warmup_ratio": "optim.warmup_fraction",
     "group_by_length": "data.num_buckets (batches are always grouped by length)",
     "report_to": "nothing: log.jsonl is always written, TensorBoard too where it is installed",
     "train_split_name": "data.train_splits",

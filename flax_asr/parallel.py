@@ -126,11 +126,14 @@ def accumulate(objective: step.Objective, devices: Devices) -> Callable:
 
 
 def update(
-    optimiser: optax.GradientTransformation, learning_rate: optax.Schedule, devices: Devices
+    optimiser: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    devices: Devices,
+    ema_decay: float | None = None,
 ) -> Callable:
     """`step.update(state, sums) -> (state, sums, metrics)` over all devices; both are donated."""
     return jax.pmap(
-        functools.partial(step.update, optimiser, learning_rate),
+        functools.partial(step.update, optimiser, learning_rate, ema_decay),
         axis_name=step.AXIS,
         in_axes=(None, 0),
         out_axes=(None, 0, None),

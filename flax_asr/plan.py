@@ -174,13 +174,13 @@ def jobs(cfg: config.Config, work: workload.Workload, devices: parallel.Devices)
     count = sum(flops.gradient(model_config, rows, samples, work.is_trained).values())
     accumulate = parallel.accumulate(work.objective, devices)
     yield job("accumulate", rows, samples, count, accumulate, state, sums, batch, batch=batch)
-    update = parallel.update(work.optimiser, work.learning_rate, devices)
+    update = parallel.update(work.optimiser, work.learning_rate, devices, cfg.optim.ema_decay)
     yield job("update", 0, 0, 0, update, state, sums)
     if work.eval_shapes.samples:
         rows, (samples, tokens) = train.per_device_eval_batch_size, work.eval_shapes.largest
         batch = devices.batch_shapes(rows, samples, tokens)
         count = sum(flops.forward(model_config, rows, samples).values())
-        params = {**state.trainable, **state.frozen}
+        params = state.scored
         evaluate = parallel.evaluate(work.objective, devices)
         yield job("evaluate", rows, samples, count, evaluate, params, batch, batch=batch)
 

@@ -50,6 +50,7 @@ class TrainState:
         key: raw key that every random number of the run derives from.
         skipped: updates that were not finite and left everything as it was.
         bad_in_a_row: how many of the last updates were skipped without a break.
+        average: the moving average of the trainable parameters; empty where none is kept.
     """
 
     step: Int[Array, ""]
@@ -60,6 +61,12 @@ class TrainState:
     key: Array
     skipped: Int[Array, ""]
     bad_in_a_row: Int[Array, ""]
+    average: Parameters
+
+    @property
+    def scored(self) -> Parameters:
+        """The parameters that evaluation and export look at: averaged ones where there are."""
+        return {**self.trainable, **self.frozen, **self.average}
 
 
 @flax.struct.dataclass
@@ -185,13 +192,15 @@ def accumulate(objective: Objective, state: TrainState, sums: Sums, batch: Batch
 def update(
     optimiser: optax.GradientTransformation,
     learning_rate: optax.Schedule,
+    ema_decay: float | None,
     state: TrainState,
     sums: Sums,
 ) -> tuple[TrainState, Sums, Metrics]:
     """Moves the parameters by the mean gradient over the clips of all devices.
 
     An update whose gradient is not finite changes the step number, the loss scale and the
-    counters, and nothing else.
+    counters, and nothing else. The average becomes `ema_decay` of itself and the rest of the new
+    parameters; it starts as the parameters before the first update.
     """
     total = jax.lax.psum(sums, AXIS)
     clips = jnp.maximum(total.clips, 1.0)
@@ -200,6 +209,9 @@ def update(
     finite = jnp.isfinite(norm)
     moves, optimiser_state = optimiser.update(gradients, state.optimiser, state.trainable)
     moved = optax.apply_updates(state.trainable, moves)
+    average = state.average
+    if ema_decay is not None:
+        average = optax.incremental_update(moved, average, 1.0 - ema_decay)
     done = state.step - state.skipped
     bad_in_a_row = jnp.where(finite, 0, state.bad_in_a_row + 1)
     new = state.replace(
@@ -209,6 +221,7 @@ def update(
         loss_scale=state.loss_scale.after(finite),
         skipped=state.skipped + ~finite,
         bad_in_a_row=bad_in_a_row,
+        average=optim.select(finite, average, state.average),
     )
     metrics = Metrics(
         loss=total.loss / clips,

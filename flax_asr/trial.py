@@ -175,7 +175,10 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
     programs = parallel.compile_all(
         {
             "accumulate": (parallel.accumulate(objective, devices), (state, sums, batch)),
-            "update": (parallel.update(optimiser, learning_rate, devices), (state, sums)),
+            "update": (
+                parallel.update(optimiser, learning_rate, devices, cfg.optim.ema_decay),
+                (state, sums),
+            ),
         },
         lambda key, seconds: None,
     )

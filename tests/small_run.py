@@ -68,7 +68,9 @@ class Trainer:
         self.accumulate = _ACCUMULATE.setdefault(kind, accumulate)
         settings = (self.cfg.optim, updates, devices)
         learning_rate = optim.schedule(self.cfg.optim, updates)
-        update = parallel.update(self.optimiser, learning_rate, self.devices)
+        update = parallel.update(
+            self.optimiser, learning_rate, self.devices, self.cfg.optim.ema_decay
+        )
         self._update = _UPDATE.setdefault(settings, update)
 
     def update(self, *groups) -> step.Metrics:

@@ -227,3 +227,25 @@ def test_a_log_without_figures_has_no_picture(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "eval_cer": NaN}\n', encoding="utf-8")
     assert curves.draw(tmp_path) is None
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_knobs_that_are_turned_are_named_and_others_are_not():
+    turned = {
+        "optim": {
+            "head_learning_rate": 1e-3,
+            "lr_scheduler_type": "tri_stage",
+            "warmup_fraction": 0.1,
+            "hold_fraction": 0.4,
+            "ema_decay": 0.999,
+        }
+    }
+    content = _render(run=config.build(config.as_dict(_run()) | turned))
+    for line in (
+        "head_learning_rate: 0.001",
+        "lr_scheduler_type: tri_stage",
+        "lr_scheduler_warmup_ratio: 0.1",
+        "lr_scheduler_hold_ratio: 0.4",
+        "Weights: the exponential moving average over the updates, decay 0.999",
+    ):
+        assert f"- {line}" in content
+        assert f"- {line.partition(':')[0]}:" not in _render() or line.startswith("lr_scheduler_t")

@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import small_training
 import soundfile
 
@@ -342,6 +343,35 @@ def test_bad_numbers_are_skipped_counted_and_in_a_row_stop_the_run(
     saved = checkpoint.load_model(run)
     assert saved.step == 6
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved.params))
+
+
+KNOBS = ("--optim.ema_decay=0.7", "--optim.head_learning_rate=2e-2")
+
+
+def test_with_every_knob_turned_a_stop_changes_nothing(here, place, tmp_path, monkeypatch):
+    run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    assert here(uninterrupted, *KNOBS) == 0
+    left = iter(range(6))
+
+    class Stop(stopping.Stop):
+        asked = property(lambda self: next(left, None) is None, lambda self, value: None)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stopping, "Stop", Stop)
+        assert here(run, *KNOBS) == 75
+    assert 0 < checkpoint.steps(run)[0] < small_training.UPDATES
+    assert here(run, *KNOBS) == 0
+    small_training.assert_same(run, uninterrupted)
+
+    # The average is what is scored and exported.
+    scored = [event for event in runlog.read(run) if "eval_cer" in event or "test_cer" in event]
+    assert len(scored) == 3
+    assert {event["weights"] for event in scored} == {"average"}
+    best = small_training.state(run, scored[-1]["best_step"])
+    exported = safetensors.numpy.load_file(run / "export" / "model.safetensors")
+    for name, same in {"average": True, "trainable": False}.items():
+        kernel = best[f"{name}/lm_head/kernel"]
+        assert (exported["lm_head.weight"].T.tobytes() == kernel) == same
 
 
 @pytest.mark.parametrize(

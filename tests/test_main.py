@@ -57,7 +57,7 @@ def test_the_version_is_the_package_s(capsys):
         ("train --config {recipe} --train.learning_rate 1e-4", "it is optim.learning_rate"),
         ("train --config {recipe} --fp16 true", "train.mixed_precision fp16"),
         ("train --config {recipe} --per_device_eval_batch_siz 4", "per_device_eval_batch_size"),
-        ("train --config {recipe} --warmup_ratio 0.1", "optim.warmup_steps"),
+        ("train --config {recipe} --warmup_ratio 0.1", "optim.warmup_fraction"),
         ("train --config {recipe} --train.max_steps", "--train.max_steps needs a value"),
         ("train --config {recipe} --train.max_steps many", "train.max_steps is 'many'"),
         ("train --train.max_steps 3 --train.max_steps 4", "given twice"),

@@ -1,6 +1,10 @@
-"""Schedules against transformers', decay and freezing by name."""
+"""Schedules against transformers and fairseq, groups against torch, decay and freezing by name."""
 
+import types
+
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
@@ -31,6 +35,90 @@ def test_every_rate_is_that_of_transformers(kind, warmup):
     np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-7 * 7.5e-5)
     if warmup:
         assert ours[0] == 0
+
+
+def fairseq_tri_stage(step, peak, updates, ratios, first, last):
+    """Written from the description of the schedule: a line, a plateau, a decay, then nothing."""
+    warmup, hold, decay = (int(ratio * updates) for ratio in ratios)
+    if step < warmup:
+        return peak * (first + (1 - first) * step / warmup)
+    if step < warmup + hold:
+        return peak
+    if step <= warmup + hold + decay:
+        return peak * np.exp(np.log(last) * (step - warmup - hold) / decay)
+    return peak * last
+
+
+@pytest.mark.parametrize("ratios", [(0.1, 0.4, 0.5), (0.0, 0.25, 0.75), (0.2, 0.0, 0.8)])
+def test_three_stages_are_those_of_fairseq(ratios):
+    updates, peak = 200, 3e-5
+    settings = config.OptimConfig(
+        learning_rate=peak,
+        lr_scheduler_type="tri_stage",
+        warmup_fraction=ratios[0],
+        hold_fraction=ratios[1],
+    )
+    ours = optim.schedule(settings, updates)(jnp.arange(updates + 5))
+    theirs = [fairseq_tri_stage(s, peak, updates, ratios, 0.01, 0.05) for s in range(updates + 5)]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_a_fraction_of_the_run_is_as_many_updates_as_in_the_trainer():
+    for fraction, updates in ((0.1, 373), (0.0, 50), (0.25, 7), (0.5, 1)):
+        arguments = types.SimpleNamespace(warmup_steps=fraction)
+        theirs = transformers.TrainingArguments.get_warmup_steps(arguments, updates)
+        given = config.OptimConfig(warmup_fraction=fraction)
+        assert given.warmup_updates(updates) == theirs
+        steps = config.OptimConfig(warmup_steps=theirs)
+        every = jnp.arange(updates)
+        np.testing.assert_array_equal(
+            optim.schedule(given, updates)(every), optim.schedule(steps, updates)(every)
+        )
+
+
+def test_another_rate_for_the_head_is_a_parameter_group_of_its_own():
+    rng = np.random.default_rng(0)
+    start = {
+        "lm_head/kernel": rng.normal(size=(6, 4)),
+        "lm_head/bias": rng.normal(size=4),
+        "wav2vec2/encoder/layers/0/attention/q_proj/kernel": rng.normal(size=(6, 6)),
+    }
+    start = {path: value.astype(np.float32) for path, value in start.items()}
+    settings = config.OptimConfig(
+        learning_rate=1e-3,
+        head_learning_rate=2e-2,
+        warmup_steps=2,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+    )
+    ours = {path: jnp.asarray(value) for path, value in start.items()}
+    optimiser = optim.adamw(settings, optim.schedule(settings, 10))
+    state = optimiser.init(ours)
+
+    theirs = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in start.items()}
+    head_kernel, head_bias, encoder = theirs.values()
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [encoder], "lr": 1e-3, "weight_decay": 0.1},
+            {"params": [head_kernel], "lr": 2e-2, "weight_decay": 0.1},
+            {"params": [head_bias], "lr": 2e-2, "weight_decay": 0.0},
+        ]
+    )
+    schedule = transformers.get_linear_schedule_with_warmup(adamw, 2, 10)
+    for _ in range(8):
+        gradients = {p: rng.normal(size=v.shape).astype(np.float32) for p, v in start.items()}
+        moves, state = optimiser.update(
+            {path: jnp.asarray(g) for path, g in gradients.items()}, state, ours
+        )
+        ours = optax.apply_updates(ours, moves)
+        for path, gradient in gradients.items():
+            theirs[path].grad = torch.tensor(gradient)
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        adamw.step()
+        schedule.step()
+    for path, value in ours.items():
+        assert np.abs(value - start[path]).max() > 1e-3, "nothing is compared"
+        np.testing.assert_allclose(value, theirs[path].detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_what_decays_is_what_the_trainer_decays():

@@ -302,6 +302,32 @@ def test_a_bad_update_changes_nothing_but_step_scale_and_counters(mixed_precisio
     assert trainer.update(good).finite
 
 
+def test_the_moving_average_is_numpys_recursion_and_skips_what_is_skipped():
+    config, _, params = _model()
+    trainer = small_run.Trainer(
+        small_run.objective(config), params, devices=2, optim={**OPTIM, "ema_decay": 0.7}
+    )
+    good = small_run.batch(4, 1, config.vocab_size)
+    bad = good._replace(gains=np.array([np.inf, 1, 1, 1], np.float32))
+    trained = set(trainer.state.trainable)
+    expected = {path: trainer.params[path].astype(np.float64) for path in trained}
+    for batch in (good, good, bad, good, good):
+        finite = trainer.update(batch).finite
+        for path in trained:
+            if finite:
+                expected[path] = 0.7 * expected[path] + 0.3 * trainer.params[path]
+    average = jax.device_get(trainer.state.average)
+    assert set(average) == trained
+    for path, value in average.items():
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-6, err_msg=path)
+    # that it is neither the last weights nor the first ones
+    scored = jax.device_get(trainer.state.scored)
+    assert np.abs(scored["lm_head/kernel"] - trainer.params["lm_head/kernel"]).max() > 1e-3
+    assert set(scored) == set(trainer.params)
+    np.testing.assert_array_equal(scored["lm_head/kernel"], average["lm_head/kernel"])
+
+
 def test_the_loss_scale_doubles_after_its_interval_and_keeps_its_bounds():
     scale = optim.LossScale.create("fp16")
     for _ in range(optim.GROWTH_INTERVAL):

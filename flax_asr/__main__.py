@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import flax_asr
-from flax_asr import config, errors
+from flax_asr import config, errors, terminal
 
 USER_ERROR, INTERRUPTED = 2, 75
 
@@ -40,16 +40,18 @@ def command() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(terminal.Formatter())
+    logging.basicConfig(level=logging.ERROR, handlers=[log])
     logging.getLogger("flax_asr").setLevel(logging.INFO)
     try:
         own, options = split(arguments)
         return _run(_parser().parse_args(own), options)
     except errors.Interrupted as stop:
-        print(stop, file=sys.stderr)
+        terminal.show(str(stop), sys.stderr)
         return INTERRUPTED
     except errors.FlaxAsrError as error:
-        print(f"flax-asr: {error}", file=sys.stderr)
+        terminal.show(f"flax-asr: {error}", sys.stderr)
         return USER_ERROR
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flax_asr
-from flax_asr import checkpoint, config, curves, runlog, text
+from flax_asr import checkpoint, config, curves, runlog, terminal, text
 
 COLUMNS = {
     "eval_loss": "Validation Loss",
@@ -133,8 +133,8 @@ def versions() -> dict[str, str]:
 
 
 def escape(value: Any) -> str:
-    """Text from data, harmless inside of Markdown: no markup, no HTML, one line."""
-    one_line = " ".join(str(value).split())
+    """Text from data, harmless inside of Markdown: no markup, no HTML, no control, one line."""
+    one_line = terminal.plain(" ".join(str(value).split()))
     return _MARKDOWN.sub(r"\\\1", html.escape(one_line, quote=False))
 
 

@@ -29,6 +29,7 @@ from flax_asr import (
     results,
     run_folder,
     survey,
+    terminal,
     text,
     trial,
     vocabulary,
@@ -54,7 +55,8 @@ def command(cfg: config.Config, json_file: str | None) -> None:
     with results.writer(json_file) as write:
         found = Examination(cfg)
         found.examine()
-        print(consultation.report(found.facts, found.findings), file=results.people(json_file))
+        shown = consultation.report(found.facts, found.findings)
+        terminal.show(shown, results.people(json_file))
         write(found.as_json())
     fatal = [finding for finding in found.findings if finding.fatal]
     if fatal:

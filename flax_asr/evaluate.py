@@ -28,6 +28,7 @@ from flax_asr import (
     progress,
     results,
     step,
+    terminal,
     text,
     vocabulary,
 )
@@ -369,11 +370,10 @@ def command(
                 plan=buckets.EvalPlan(data.samples, shapes.samples, rows), predictions=written
             )
             rule = card.scoring_rule(normalize.spec, scores.spaced)
-            print(scores.describe(name), scores.table(), sep="\n", file=people)
-            print(
-                f"  {data.release}, {data.hash[:16]}; {rule}\n  {_caveats(loaded, data)}{written}",
-                file=people,
-            )
+            source = f"  {data.release}, {data.hash[:16]}; {rule}"
+            caveats = f"  {_caveats(loaded, data)}{written}"
+            lines = (scores.describe(name), scores.table(), source, caveats)
+            terminal.show("\n".join(lines), people)
             line = {"split": name, **scores.as_metrics("eval"), **_provenance(data), "rule": rule}
             # `clips` is the name in the contract.
             line["clips"] = line.pop("eval_clips")
@@ -381,10 +381,10 @@ def command(
             if legacy:
                 old = scored(plan=InOrder(data.samples, shapes.samples, rows), padded=True)
                 line |= {"legacy_wer": old.wer.value, "legacy_cer": old.cer.value}
-                print(
+                terminal.show(
                     f"  as the scripts of 2022 scored, padded in batches of {rows}: CER"
                     f" {old.cer.value:.4f}, WER {old.wer.value:.4f}",
-                    file=people,
+                    people,
                 )
             write(line)
 

@@ -17,7 +17,17 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, card, checkpoint, config, errors, loading, torch_logits, vocabulary
+from flax_asr import (
+    audio,
+    card,
+    checkpoint,
+    config,
+    errors,
+    loading,
+    terminal,
+    torch_logits,
+    vocabulary,
+)
 from flax_asr.models import convert, wav2vec2, weights
 
 logger = logging.getLogger(__name__)
@@ -63,7 +73,7 @@ def command(run: str, out: str, step: int | None = None) -> None:
         raise errors.ModelError(f"{out} holds something else: name a new folder.")
     saved = checkpoint.load_model(folder, step)
     done = write_folder(target, saved, checkpoint.meta_config(saved.meta), saved.meta.facts)
-    print(f"step {saved.step} of {run} is in {out}: {done}")
+    terminal.show(f"step {saved.step} of {run} is in {out}: {done}")
 
 
 def write_folder(

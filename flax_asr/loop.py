@@ -27,6 +27,8 @@ from flax_asr.data import buckets, loader
 
 logger = logging.getLogger(__name__)
 
+_MOST_NAMED = 32  # clips in a message
+
 
 def train(asked: config.Config, *, restart: bool = False) -> None:
     """Prepares, trains, evaluates, saves, exports and writes the card; goes on where it stopped.
@@ -157,12 +159,15 @@ class Run:
         data = self.made.corpus.train
         if metrics.bad_in_a_row >= self.cfg.max_bad_updates:
             ids = [data.ids[row] for _, group in groups for row in group.rows if row >= 0]
+            more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
             raise errors.TrainingError(
                 f"{int(metrics.bad_in_a_row)} updates in a row had a gradient that is not finite;"
-                f" the last at step {self.step} with the clips {', '.join(ids[:8])}. Try a lower"
-                " optim.learning_rate, or train.mixed_precision bf16 or fp32."
+                f" {self.window.last_finite()}. The last bad one was step {self.step} with the"
+                f" clips {', '.join(ids[:_MOST_NAMED])}{more}. Nothing of them is in the weights."
+                " Try a lower optim.learning_rate or train.mixed_precision bf16 or fp32, listen to"
+                " these clips, and see whether loss or gradient norm rose before in the log."
             )
-        self.window.add(metrics, groups, data, self.made.plan.shapes)
+        self.window.add(self.step, metrics, groups, data, self.made.plan.shapes)
         bar.advance(1, **self.window.facts())
 
     def _log(self, figures: dict[str, float]) -> None:

@@ -138,6 +138,11 @@ class LossScale:
         dynamic = mixed_precision == "fp16"
         return cls(jnp.float32(65536.0 if dynamic else 1.0), jnp.int32(0), dynamic)
 
+    @property
+    def is_smallest(self) -> Bool[Array, ""]:
+        """Whether a smaller scale cannot mend an update that is not finite."""
+        return self.value <= SMALLEST_LOSS_SCALE
+
     def after(self, finite: Bool[Array, ""]) -> "LossScale":
         """The scale of the next update."""
         if not self.dynamic:

@@ -4,6 +4,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from flax_asr import terminal
+
 LINE_SECONDS = 30.0
 
 
@@ -74,9 +76,9 @@ class Progress:
     def write(self, line: str) -> None:
         """A line of text that does not break the bar."""
         if self._bar is not None:
-            self._bar.write(line, file=self._stream)
+            self._bar.write(terminal.plain(line), file=self._stream)
         else:
-            print(line, file=self._stream, flush=True)
+            terminal.show(line, self._stream)
 
     def _write_line(self) -> None:
         self._last_line = time.monotonic()
@@ -88,7 +90,7 @@ class Progress:
             parts.append(f"{_duration((self.total - self.done) / per_second)} left")
         if self._facts:
             parts.append(self._facts_text())
-        print(", ".join(parts), file=self._stream, flush=True)
+        terminal.show(", ".join(parts), self._stream)
 
     def _facts_text(self) -> str:
         return ", ".join(f"{name} {_short(value)}" for name, value in self._facts.items())

@@ -49,7 +49,8 @@ class TrainState:
         loss_scale: of fp16.
         key: raw key that every random number of the run derives from.
         skipped: updates that were not finite and left everything as it was.
-        bad_in_a_row: how many of the last updates were skipped without a break.
+        bad_in_a_row: how many of the last updates were skipped without a break. Those that fp16's
+            loss scale is still looking for its value with do not count.
         average: the moving average of the trainable parameters; empty where none is kept.
     """
 
@@ -213,7 +214,7 @@ def update(
     if ema_decay is not None:
         average = optax.incremental_update(moved, average, 1.0 - ema_decay)
     done = state.step - state.skipped
-    bad_in_a_row = jnp.where(finite, 0, state.bad_in_a_row + 1)
+    bad_in_a_row = jnp.where(finite, 0, state.bad_in_a_row + state.loss_scale.is_smallest)
     new = state.replace(
         step=state.step + 1,
         trainable=optim.select(finite, moved, state.trainable),

@@ -7,6 +7,7 @@ are taken off.
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -15,6 +16,7 @@ from flax_asr import errors
 Row = tuple[int, dict[str, object]]
 # A row of Common Voice has a few hundred bytes.
 _MOST_LINE_BYTES = 2**20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 EXTRA = "\0extra"  # the key of a row's fields past the header's columns
 
 
@@ -87,6 +89,8 @@ def _jsonl(stream: BinaryIO, name: str) -> Iterator[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise errors.DataError(f"{name}, line {number}: not JSON: {error}") from None
+        if _SURROGATE.search(line) and not _is_unicode(row):
+            raise errors.DataError(f"{name}, line {number}: half of a surrogate pair is no text")
         if not isinstance(row, dict):
             raise errors.DataError(
                 f"{name}, line {number}: a {type(row).__name__} where an object is due, such as "
@@ -96,6 +100,14 @@ def _jsonl(stream: BinaryIO, name: str) -> Iterator[Row]:
             yield 1, dict.fromkeys(row)
             first = False
         yield number, row
+
+
+def _is_unicode(row: object) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _FORMATS = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl}

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int
 
-from flax_asr import alignment, audio, errors, loading, parallel, progress, results, step
+from flax_asr import alignment, audio, errors, loading, parallel, progress, results, step, terminal
 from flax_asr.data import buckets, loader
 from flax_asr.models import wav2vec2
 
@@ -75,11 +75,11 @@ def command(
             else:
                 line["text"] = found
                 shown = found if len(files) == 1 else f"{path}\t{found}"
-                print(shown, file=results.people(json_file), flush=True)
+                terminal.show(shown, results.people(json_file))
             write(line)
             bar.advance()
     if failed:
-        print(f"flax-asr: {failed} of {len(files)} files could not be read", file=sys.stderr)
+        terminal.show(f"flax-asr: {failed} of {len(files)} files could not be read", sys.stderr)
     return 2 if failed else 0
 
 

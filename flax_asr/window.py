@@ -11,6 +11,8 @@ from flax_asr.data import buckets, examples, loader
 
 _SUMS = ("updates", "finite", "loss", "infeasible", "blank", "real", "padded")
 _LATEST = ("learning_rate", "grad_norm", "loss_scale", "skipped")
+# Of the last update that was finite, however many lines ago; 0 before there was one.
+_FINITE = ("finite_step", "finite_loss", "finite_grad_norm")
 
 
 class Window:
@@ -21,7 +23,7 @@ class Window:
     """
 
     def __init__(self, figures: Mapping[str, float]):
-        self._figures = dict.fromkeys((*_SUMS, *_LATEST), 0) | dict(figures)
+        self._figures = dict.fromkeys((*_SUMS, *_LATEST, *_FINITE), 0) | dict(figures)
         self._started = time.monotonic()
         self._paused_seconds = 0.0
         self._waited_seconds = 0.0
@@ -31,12 +33,13 @@ class Window:
 
     def add(
         self,
+        step_number: int,
         metrics: step.Metrics,
         groups: Sequence[tuple[loader.Batch, buckets.Group]],
         data: examples.Examples,
         shapes: Sequence[int],
     ) -> None:
-        """Counts one update."""
+        """Counts one update, the `step_number`-th."""
         rows = np.concatenate([group.rows for _, group in groups])
         finite = bool(metrics.finite)
         for name, value in {
@@ -51,6 +54,19 @@ class Window:
             self._figures[name] += value
         for name in _LATEST:
             self._figures[name] = getattr(metrics, name).item()
+        if finite:
+            last = (step_number, float(metrics.loss), float(metrics.grad_norm))
+            self._figures |= zip(_FINITE, last, strict=True)
+
+    def last_finite(self) -> str:
+        """The figures of the last finite update, for people."""
+        figures = self._figures
+        if not figures["finite_step"]:
+            return "no update was finite"
+        return (
+            f"the last finite one was at step {figures['finite_step']}: loss"
+            f" {figures['finite_loss']:.4g}, gradient norm {figures['finite_grad_norm']:.4g}"
+        )
 
     def facts(self) -> dict[str, str]:
         """For the progress bar."""
@@ -81,7 +97,7 @@ class Window:
             "data_wait_seconds": round(waited_seconds - self._waited_seconds, 4),
             "time": round(time.time(), 3),
         }
-        self._figures = dict.fromkeys((*_SUMS, *_LATEST), 0)
+        self._figures |= dict.fromkeys((*_SUMS, *_LATEST), 0)
         self._started, self._paused_seconds = time.monotonic(), 0.0
         self._waited_seconds = waited_seconds
         return event

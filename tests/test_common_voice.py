@@ -319,6 +319,7 @@ def test_a_manifest_without_splits_is_train(tmp_path):
         ("a.csv", "path,sentence\n", "a header and no clips"),
         ("a.jsonl", '{"path": "a", "sentence": "b"}\n{"path"\n', "line 2: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: a list where an object is due"),
+        ("a.jsonl", '{"path": "a", "sentence": "\\ud800"}\n', "line 1: half of a surrogate pair"),
         ("a.csv", "path,sentence,split\na,b,\n", "line 2: the column split is empty"),
     ],
 )
@@ -326,6 +327,13 @@ def test_a_wrong_manifest_is_named_with_its_line(tmp_path, name, content, messag
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
+
+
+def test_characters_beyond_the_basic_plane_may_be_escaped(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"path": "a", "sentence": "\\ud840\\udf0e \\\\ud800"}\n')
+    (clip,) = open_source(str(file), language="yue").read("train")
+    assert clip.sentence == "\U0002030e \\ud800"
 
 
 def hub_rows(release, split):

@@ -336,8 +336,11 @@ def test_bad_numbers_are_skipped_counted_and_in_a_row_stop_the_run(
     options = ("--train.max_bad_updates=2", "--data.eval_splits=[]", "--data.test_splits=[]")
     assert here(run, *options) == 2
     message = capsys.readouterr().err
-    assert "2 updates in a row had a gradient that is not finite; the last at step 8" in message
-    assert "common_voice_cy_" in message
+    assert "2 updates in a row had a gradient that is not finite; the last finite one" in message
+    found = re.search(r"at step 6: loss (\S+), gradient norm (\S+)\. The last bad one", message)
+    assert all(0 < float(figure) < np.inf for figure in found.groups())
+    named = re.search(r"was step 8 with the clips (.*?)\. Nothing", message)[1].split(", ")
+    assert len({clip for clip in named if clip.startswith("common_voice_cy_")}) == 8
     events = runlog.read(run)
     assert [event["skipped_steps"] for event in events] == [0, 1, 1]
     saved = checkpoint.load_model(run)

@@ -328,6 +328,70 @@ def test_the_moving_average_is_numpys_recursion_and_skips_what_is_skipped():
     np.testing.assert_array_equal(scored["lm_head/kernel"], average["lm_head/kernel"])
 
 
+BAD_GAINS = [np.nan, np.inf, -np.inf, 3e38]
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [(1, 100), (2, 60), pytest.param(1, 1000, marks=pytest.mark.slow)]
+)
+def test_bad_micro_batches_never_reach_the_weights(devices, count):
+    config, _, params = _model()
+    spoilt, quiet = (
+        small_run.Trainer(small_run.objective(config), params, devices=devices, optim=OPTIM)
+        for _ in range(2)
+    )
+    good = [small_run.batch(4, seed, config.vocab_size) for seed in range(8)]
+    rng = np.random.default_rng(0)
+    injected = updates = 0
+    while injected < count:
+        groups = [good[i] for i in rng.integers(len(good), size=4)]
+        bad = rng.permutation(4)[: rng.choice([1, 4, 4, 4])]
+        for place in bad:
+            gains = groups[place].gains.copy()
+            gains[rng.integers(4)] = rng.choice(BAD_GAINS)
+            groups[place] = groups[place]._replace(gains=gains)
+        injected, updates = injected + len(bad), updates + 1
+        metrics = spoilt.update(*groups)
+        assert not metrics.finite
+        assert metrics.skipped == updates
+        if updates % 20 == 0:
+            wanted = quiet.update(good[updates % 8])
+            assert spoilt.update(good[updates % 8]).loss == wanted.loss
+    skipped, never = jax.device_get((spoilt.state, quiet.state))
+    assert skipped.bad_in_a_row == updates % 20
+    for name in ("trainable", "optimiser", "frozen"):
+        theirs = jax.tree.leaves(getattr(never, name))
+        for a, b in zip(jax.tree.leaves(getattr(skipped, name)), theirs, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+def test_fp16_finds_its_scale_from_the_largest_within_24_updates():
+    config, _, params = _model()
+    trainer = small_run.Trainer(
+        small_run.objective(config, "fp16"), params, mixed_precision="fp16", optim=OPTIM
+    )
+    largest = trainer.state.loss_scale.replace(value=np.float32(optim.LARGEST_LOSS_SCALE))
+    trainer.state = trainer.state.replace(loss_scale=trainer.devices.replicate(largest))
+    good = small_run.batch(4, 1, config.vocab_size)
+    metrics = [trainer.update(good) for _ in range(25)]
+    finite = [bool(update.finite) for update in metrics]
+    assert not finite[0]
+    assert finite[-1]
+    assert all(not update.bad_in_a_row for update in metrics)
+    assert metrics[-1].skipped == finite.index(True)
+    assert metrics[-1].loss < metrics[finite.index(True)].loss
+
+
+def test_fp16_gives_up_only_where_no_scale_helps():
+    config, _, params = _model()
+    trainer = small_run.Trainer(
+        small_run.objective(config, "fp16"), params, mixed_precision="fp16", optim=OPTIM
+    )
+    bad = small_run.batch(4, 1, config.vocab_size)._replace(gains=np.full(4, np.nan, np.float32))
+    counts = [int(trainer.update(bad).bad_in_a_row) for _ in range(20)]
+    assert counts == [0] * 16 + [1, 2, 3, 4]
+
+
 def test_the_loss_scale_doubles_after_its_interval_and_keeps_its_bounds():
     scale = optim.LossScale.create("fp16")
     for _ in range(optim.GROWTH_INTERVAL):

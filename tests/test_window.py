@@ -36,8 +36,8 @@ def metrics(loss: float, finite: bool = True, skipped: int = 0) -> step.Metrics:
     )
 
 
-def add(to: window.Window, *args, **kwargs) -> None:
-    to.add(metrics(*args, **kwargs), GROUPS, Data, SHAPES)
+def add(to: window.Window, *args, at: int = 1, **kwargs) -> None:
+    to.add(at, metrics(*args, **kwargs), GROUPS, Data, SHAPES)
 
 
 def counted(event: dict) -> dict:
@@ -86,6 +86,19 @@ def test_a_line_without_a_good_update_has_no_loss():
     event = figures.close(0.0)
     assert np.isnan(event["loss"])
     assert np.isnan(event["grad_norm"])
+
+
+def test_the_last_finite_update_is_remembered_over_lines_and_stops():
+    figures = window.Window({})
+    add(figures, 9.0, finite=False, at=1)
+    assert figures.last_finite() == "no update was finite"
+    add(figures, 1.5, at=2)
+    add(figures, 9.0, finite=False, at=3)
+    figures.close(0.0)
+    add(figures, 9.0, finite=False, at=4)
+    said = "the last finite one was at step 2: loss 1.5, gradient norm 3"
+    assert figures.last_finite() == said
+    assert window.Window(json.loads(json.dumps(figures.as_json()))).last_finite() == said
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 3])

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flax_asr import common_voice, config, errors, progress, text
+from flax_asr import common_voice, config, errors, progress, terminal, text
 from flax_asr.data import decoding, pool, shards
 
 logger = logging.getLogger(__name__)
@@ -100,12 +100,12 @@ def command(cfg: config.Config) -> None:
     """
     normalize = text.normalizer(cfg.text.normalization or cfg.data.language)
     for split in prepare(cfg).values():
-        print(report(split))
+        terminal.show(report(split))
         changes = normalize.report(split.sentences)
         for change in changes[:CHANGES_SHOWN]:
-            print(f"  {change.describe()}")
+            terminal.show(f"  {change.describe()}")
         if len(changes) > CHANGES_SHOWN:
-            print(f"  and {len(changes) - CHANGES_SHOWN} rarer changes")
+            terminal.show(f"  and {len(changes) - CHANGES_SHOWN} rarer changes")
 
 
 def report(split: shards.PreparedSplit) -> str:
@@ -170,7 +170,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"Waiting for another process to prepare {folder}", file=sys.stderr)
+            terminal.show(f"Waiting for another process to prepare {folder}", sys.stderr)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):

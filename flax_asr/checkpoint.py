@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, errors, partition, seals
+from flax_asr import config, errors, seals
 from flax_asr import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Meta:
     use_attention_mask: bool
     group_rows: int
     facts: dict[str, Any]
-    metrics: dict[str, float]
+    metrics: dict[str, float | str]
     window: dict[str, Any]
     log_events: int = 0
 
@@ -90,7 +90,7 @@ class SavedModel:
         return self.meta.step
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | str]:
         return self.meta.metrics
 
 
@@ -190,7 +190,7 @@ class Checkpoints:
 
 
 def restore(run: Path, step: int, like: PyTree) -> PyTree:
-    """The state of a step, placed as `like` says, however it was cut over devices.
+    """The state of a step, placed as `like` says.
 
     Args:
         run: the run folder.
@@ -203,26 +203,9 @@ def restore(run: Path, step: int, like: PyTree) -> PyTree:
     template = flax.serialization.to_state_dict(like)
     folder = (run / FOLDER / str(step) / STATE).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = _shapes(_stored(checkpointer, folder))
-        _check_same(folder, _whole_shapes(template), stored)
-        shapes = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: (
-                leaf
-                if leaf.shape == stored[_name(path)]
-                # Cut otherwise than now: by way of the host.
-                else jax.ShapeDtypeStruct(stored[_name(path)], leaf.dtype, sharding=_host())
-            ),
-            template,
-        )
-        restored = jax.tree.map(_placed, template, checkpointer.restore(folder, shapes))
+        _check_same(folder, _shapes(template), _shapes(_stored(checkpointer, folder)))
+        restored = checkpointer.restore(folder, template)
     return flax.serialization.from_state_dict(like, restored)
-
-
-def _placed(leaf: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
-    if array.shape == leaf.shape:
-        return array
-    values = np.asarray(array).reshape(leaf.shape)
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, values.__getitem__)
 
 
 def load_model(run: Path, step: int | None = None) -> SavedModel:
@@ -307,34 +290,21 @@ def _on_host(state: PyTree) -> PyTree:
     """numpy arrays: orbax copies them before it returns, and slices (compiles) nothing."""
     for leaf in jax.tree.leaves(state):
         leaf.copy_to_host_async()
-
-    def host(leaf):
-        if leaf.is_fully_replicated:
-            return np.asarray(leaf.addressable_data(0))
-        # Slices that lie on other hosts are written there.
-        return np.asarray(leaf) if leaf.is_fully_addressable else leaf
-
-    return jax.tree.map(host, state)
-
-
-def _host() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), state)
 
 
 def _read_model(run: Path, step: int) -> SavedModel:
     meta = read_meta(run, step)
     folder = (run / FOLDER / str(step) / STATE).absolute()
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with ocp.StandardCheckpointer() as checkpointer:
         shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_host()),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
             _stored(checkpointer, folder),
         )
         state = checkpointer.restore(folder, shapes)
     # As `TrainState.scored`; without an average there is nothing under its name.
-    averaged = {
-        path: np.asarray(leaf).reshape(state["trainable"][path].shape)
-        for path, leaf in state.get("average", {}).items()
-    }
+    averaged = state.get("average", {})
     flat = {**state["trainable"], **state["frozen"], **averaged}
     return SavedModel(
         model_config=Wav2Vec2Config(**meta.model_config),
@@ -394,20 +364,9 @@ def _stored(checkpointer: ocp.StandardCheckpointer, folder: Path) -> PyTree:
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {
-        _name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        "/".join(str(key.key) for key in path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def _whole_shapes(template: PyTree) -> dict[str, tuple[int, ...]]:
-    """The shapes that arrays have where nothing is cut."""
-    return {
-        _name(path): partition.merged(leaf.shape, partition.axis_of(leaf.sharding))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(template)
-    }
-
-
-def _name(path: tuple) -> str:
-    return "/".join(str(key.key) for key in path)
 
 
 def _check_same(folder: Path, ours: dict[str, tuple], theirs: dict[str, tuple]) -> None:
@@ -416,7 +375,6 @@ def _check_same(folder: Path, ours: dict[str, tuple], theirs: dict[str, tuple]) 
         f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
-        and not (name in ours.keys() & theirs.keys() and partition.is_cut(theirs[name], ours[name]))
     ]
     if differing:
         more = f"; {len(differing) - 3} more" if len(differing) > 3 else ""

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from flax_asr import errors, partition, step
+from flax_asr import errors, step
 
 jax.config.update("jax_threefry_partitionable", True)
 
@@ -41,17 +41,18 @@ class Devices:
         self.count = len(self.devices)
         self.platform = self.devices[0].platform
         self.local_count = len(local)
-        self._mesh = Mesh(np.array(self.devices), (partition.AXIS,))
-        self._replicated = self._along(None)
-        self._split = self._along(0)
+        mesh = Mesh(np.array(self.devices), (step.AXIS,))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec(step.AXIS))
 
     def replicate(self, tree: PyTree) -> PyTree:
         """Puts the same numpy arrays on every device."""
-        return jax.tree.map(lambda leaf: self._put(leaf, None), tree)
-
-    def place(self, tree: PyTree, axes: PyTree) -> PyTree:
-        """Puts numpy arrays on the devices: slices along these axes, or all where it is None."""
-        return jax.tree.map(self._put, tree, axes)
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_callback(
+                np.shape(leaf), self._replicated, np.asarray(leaf).__getitem__
+            ),
+            tree,
+        )
 
     def split(self, tree: PyTree) -> PyTree:
         """Puts numpy arrays [local devices, ...] on this host's devices, one slice each."""
@@ -87,16 +88,6 @@ class Devices:
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._replicated), tree
         )
 
-    def placed_shapes(self, tree: PyTree, axes: PyTree) -> PyTree:
-        """Shapes of `place`, for compilation."""
-        return jax.tree.map(
-            lambda leaf, axis: jax.ShapeDtypeStruct(
-                partition.cut(leaf.shape, axis, self.count), leaf.dtype, sharding=self._along(axis)
-            ),
-            tree,
-            axes,
-        )
-
     def sum_shapes(self, trainable: step.Parameters) -> step.Sums:
         """Shapes of the sums over all devices, for compilation."""
         return self._split_shapes(jax.eval_shape(step.Sums.zeros, trainable))
@@ -115,16 +106,6 @@ class Devices:
             )
         )
 
-    def _along(self, axis: int | None) -> NamedSharding:
-        """One slice a device along an axis, or everything everywhere."""
-        spec = () if axis is None else (*[None] * axis, partition.AXIS)
-        return NamedSharding(self._mesh, PartitionSpec(*spec))
-
-    def _put(self, leaf: Any, axis: int | None) -> jax.Array:
-        array = np.asarray(leaf)
-        array = array.reshape(partition.cut(array.shape, axis, self.count))
-        return jax.make_array_from_callback(array.shape, self._along(axis), array.__getitem__)
-
     def _split_shapes(self, tree: PyTree) -> PyTree:
         return jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((self.count, *s.shape), s.dtype, sharding=self._split),
@@ -132,16 +113,12 @@ class Devices:
         )
 
 
-def accumulate(
-    objective: step.Objective,
-    devices: Devices,
-    layout: partition.Layout = partition.REPLICATED,
-) -> Callable:
+def accumulate(objective: step.Objective, devices: Devices) -> Callable:
     """`step.accumulate(state, sums, batch) -> sums` over all devices; the sums are donated."""
     return jax.pmap(
         functools.partial(step.accumulate, objective),
-        axis_name=partition.AXIS,
-        in_axes=(layout.mapped, 0, 0),
+        axis_name=step.AXIS,
+        in_axes=(None, 0, 0),
         out_axes=0,
         donate_argnums=(1,),
         devices=devices.devices,
@@ -149,33 +126,31 @@ def accumulate(
 
 
 def update(
-    optimiser: optax.GradientTransformationExtraArgs,
+    optimiser: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     devices: Devices,
     ema_decay: float | None = None,
-    layout: partition.Layout = partition.REPLICATED,
+    clips_an_update: int | None = None,
 ) -> Callable:
     """`step.update(state, sums) -> (state, sums, metrics)` over all devices; both are donated."""
     return jax.pmap(
-        functools.partial(step.update, optimiser, learning_rate, ema_decay, layout.axes),
-        axis_name=partition.AXIS,
-        in_axes=(layout.mapped, 0),
-        out_axes=(layout.mapped, 0, None),
+        functools.partial(
+            step.update, optimiser, learning_rate, ema_decay, clips_an_update=clips_an_update
+        ),
+        axis_name=step.AXIS,
+        in_axes=(None, 0),
+        out_axes=(None, 0, None),
         donate_argnums=(0, 1),
         devices=devices.devices,
     )
 
 
-def evaluate(
-    objective: step.Objective,
-    devices: Devices,
-    layout: partition.Layout = partition.REPLICATED,
-) -> Callable:
+def evaluate(objective: step.Objective, devices: Devices) -> Callable:
     """`step.evaluate(params, batch) -> (losses, symbols, frames)` of the whole group."""
     return jax.pmap(
-        functools.partial(step.evaluate, objective, layout.scored),
-        axis_name=partition.AXIS,
-        in_axes=(layout.state.scored if layout.scored else None, 0),
+        functools.partial(step.evaluate, objective),
+        axis_name=step.AXIS,
+        in_axes=(None, 0),
         out_axes=None,
         devices=devices.devices,
     )

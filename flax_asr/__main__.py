@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import flax_asr
 from flax_asr import config, errors, terminal
 
-USER_ERROR, INTERRUPTED = 2, 75
+USER_ERROR, INTERRUPTED = errors.STATUS, 75
 
 OWN_OPTIONS = frozenset(
     "--config --model --json --restart --legacy --step --topology --help --version".split()

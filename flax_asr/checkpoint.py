@@ -63,7 +63,7 @@ class Meta:
     use_attention_mask: bool
     group_rows: int
     facts: dict[str, Any]
-    metrics: dict[str, float | str]
+    metrics: dict[str, float]
     window: dict[str, Any]
     log_events: int = 0
 
@@ -90,7 +90,7 @@ class SavedModel:
         return self.meta.step
 
     @property
-    def metrics(self) -> dict[str, float | str]:
+    def metrics(self) -> dict[str, float]:
         return self.meta.metrics
 
 
@@ -100,15 +100,18 @@ class Checkpoints:
     Args:
         run: the run folder.
         keep: how many of the latest.
+        writes: whether this host writes: the state is the same on all of them.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
 
-    def __init__(self, run: Path, keep: int):
-        self._run, self._folder, self._keep = run, run / FOLDER, keep
+    def __init__(self, run: Path, keep: int, writes: bool = True):
+        self._run, self._folder, self._keep, self._writes = run, run / FOLDER, keep, writes
         self._publishing: threading.Thread | None = None
         self._failure: Exception | None = None
+        if not writes:
+            return
         try:
             self._folder.mkdir(exist_ok=True)
             for path in self._folder.iterdir():
@@ -118,7 +121,10 @@ class Checkpoints:
             raise self._cannot_write(error) from error
         # What fails is raised here as one message; orbax would print tracebacks of it as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.StandardCheckpointHandler(multiprocessing_options=_alone()),
+            multiprocessing_options=_alone(),
+        )
 
     def save(self, state: PyTree, meta: Meta) -> None:
         """Begins to save; returns as soon as the state is on the host.
@@ -126,6 +132,8 @@ class Checkpoints:
         Raises:
             CheckpointError: this one or the one before cannot be written.
         """
+        if not self._writes:
+            return
         self.wait()
         unfinished = self._folder / f"{_UNFINISHED}{meta.step}"
         arrays = _on_host(flax.serialization.to_state_dict(state))
@@ -158,14 +166,13 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._writer.close()
+            if self._writes:
+                self._writer.close()
 
     def _publish(self, step: int) -> None:
         unfinished, folder = self._folder / f"{_UNFINISHED}{step}", self._folder / str(step)
         try:
             self._writer.wait_until_finished()
-            if jax.process_index() != 0:
-                return
             seals.write(unfinished)
             replaced = self._folder / f"{_REPLACED}{step}"
             if folder.exists():
@@ -202,7 +209,7 @@ def restore(run: Path, step: int, like: PyTree) -> PyTree:
     """
     template = flax.serialization.to_state_dict(like)
     folder = (run / FOLDER / str(step) / STATE).absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         _check_same(folder, _shapes(template), _shapes(_stored(checkpointer, folder)))
         restored = checkpointer.restore(folder, template)
     return flax.serialization.from_state_dict(like, restored)
@@ -297,7 +304,7 @@ def _read_model(run: Path, step: int) -> SavedModel:
     meta = read_meta(run, step)
     folder = (run / FOLDER / str(step) / STATE).absolute()
     device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
             _stored(checkpointer, folder),
@@ -356,6 +363,18 @@ def _by_merit(run: Path) -> list[int]:
 def _superfluous(run: Path, keep: int) -> list[int]:
     kept = {*steps(run)[:keep], *_by_merit(run)[:1]}
     return [step for step in steps(run) if step not in kept]
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Each host reads by itself and the first writes by itself: orbax waits for no other."""
+    host = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"host-{host}"
+    )
+
+
+def _reader() -> ocp.StandardCheckpointer:
+    return ocp.StandardCheckpointer(multiprocessing_options=_alone())
 
 
 def _stored(checkpointer: ocp.StandardCheckpointer, folder: Path) -> PyTree:

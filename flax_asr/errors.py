@@ -3,6 +3,9 @@
 The command line prints the message alone and exits with status 2 (75 for `Interrupted`).
 """
 
+STATUS = 2
+"""Of a process that ends with one of these."""
+
 
 class FlaxAsrError(Exception):
     """What went wrong is in the user's hands; the message is all they need."""

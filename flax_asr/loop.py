@@ -10,12 +10,13 @@ from flax_asr import (
     assembly,
     card,
     checkpoint,
+    cluster,
     config,
     curves,
     errors,
     evaluate,
     export,
-    learning,
+    multihost,
     parallel,
     progress,
     run_folder,
@@ -24,7 +25,7 @@ from flax_asr import (
     stopping,
     window,
 )
-from flax_asr.data import buckets, loader
+from flax_asr.data import buckets, loader, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -43,24 +44,58 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
         Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
     asked.require("output_dir", "data.source", "data.language")
+    cluster.join()
     devices = parallel.Devices()
     cfg = run_folder.resolve(asked, devices.count)
     folder = Path(cfg.output_dir)
-    with run_folder.owned(folder), stopping.Stop() as stop:
-        past = run_folder.resume_point(folder, cfg, restart)
-        if past is not None and run_folder.is_finished(folder, past, cfg):
+    with (
+        multihost.Hosts() as hosts,
+        hosts.first_only(run_folder.owned(folder)),
+        stopping.Stop(hosts.leave) as stop,
+    ):
+        hosts.agree("configuration", run_folder.same_on_all_hosts(cfg))
+        past = _resume_point(hosts, folder, cfg, restart)
+        if past is not None and hosts.decided(lambda: run_folder.is_finished(folder, past, cfg)):
             logger.info("%s is finished: %d updates. Nothing to do.", folder, past.step)
             return
-        run_folder.sweep(folder)
+        hosts.work_ahead(prepare.prepared_folder(cfg), lambda: prepare.prepare(cfg))
         made = assembly.Assembly(cfg, devices, past)
-        run_folder.record(folder, cfg)
+        hosts.agree("data or weights", made.digests() if hosts.count > 1 else {})
+        if hosts.is_first:
+            run_folder.sweep(folder)
+            run_folder.record(folder, cfg)
         for warning in made.warnings():
             logger.warning("warning: %s", warning)
         programs = made.compile(folder / "compilation_cache")
-        with contextlib.closing(Run(made, programs, folder, stop)) as run:
+        with contextlib.closing(Run(made, programs, folder, stop, hosts)) as run:
             with stop.deferred():
                 run.train()
+            stop.obey()
             run.finish()
+
+
+def _resume_point(
+    hosts: multihost.Hosts, folder: Path, cfg: config.Config, restart: bool
+) -> checkpoint.Meta | None:
+    """Where all hosts go on; the first one looks.
+
+    Raises:
+        CheckpointError: this host does not see the first one's folder.
+    """
+    if hosts.count == 1:
+        return run_folder.resume_point(folder, cfg, restart)
+    if not hosts.share(folder):
+        raise errors.CheckpointError(
+            f"output_dir {folder} is not that of the first host: the checkpoints must be on a disk"
+            " that all hosts see."
+        )
+
+    def look() -> int | None:
+        past = run_folder.resume_point(folder, cfg, restart)
+        return None if past is None else past.step
+
+    step = hosts.decided(look)
+    return None if step is None else checkpoint.read_meta(folder, step)
 
 
 class _Asked(Exception):
@@ -80,27 +115,24 @@ class Run:
         programs: assembly.Programs,
         folder: Path,
         stop: stopping.Stop,
+        hosts: multihost.Hosts,
     ):
-        self.made, self.programs, self.folder, self.stop = made, programs, folder, stop
+        self.made, self.programs, self.folder, self.hosts = made, programs, folder, hosts
+        self.stop = multihost.SharedStop(hosts, stop)
         self.cfg, self.devices, past = made.cfg.train, made.devices, made.past
         if past is None:
             self.step = 0
             self.state = made.initial_state()
         else:
             self.step = past.step
-            checkpoint.set_aside(folder, newer_than=past.step)
+            if hosts.is_first:
+                checkpoint.set_aside(folder, newer_than=past.step)
             self.state = checkpoint.restore(folder, past.step, made.state_shapes())
             logger.info("going on after update %d", past.step)
-        self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit)
-        self.log = runlog.RunLog(folder, 0 if past is None else past.log_events, after=self.step)
-        self.watch = learning.Watch(
-            made.expected, made.fresh_head, made.updates, runlog.read(folder)
-        )
-        if self.log.events == 0:
-            self._log(self.watch.expectations())
-        self.window = window.Window(
-            {} if past is None else past.window, made.semantics.hides_bad_losses
-        )
+        writes, kept = hosts.is_first, 0 if past is None else past.log_events
+        self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit, writes)
+        self.log = runlog.RunLog(folder, kept, self.step, writes)
+        self.window = window.Window({} if past is None else past.window)
 
     def close(self) -> None:
         self.log.close()
@@ -118,7 +150,7 @@ class Run:
         if self.step < self.made.updates and not self.stop.asked:
             self._updates()
         self.checkpoints.wait()
-        if self.stop.asked:
+        if self.stop.asked_by_any():
             raise errors.Interrupted(
                 f"stopped after update {self.step}; everything is saved in {self.folder}."
                 " Run the same command to go on."
@@ -141,6 +173,7 @@ class Run:
                     for micro in devices.micro_batches(batch, self.cfg.per_device_train_batch_size):
                         sums = program(self.state, sums, micro)
                 self.state, sums, metrics = self.programs["update", 0](self.state, sums)
+                self.stop.passed()
                 # Read only now that the next update is on its way: the device never waits.
                 self._count(previous, bar)
                 previous = (metrics, groups)
@@ -151,7 +184,6 @@ class Run:
                     previous = None
                     if self._due(self.cfg.logging_steps):
                         figures = self.window.close(batches.wait_seconds)
-                        figures |= self.watch.look(self.step, figures)
                         self._log(figures | {"compilations": compilations.count})
                     if self._score_and_save() or self.step == self.made.updates:
                         return
@@ -177,10 +209,10 @@ class Run:
                 " these clips, and see whether loss or gradient norm rose before in the log."
             )
         self.window.add(self.step, metrics, groups, data, self.made.plan.shapes)
-        bar.advance(1, **self.window.facts(), **self.watch.facts())
+        bar.advance(1, **self.window.facts())
 
     def _log(self, figures: dict[str, float]) -> None:
-        epoch = round(self.made.plan.epoch(self.step), 2)
+        epoch = round(self.step / self.made.plan.updates_per_epoch, 2)
         self.log.append({"step": self.step, "epoch": epoch, **figures})
 
     def _score_and_save(self) -> bool:
@@ -189,7 +221,7 @@ class Run:
         Returns:
             Whether the run is to stop; then this step is saved whatever is due.
         """
-        metrics: dict[str, float | str] = {}
+        metrics: dict[str, float] = {}
         best = f"eval_{self.cfg.metric_for_best_model}"
         improved = False
         with self.window.paused():
@@ -197,7 +229,7 @@ class Run:
                 # What is asked for during the evaluation is done after the next start.
                 with contextlib.suppress(_Asked):
                     metrics = self._score("eval")
-                    improved = metrics[best] < run_folder.best_score(self.folder, best)
+                    improved = metrics[best] < self.log.best(best)
                     self._log(metrics | self.made.weights_scored())
             # Read once: the signal may come at any moment, and what stops here must be saved here.
             asked = self.stop.asked
@@ -206,40 +238,37 @@ class Run:
                     step=self.step,
                     metrics=metrics,
                     window=self.window.as_json(),
-                    log_events=self.log.events,
+                    log_events=len(self.log.events),
                 )
                 self.checkpoints.save(self.state, meta)
         return asked
 
-    def _score(self, which: str) -> dict[str, float | str]:
+    def _score(self, which: str) -> dict[str, float]:
         """`eval` or `test` figures of the present parameters.
 
         Raises:
             _Asked: the process is to stop.
         """
         data, shapes = self.made.corpus.scored()[which], self.made.eval_shapes
-        padded = self.made.semantics.padded_scores
         per_device = self.cfg.per_device_eval_batch_size
         forward = parallel.forward(self.programs, self.state.scored, self.devices, per_device)
 
         def unless_asked(batch):
             if self.stop.asked:
                 raise _Asked
-            return forward(batch)
+            scored = forward(batch)
+            self.stop.passed()
+            return scored
 
         scores = evaluate.score(
             unless_asked,
             data,
-            (evaluate.InOrder if padded else buckets.EvalPlan)(
-                data.samples, shapes.samples, self.devices.count * per_device
-            ),
+            buckets.EvalPlan(data.samples, shapes.samples, self.devices.count * per_device),
             self.made.corpus.vocabulary,
             tokens=shapes.tokens,
             language=self.made.cfg.data.language,
-            normalization=self.made.corpus.normalizer.spec,
             predictions=self.folder / f"predictions-{which}.jsonl",
             seed=self.made.cfg.seed,
-            padded=padded,
         )
         logger.info("step %d: %s", self.step, scores.describe(which))
         return scores.as_metrics(which)
@@ -250,12 +279,12 @@ class Run:
             self.step > 0
             and self.made.scores("eval")
             and self._due(self.cfg.eval_steps)
-            and not run_folder.evaluated(self.folder, self.step)
+            and not self.log.evaluated(self.step)
         )
 
     def finish(self) -> None:
         """The best checkpoint: its test scores, the export, the curves and the card."""
-        saved = self.made.described(checkpoint.load_model(self.folder))
+        saved = self._best()
         if self.made.scores("test"):
             flat, _ = step.split(saved.params, lambda path: True)
             self.state = self.state.replace(
@@ -272,7 +301,17 @@ class Run:
                     **self.made.weights_scored(),
                 }
             )
-        export.write_folder(self.folder / run_folder.EXPORT, saved, self.made.cfg, saved.meta.facts)
-        curves.draw(self.folder)
-        card.write(self.folder, saved)
-        run_folder.mark_finished(self.folder, self.step)
+        if self.hosts.is_first:
+            target = self.folder / run_folder.EXPORT
+            export.write_folder(target, saved, self.made.cfg, saved.meta.facts)
+            curves.draw(self.folder)
+            card.write(self.folder, saved)
+            run_folder.mark_finished(self.folder, self.step)
+
+    def _best(self) -> checkpoint.SavedModel:
+        """The best checkpoint, as the first host sees it."""
+        if self.hosts.is_first:
+            saved = checkpoint.load_model(self.folder)
+            self.hosts.gather(saved.step)
+            return saved
+        return checkpoint.load_model(self.folder, self.hosts.gather(None)[0])

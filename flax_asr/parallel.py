@@ -34,7 +34,10 @@ class Devices:
     """
 
     def __init__(self, devices: Sequence[Any] | None = None):
-        self.devices = list(jax.devices() if devices is None else devices)
+        # Host by host, so that the rows of a host are one piece of the group.
+        self.devices = sorted(
+            jax.devices() if devices is None else devices, key=lambda device: device.process_index
+        )
         self.host_index = jax.process_index()
         self.host_count = jax.process_count()
         local = [d for d in self.devices if d.process_index == self.host_index]
@@ -130,13 +133,10 @@ def update(
     learning_rate: optax.Schedule,
     devices: Devices,
     ema_decay: float | None = None,
-    clips_an_update: int | None = None,
 ) -> Callable:
     """`step.update(state, sums) -> (state, sums, metrics)` over all devices; both are donated."""
     return jax.pmap(
-        functools.partial(
-            step.update, optimiser, learning_rate, ema_decay, clips_an_update=clips_an_update
-        ),
+        functools.partial(step.update, optimiser, learning_rate, ema_decay),
         axis_name=step.AXIS,
         in_axes=(None, 0),
         out_axes=(None, 0, None),
@@ -206,9 +206,23 @@ def compile_all(
     def one(key):
         started = time.monotonic()
         function, arguments = jobs[key]
-        compiled = function.lower(*arguments).compile()
+        compiled = function.lower(*_lowerable(arguments)).compile()
         report(key, time.monotonic() - started)
-        return compiled
+        return _one_at_a_time(compiled)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(jobs, pool.map(one, jobs), strict=True))
+
+
+def _lowerable(arguments: PyTree) -> PyTree:
+    """Shapes as pmap lowers them: on several hosts it takes those over all devices only as such."""
+    if jax.process_count() == 1:
+        return arguments
+    return jax.tree.map(lambda s: jax.core.ShapedArray(s.shape, s.dtype), arguments)
+
+
+def _one_at_a_time(compiled: Callable) -> Callable:
+    """On CPUs of several hosts, waits for every result: steps in flight may block one another."""
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return compiled
+    return lambda *arguments: jax.block_until_ready(compiled(*arguments))

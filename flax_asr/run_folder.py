@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -16,7 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_asr import checkpoint, config, errors, runlog
+import flax_asr
+from flax_asr import checkpoint, config, errors
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,13 @@ LENGTHS = ("train.max_steps", "train.num_train_epochs")
 
 UNSET = "not set"
 """Stands for what a mapping such as model.config does not have."""
+
+
+OWN_TO_A_HOST = frozenset(
+    "output_dir data.source data.prepared_dir data.num_workers model.pretrained"
+    " text.vocabulary".split()
+)
+"""Where the same things are: may have another name on each host. What is there is compared."""
 
 
 @contextlib.contextmanager
@@ -94,6 +103,13 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> checkpoin
     for name, (a, b) in changes.items():
         logger.info("going on with %s %r (was %r)", name, b, a)
     return checkpoint.read_meta(folder, step)
+
+
+def same_on_all_hosts(cfg: config.Config) -> dict[str, Any]:
+    """What hosts that train together must have in common before they begin."""
+    settings = {n: v for n, v in config.flat(cfg).items() if n not in OWN_TO_A_HOST}
+    versions = {"flax_asr": flax_asr.__version__, "jax": importlib.metadata.version("jax")}
+    return settings | versions
 
 
 def differences(old: config.Config, new: config.Config) -> dict[str, tuple[Any, Any]]:
@@ -186,17 +202,6 @@ def is_finished(folder: Path, past: checkpoint.Meta, asked: config.Config) -> bo
     marked = folder / FINISHED
     written = (folder / CARD).is_file() and (folder / EXPORT / "config.json").is_file()
     return written and marked.is_file() and marked.read_text().strip() == str(past.step)
-
-
-def evaluated(folder: Path, step: int) -> bool:
-    """Whether the log has the scores of this step."""
-    return any("eval_clips" in event and event["step"] == step for event in runlog.read(folder))
-
-
-def best_score(folder: Path, name: str) -> float:
-    """The lowest `name` that the log has, infinity where it has none."""
-    scores = [event[name] for event in runlog.read(folder) if name in event]
-    return min(scores, default=float("inf"))
 
 
 def check_data(past: checkpoint.Meta, splits: Mapping[str, Mapping[str, Any]]) -> None:

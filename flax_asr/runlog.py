@@ -20,19 +20,21 @@ class RunLog:
         run: the run folder.
         keep: the events after so many are dropped: a resumed run writes them again.
         after: the step that the run goes on after.
+        writes: whether this host writes; the others only remember.
 
     Attributes:
-        events: how many the log has.
+        events: all of them, oldest first.
     """
 
-    def __init__(self, run: Path, keep: int, after: int):
-        self._path = run / FILE
-        kept = read(run)[:keep]
-        self.events = len(kept)
-        unfinished = self._path.with_name(f".{FILE}.unfinished")
-        self._write(unfinished, "w", kept)
-        unfinished.replace(self._path)
+    def __init__(self, run: Path, keep: int, after: int, writes: bool = True):
+        self._path, self._writes = run / FILE, writes
+        self.events = read(run)[:keep]
         self._board = None
+        if not writes:
+            return
+        unfinished = self._path.with_name(f".{FILE}.unfinished")
+        self._write(unfinished, "w", self.events)
+        unfinished.replace(self._path)
         if importlib.util.find_spec("tensorboardX") is not None:
             from tensorboardX import SummaryWriter
 
@@ -56,12 +58,21 @@ class RunLog:
             for name, value in event.items()
             if not isinstance(value, float) or math.isfinite(value)
         }
-        self._write(self._path, "a", [finite])
-        self.events += 1
+        if self._writes:
+            self._write(self._path, "a", [finite])
+        self.events.append(finite)
         if self._board is not None:
             for name, value in finite.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, event["step"])
+
+    def evaluated(self, step: int) -> bool:
+        """Whether it has the scores of this step."""
+        return any("eval_clips" in event and event["step"] == step for event in self.events)
+
+    def best(self, name: str) -> float:
+        """The lowest `name` that it has, infinity where it has none."""
+        return min((e[name] for e in self.events if name in e), default=float("inf"))
 
     def close(self) -> None:
         if self._board is not None:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 STATUS = 75
@@ -17,13 +17,17 @@ class Stop:
     another thread could not be broken off in any other way. Inside, the signal is noted for the
     loop to see, and a second one ends the process.
 
+    Args:
+        leave: ends the process with a status, having told others why.
+
     Attributes:
         asked: a signal has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leave: Callable[[int, str], None] | None = None) -> None:
         self.asked = False
         self._deferred = False
+        self._leave = leave or (lambda status, message: os._exit(status))
 
     def __enter__(self) -> "Stop":
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -42,20 +46,28 @@ class Stop:
         finally:
             self._deferred = False
 
+    def obey(self) -> None:
+        """Ends the process if a signal came after the last look."""
+        if self.asked:
+            self._end("stopped. Run the same command to go on.")
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not self._deferred:
-            _say(f"{name}: stopped. Run the same command to go on.")
-            os._exit(STATUS)
+            self._end(f"{name}: stopped. Run the same command to go on.")
         if self.asked:
-            _say(
+            self._end(
                 f"{name} again: stopped at once. Run the same command to go on from what is saved."
             )
-            os._exit(STATUS)
         self.asked = True
-        _say(f"{name}: finishing this update, then saving.")
+        say(f"{name}: finishing this update, then saving.")
+
+    def _end(self, message: str) -> None:
+        say(message)
+        self._leave(STATUS, message)
 
 
-def _say(message: str) -> None:
-    # Not print: the signal may have come in the middle of another line of the same stream.
+def say(message: str) -> None:
+    """A line on standard error, from a signal's handler or a thread."""
+    # Not print: it may have come in the middle of another line of the same stream.
     os.write(2, f"\n{message}\n".encode())

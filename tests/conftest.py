@@ -9,3 +9,31 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import fcntl
+
+import pytest
+import small_training
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The same one for all workers of pytest-xdist, with an uninterrupted run in it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    place = small_training.Place(folder / "place")
+    place.folder.mkdir(exist_ok=True)
+    with open(folder / "place.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place.folder / "whole").exists():
+            small_training.corpus(place.folder)
+            output = place.finish(place.folder / "whole", in_pytorch=True)
+            assert "logits in PyTorch differ by at most" in output
+    return place
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """An uninterrupted run; not to be changed."""
+    return place.folder / "whole"

@@ -1,5 +1,6 @@
 """A whole training run that takes seconds: a corpus in Common Voice's form and a tiny model."""
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import soundfile
 
-from flax_asr import __main__, audio, checkpoint, export, parallel, runlog
+from flax_asr import __main__, audio, checkpoint, export, multihost, parallel, runlog
 
 CLIPS = {"train": 16, "dev": 4, "test": 5}
 UPDATES = 8
@@ -104,6 +105,8 @@ class Process:
         cache: where compiled programs are kept, of however little work.
         devices: how many fake ones.
         in_pytorch: whether the export is compared with PyTorch, which takes seconds.
+        environment: further variables.
+        lost_seconds: after how long another host counts as lost.
     """
 
     def __init__(
@@ -113,13 +116,17 @@ class Process:
         cache: pathlib.Path,
         devices: int = 2,
         in_pytorch: bool = False,
+        environment: dict[str, str] | None = None,
+        lost_seconds: float = multihost.LOST_SECONDS,
     ):
         self._output = output
         output.write_text("")
         fork = multiprocessing.get_context("forkserver")
         fork.set_forkserver_preload(["flax_asr.loop", "small_training"])
         self._process = fork.Process(
-            target=_main, args=(arguments, str(output), str(cache), devices, in_pytorch)
+            target=_main,
+            args=(arguments, str(output), str(cache), devices, in_pytorch),
+            kwargs={"environment": environment or {}, "lost_seconds": lost_seconds},
         )
         self._process.start()
 
@@ -159,7 +166,17 @@ class Process:
         return self._process.exitcode
 
 
-def _main(arguments: list[str], output: str, cache: str, devices: int, in_pytorch: bool) -> None:
+def _main(
+    arguments: list[str],
+    output: str,
+    cache: str,
+    devices: int,
+    in_pytorch: bool,
+    environment: dict[str, str],
+    lost_seconds: float,
+) -> None:
+    os.environ.update(environment)
+    multihost.LOST_SECONDS = lost_seconds
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
@@ -168,7 +185,9 @@ def _main(arguments: list[str], output: str, cache: str, devices: int, in_pytorc
     share_compiled(cache)
     if not in_pytorch:
         without_torch()
-    sys.exit(__main__.main(arguments))
+    status = __main__.main(arguments)
+    atexit._run_exitfuncs()  # as the interpreter does, and multiprocessing does not
+    sys.exit(status)
 
 
 def without_torch() -> None:
@@ -185,6 +204,32 @@ def share_compiled(cache: str) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
     parallel.keep_compiled = keep
+
+
+class Place:
+    """Where runs are: one corpus, one cache of compiled programs."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.source = folder / "cv-corpus-1"
+        self.cache = folder / "compiled"
+
+    def command(self, run: pathlib.Path, *more: str) -> list[str]:
+        return command(self.source, run, *more)
+
+    def start(self, run: pathlib.Path, *more: str, cache=None, **how):
+        return Process(
+            self.command(run, *more),
+            run.with_name(f"{run.name}.txt"),
+            cache or self.cache,
+            **how,
+        )
+
+    def finish(self, run: pathlib.Path, *more: str, **how) -> str:
+        """Runs to the end; gives the output."""
+        process = self.start(run, *more, **how)
+        assert process.end() == 0, process.output
+        return process.output
 
 
 def log(folder: pathlib.Path) -> list[dict]:

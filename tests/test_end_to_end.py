@@ -1,8 +1,6 @@
 """Whole runs of the command line: what they leave, and what stopping them at any moment costs."""
 
-import fcntl
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -34,62 +32,11 @@ RUN_FILES = {
 }
 LOGGED = (
     "step epoch loss learning_rate grad_norm loss_scale skipped_steps infeasible_clips"
-    " blank_fraction padding audio_seconds_per_second data_wait_seconds time phase compilations"
+    " blank_fraction padding audio_seconds_per_second data_wait_seconds time compilations"
 ).split()
-EXPECTED = "step epoch expected_first_loss plateau_loss unigram_entropy".split()
 SCORED = (
-    "loss wer cer clips cer_low cer_high wer_low wer_high infeasible_clips blank_fraction"
-    " release hash rule"
-).split()
-
-
-class Place:
-    """Where the runs of this file are: one corpus, one cache of compiled programs."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        self.source = folder / "cv-corpus-1"
-        self.cache = folder / "compiled"
-
-    def command(self, run: pathlib.Path, *more: str) -> list[str]:
-        return small_training.command(self.source, run, *more)
-
-    def start(self, run: pathlib.Path, *more: str, cache=None, **how):
-        return small_training.Process(
-            self.command(run, *more),
-            run.with_name(f"{run.name}.txt"),
-            cache or self.cache,
-            **how,
-        )
-
-    def finish(self, run: pathlib.Path, *more: str, **how) -> str:
-        """Runs to the end; gives the output."""
-        process = self.start(run, *more, **how)
-        assert process.end() == 0, process.output
-        return process.output
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """The same one for all workers of pytest-xdist, with an uninterrupted run in it."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    place = Place(folder / "place")
-    place.folder.mkdir(exist_ok=True)
-    with open(folder / "place.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (place.folder / "whole").exists():
-            small_training.corpus(place.folder)
-            output = place.finish(place.folder / "whole", in_pytorch=True)
-            assert "logits in PyTorch differ by at most" in output
-    return place
-
-
-@pytest.fixture(scope="module")
-def whole(place):
-    """An uninterrupted run; not to be changed."""
-    return place.folder / "whole"
+    "loss wer cer clips cer_low cer_high wer_low wer_high infeasible_clips blank_fraction".split()
+)
 
 
 def test_a_run_leaves_every_file(whole):
@@ -100,7 +47,7 @@ def test_a_run_leaves_every_file(whole):
 
 
 def test_the_log_has_these_keys_and_no_others(whole):
-    kinds = {"loss": LOGGED, "plateau_loss": EXPECTED}
+    kinds = {"loss": LOGGED}
     kinds["eval_loss"] = ["step", "epoch", *(f"eval_{name}" for name in SCORED)]
     kinds["test_loss"] = ["step", "best_step", *(f"test_{name}" for name in SCORED)]
     found = {name: [] for name in kinds}
@@ -108,12 +55,7 @@ def test_the_log_has_these_keys_and_no_others(whole):
         (kind,) = kinds.keys() & event.keys()
         assert list(event) == kinds[kind]
         found[kind].append(event["step"])
-    assert found == {
-        "plateau_loss": [0],
-        "loss": [2, 4, 6, 8],
-        "eval_loss": [4, 8],
-        "test_loss": [8],
-    }
+    assert found == {"loss": [2, 4, 6, 8], "eval_loss": [4, 8], "test_loss": [8]}
 
 
 def test_nothing_is_compiled_after_the_warm_up(whole):
@@ -154,8 +96,8 @@ def test_the_export_says_the_same_in_pytorch(place, whole):
         inputs = extractor(audio, sampling_rate=rate, return_tensors="pt")
         with torch.inference_mode():
             ids = model(**inputs).logits.argmax(-1)[0]
-        # The unknown symbol too, which a model this young says now and then.
-        assert tokenizer.decode(ids) == line["hypothesis"]
+        # transformers writes the unknown symbol out; a model this young says it now and then.
+        assert tokenizer.decode(ids).replace("[UNK]", "").split() == line["hypothesis"].split()
 
 
 def test_the_same_command_again_says_finished_and_writes_nothing(place, whole, tmp_path):
@@ -193,25 +135,7 @@ def test_another_number_of_devices_and_more_updates_go_on(place, tmp_path):
     # The log of an extended run is that of a longer run.
     assert [e["step"] for e in runlog.read(run) if "best_step" in e] == [8]
     assert checkpoint.read_meta(run, 8).group_rows == 4
-    card = (run / "README.md").read_text()
-    assert "made longer after update 4, when 4 were planned" in card
-    assert "- training_steps: 8" in card
     assert "is finished: 8 updates" in place.finish(run)
-
-
-def test_a_finished_run_is_fine_tuned_further_and_its_card_tells(here, whole, tmp_path):
-    run = tmp_path / "run"
-    assert here(run, f"--model.pretrained={whole}", "--train.max_steps=2") == 0
-    best = checkpoint.load_model(whole).step
-    card = (run / "README.md").read_text()
-    assert (
-        f"- Before, 1: from random weights, {best} updates on cv-corpus-1 cy; head: fresh" in card
-    )
-    assert "- Started from: whole; head: kept" in card
-    facts = json.loads((run / "export" / "flax_asr.json").read_text())
-    assert [ancestor["updates"] for ancestor in facts["lineage"]] == [best]
-    # A head that knows something has no first loss to expect.
-    assert "expected_first_loss" not in runlog.read(run)[0]
 
 
 def killed(place, whole, run, rng, kills: int) -> int:
@@ -257,7 +181,7 @@ def test_a_kill_in_mid_save_changes_nothing(place, whole, tmp_path):
 def test_sigterm_saves_and_the_same_command_goes_on(place, whole, tmp_path):
     run = tmp_path / "run"
     process = place.start(run)
-    process.wait_for(lambda: len(runlog.read(run)) > 1)
+    process.wait_for(lambda: len(runlog.read(run)) > 0)
     process.signal(signal.SIGTERM)
     assert process.end() == 75
     assert "SIGTERM: finishing this update, then saving." in process.output
@@ -366,7 +290,7 @@ def test_bad_numbers_are_skipped_counted_and_in_a_row_stop_the_run(
     assert all(0 < float(figure) < np.inf for figure in found.groups())
     named = re.search(r"was step 8 with the clips (.*?)\. Nothing", message)[1].split(", ")
     assert len({clip for clip in named if clip.startswith("common_voice_cy_")}) == 8
-    events = [event for event in runlog.read(run) if "loss" in event]
+    events = runlog.read(run)
     assert [event["skipped_steps"] for event in events] == [0, 1, 1]
     saved = checkpoint.load_model(run)
     assert saved.step == 6

@@ -19,7 +19,7 @@ import sys
 
 import pytest
 
-from flax_asr import __main__, config, options
+from flax_asr import __main__, cluster, config, multihost, options
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -189,10 +189,13 @@ def test_every_command_that_works_is_in_the_documents():
         assert shown or not exists, f"flax-asr {command} is in no document"
 
 
-def test_several_hosts_are_called_missing_as_long_as_they_are():
-    source = "".join(p.read_text("utf-8") for p in (ROOT / "flax_asr").rglob("*.py"))
-    exists = "distributed.initialize" in source
-    assert ("**Not in this version.**" in (ROOT / "docs/tpu.md").read_text("utf-8")) != exists
+def test_the_limits_among_several_hosts_are_those_of_the_code():
+    page = (ROOT / "docs" / "several_hosts.md").read_text("utf-8")
+    assert f"not heard of for {multihost.LOST_SECONDS:.0f} seconds" in page
+    assert f"after {cluster.LOST_SECONDS} seconds if its machine is gone" in page
+    assert f"does not start within {cluster.JOINING_SECONDS} seconds" in page
+    variables = set(re.findall(r"JAX_(?:COORDINATOR|NUM|PROCESS)_\w+", page))
+    assert variables == set(cluster._VARIABLES)
 
 
 # Tables that repeat the code

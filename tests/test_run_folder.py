@@ -332,18 +332,3 @@ def test_what_a_kill_left_half_written_is_swept(folder, unfinished):
     (folder / ".config.yaml.unfinished").write_text("seed:")
     run_folder.sweep(folder)
     assert sorted(folder.rglob("*")) == before
-
-
-def test_scores_are_found_in_the_log(folder):
-    folder.mkdir()
-    events = [
-        {"step": 2, "loss": 1.0},
-        {"step": 2, "eval_clips": 3, "eval_cer": 0.5},
-        {"step": 4, "eval_clips": 3, "eval_cer": 0.25},
-        {"step": 4, "best_step": 4, "test_cer": 0.125},
-    ]
-    (folder / runlog.FILE).write_text("".join(json.dumps(event) + "\n" for event in events))
-    assert run_folder.evaluated(folder, 2)
-    assert not run_folder.evaluated(folder, 3)
-    assert run_folder.best_score(folder, "eval_cer") == 0.25
-    assert run_folder.best_score(folder, "eval_wer") == float("inf")

@@ -29,10 +29,10 @@ def test_events_after_those_of_the_checkpoint_are_dropped(tmp_path):
     log = runlog.RunLog(tmp_path, 0, after=0)
     for step in (2, 4, 4, 6):
         log.append({"step": step})
-    assert log.events == 4
+    assert len(log.events) == 4
     resumed = runlog.RunLog(tmp_path, 3, after=4)
     resumed.append({"step": 5})
-    assert resumed.events == 4
+    assert len(resumed.events) == 4
     assert [event["step"] for event in runlog.read(tmp_path)] == [2, 4, 4, 5]
 
 
@@ -95,3 +95,25 @@ def events_of(content: bytes):
         event.ParseFromString(content[place + 12 : place + 12 + length])
         yield event
         place += 16 + length
+
+
+def test_scores_are_found_in_the_log(tmp_path):
+    log = runlog.RunLog(tmp_path, 0, after=0)
+    log.append({"step": 2, "loss": 1.0})
+    log.append({"step": 2, "eval_clips": 3, "eval_cer": 0.5})
+    log.append({"step": 4, "eval_clips": 3, "eval_cer": 0.25})
+    log.append({"step": 4, "best_step": 4, "test_cer": 0.125})
+    assert log.evaluated(2)
+    assert not log.evaluated(3)
+    assert log.best("eval_cer") == 0.25
+    assert log.best("eval_wer") == float("inf")
+
+
+def test_a_log_that_is_not_written_remembers_the_same(tmp_path):
+    log = runlog.RunLog(tmp_path, 0, after=0)
+    log.append({"step": 1, "eval_cer": 0.5})
+    other = runlog.RunLog(tmp_path, 1, after=1, writes=False)
+    log.append({"step": 2, "eval_cer": 0.25, "loss": float("nan")})
+    other.append({"step": 2, "eval_cer": 0.25, "loss": float("nan")})
+    assert other.events == log.events
+    assert len(lines(tmp_path)) == 2

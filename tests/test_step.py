@@ -195,10 +195,11 @@ def test_filler_rows_change_nothing():
     _assert_equal(_gradients(config, params, [group]), _gradients(config, params, [filled]))
 
 
-def test_replicas_are_bit_equal_after_training():
+@pytest.mark.parametrize("updates", [10, pytest.param(500, marks=pytest.mark.slow)])
+def test_replicas_are_bit_equal_after_training(updates):
     config, _, params = _model(hidden_dropout=0.1, mask_time_prob=0.3, mask_time_length=2)
     trainer = small_run.Trainer(small_run.objective(config), params, devices=2, optim=OPTIM)
-    for seed in range(10):
+    for seed in range(updates):
         trainer.update(small_run.batch(4, seed, config.vocab_size))
     for leaf in jax.tree.leaves(trainer.state):
         first, second = (np.asarray(shard.data) for shard in leaf.addressable_shards)

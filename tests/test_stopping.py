@@ -63,3 +63,14 @@ def test_afterwards_the_signals_are_as_they_were():
                 pass
         assert stop.asked
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_signal_after_the_last_look_is_obeyed():
+    left = []
+    with stopping.Stop(lambda status, message: left.append((status, message))) as stop:
+        with stop.deferred():
+            stop.obey()
+            signal.raise_signal(signal.SIGTERM)
+        assert left == []
+        stop.obey()
+    assert left == [(75, "stopped. Run the same command to go on.")]

@@ -1,5 +1,6 @@
 """A run before its first update: data, model, batch plan, optimiser, and its compiled steps."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,16 +11,18 @@ import jax
 import flax_asr
 from flax_asr import (
     checkpoint,
+    compat,
     config,
     experiment,
+    forecast,
     multihost,
     optim,
     parallel,
     progress,
     run_folder,
     step,
+    text,
 )
-from flax_asr.data import buckets
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +62,14 @@ class Assembly:
             if scored
             else experiment.Shapes((), ())
         )
-        self.plan = buckets.TrainPlan(
-            self.corpus.train.samples,
-            self.train_shapes.samples,
-            self.group_rows,
-            cfg.train.global_batch_size // self.group_rows,
-            cfg.seed,
+        self.semantics = compat.of(cfg)
+        self.plan = experiment.train_plan(
+            cfg, self.corpus.train, self.train_shapes.samples, self.group_rows
         )
         self.updates = experiment.total_updates(cfg.train, self.plan.updates_per_epoch)
+        self.expected = forecast.losses(
+            self.corpus.train, start.model_config, self.corpus.vocabulary.size
+        )
         self._learning_rate = optim.schedule(cfg.optim, self.updates)
         self._optimiser = optim.adamw(cfg.optim, self._learning_rate)
 
@@ -85,6 +88,11 @@ class Assembly:
         """Whether there are `eval` or `test` examples."""
         return which in self.corpus.scored()
 
+    @property
+    def fresh_head(self) -> bool:
+        """Whether the run began with a head that knew nothing."""
+        return self.start.facts["head"].startswith("fresh")
+
     def weights_scored(self) -> dict[str, str]:
         """For the log: which weights a score is of, where they are not simply the last ones."""
         return {} if self.cfg.optim.ema_decay is None else {"weights": "average"}
@@ -100,8 +108,23 @@ class Assembly:
             )
         if cfg.train.mixed_precision == "fp16" and self.devices.platform == "tpu":
             yield "TPUs compute in bf16: train.mixed_precision fp16 only adds a loss scale."
-        if self.start.facts["head"].startswith("fresh") and warmup == 0:
+        if self.fresh_head and warmup == 0:
             yield "a fresh head without warm-up can ruin the encoder; set optim.warmup_steps."
+        if cfg.text.normalization is None and self.corpus.normalizer.is_default:
+            yield (
+                f"no rule is written for the language {cfg.data.language}: its transcripts get the"
+                " default. See what `flax-asr prepare` says that it changes, or write"
+                " text.normalization."
+            )
+        for name, data in self.corpus.scored().items():
+            lacking = self.corpus.vocabulary.lacks(data.references)
+            if lacking:
+                yield (
+                    f"{len(lacking)} characters of the {name} clips have no symbol, as training"
+                    f" does not have them; in {lacking.total()} places of"
+                    f" {sum(map(len, data.references))}, each of which is an error:"
+                    f" {text.shown(lacking)}"
+                )
 
     def state_shapes(self) -> step.TrainState:
         """Shapes and places of the state."""
@@ -134,7 +157,11 @@ class Assembly:
             batch = devices.batch_shapes(train.per_device_train_batch_size, samples, tokens)
             jobs["accumulate", samples] = (accumulate, (state, sums, batch))
         update = parallel.update(
-            self._optimiser, self._learning_rate, devices, self.cfg.optim.ema_decay
+            self._optimiser,
+            self._learning_rate,
+            devices,
+            self.cfg.optim.ema_decay,
+            clips_an_update=train.global_batch_size if self.semantics.leaks else None,
         )
         jobs["update", 0] = (update, (state, sums))
         for samples, tokens in reversed(list(self.eval_shapes)):
@@ -142,9 +169,10 @@ class Assembly:
             jobs["evaluate", samples] = (evaluate, (params, batch))
         parallel.keep_compiled(folder)
         logger.info(
-            "%d updates of %d clips; %d programs to compile, the largest first",
+            "%d updates of %d clips, %d an epoch; %d programs to compile, the largest first",
             self.updates,
             train.global_batch_size,
+            self.plan.updates_per_epoch,
             len(jobs),
         )
         with progress.Progress(len(jobs), "compiling", "programs") as bar:
@@ -169,9 +197,26 @@ class Assembly:
                 **self.start.facts,
                 "flax_asr": flax_asr.__version__,
                 "updates": self.updates,
+                "extensions": self._extensions(),
                 "splits": self._splits(),
             },
         )
+
+    def described(self, saved: checkpoint.SavedModel) -> checkpoint.SavedModel:
+        """A checkpoint with what the run is now: it may be older than the run's last extension."""
+        facts = saved.meta.facts | {"updates": self.updates, "extensions": self._extensions()}
+        meta = dataclasses.replace(saved.meta, run=config.as_dict(self.cfg), facts=facts)
+        return dataclasses.replace(saved, meta=meta)
+
+    def _extensions(self) -> list[dict[str, int]]:
+        """Where a run was made longer: after which update, and how many were planned until then."""
+        if self.past is None:
+            return []
+        facts = self.past.facts
+        before = facts.get("extensions", [])
+        if facts["updates"] == self.updates:
+            return before
+        return [*before, {"after": self.past.step, "planned": facts["updates"]}]
 
     def _splits(self) -> dict[str, dict[str, Any]]:
         """Release, hash and size of what is trained on and scored."""

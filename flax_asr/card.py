@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flax_asr
-from flax_asr import checkpoint, config, curves, runlog, terminal, text
+from flax_asr import checkpoint, config, curves, lineage, runlog, terminal, text
 
 COLUMNS = {
     "eval_loss": "Validation Loss",
@@ -29,7 +29,7 @@ PACKAGES = {
     "NumPy": "numpy",
 }
 _TASK = ("automatic-speech-recognition", "Automatic Speech Recognition")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 _UNSPACED_REASON = (
     "The character error rate (CER) is the figure to look at: the language is written without"
@@ -119,6 +119,7 @@ def scoring_rule(normalization: Any, spaced: bool, padded: bool = False) -> str:
         [
             "greedy, " + ("padded frames too" if padded else "real frames only"),
             "CER over code points, spaces " + ("counted" if spaced or padded else "not counted"),
+            "an unknown character is " + ('written "[UNK]"' if padded else "one error"),
             f"normalisation: {steps or 'none'}",
         ]
     )
@@ -170,7 +171,7 @@ def _scores(
     return {
         which: {
             name: float(figures[f"{which}_{name}"])
-            for name in ("loss", "wer", "cer")
+            for name in ("loss", "wer", "cer", "real_wer", "real_cer")
             if f"{which}_{name}" in figures
         }
         for which, figures in sources.items()
@@ -189,6 +190,17 @@ def _split_names(cfg: config.Config, which: str) -> str:
         "test": cfg.data.test_splits,
     }
     return "+".join(named[which])
+
+
+def _padded(scores: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether the error rates are those of the scripts of 2022."""
+    return any("real_cer" in figures for figures in scores.values())
+
+
+def _rule(
+    saved: checkpoint.SavedModel, cfg: config.Config, scores: Mapping[str, Mapping[str, float]]
+) -> str:
+    return scoring_rule(saved.normalization, _spaced(cfg), _padded(scores))
 
 
 def _metadata(
@@ -214,20 +226,20 @@ def _metadata(
             metric_type=metric,
             metric_name=f"{'Test' if which == 'test' else 'Validation'} {metric.upper()}",
             metric_value=round(figures[metric], 4),
+            metric_args={"rule": _rule(saved, cfg, scores)},
         )
         for which, figures in reversed(scores.items())
         for metric in metrics
         if metric in figures and math.isfinite(figures[metric])
     ]
-    base = saved.meta.facts["started_from"]
-    is_hub = base is not None and _HUB_ID.fullmatch(base) and not Path(base).exists()
+    base = _hub_model(saved.meta.facts)
     metadata = ModelCardData(
         language=[cfg.data.language],
         # That of Facebook's wav2vec 2.0 weights; of others' nothing is known here.
-        license="apache-2.0" if is_hub and base.startswith("facebook/wav2vec2-") else None,
+        license="apache-2.0" if (base or "").startswith("facebook/wav2vec2-") else None,
         library_name="transformers",
         pipeline_tag=_TASK[0],
-        base_model=base if is_hub else None,
+        base_model=base,
         tags=[_TASK[0], "common_voice", "generated_from_trainer", "wav2vec2", "jax"],
         datasets=["common_voice"],
         metrics=metrics,
@@ -243,14 +255,16 @@ def _introduction(
     cfg: config.Config,
     scores: Mapping[str, Mapping[str, float]],
 ) -> str:
-    base = saved.meta.facts["started_from"]
+    facts = saved.meta.facts
+    base, hub = facts["started_from"], _hub_model(facts)
+    link = f"[{hub}](https://huggingface.co/{hub})"
     if base is None:
         origin = "was trained from random weights"
-    elif _HUB_ID.fullmatch(base) and not Path(base).exists():
-        origin = f"is a fine-tuned version of [{base}](https://huggingface.co/{base})"
+    elif base == hub:
+        origin = f"is a fine-tuned version of {link}"
     else:
-        # Only the folder's name: the path is nobody's business.
-        origin = f"is a fine-tuned version of the local model {escape(Path(base).name)}"
+        origin = f"is a fine-tuned version of the local model {_called(base, None)}"
+        origin += f", which goes back to {link}," if hub is not None else ""
     release = saved.meta.facts["splits"]["train"]["release"]
     dataset = escape(f"COMMON_VOICE - {cfg.data.language.upper()}")
     lines = [f"This model {origin} on the {dataset} dataset ({escape(release)})."]
@@ -263,6 +277,11 @@ def _introduction(
                 for name in order
                 if name in scores[which]
             ]
+            lines += [
+                f"- {name.capitalize()} over real frames only: {scores[which][f'real_{name}']:.4f}"
+                for name in order
+                if f"real_{name}" in scores[which]
+            ]
             lines.append("")
     if set(cfg.data.eval_splits) & set(cfg.data.test_splits):
         lines.append(
@@ -273,26 +292,37 @@ def _introduction(
         lines.append("The evaluation set chose the checkpoint.")
     if not _spaced(cfg):
         lines.append(_UNSPACED_REASON)
-    rule = scoring_rule(saved.normalization, _spaced(cfg))
-    lines.append(f"Scored: {escape(rule)}.")
+    lines.append(f"Scored: {escape(_rule(saved, cfg, scores))}.")
+    if _padded(scores):
+        lines.append(
+            "**The error rates are those of the scripts of 2022**, which read the output over"
+            " padding too; over real frames only is what the model does to a clip by itself."
+        )
     return "\n".join(lines)
 
 
 def _description(saved: checkpoint.SavedModel) -> str:
     shape = saved.model_config
     facts = saved.meta.facts
-    base = facts["started_from"]
-    if base is None:
-        weights = "random"
-    else:
-        weights = escape(base if _HUB_ID.fullmatch(base) else Path(base).name)
+    earlier = lineage.parse(_earlier(facts))
+    told = {
+        f"Before, {number}": f"from {_called(run.started_from, run.revision)},"
+        f" {run.updates} updates on {escape(run.release)} {escape(run.language)};"
+        f" head: {escape(run.head)}"
+        for number, run in enumerate(earlier, 1)
+    }
+    extensions = facts.get("extensions", [])
+    longer = ", ".join(
+        f"made longer after update {int(e['after'])}, when {int(e['planned'])} were planned"
+        for e in extensions
+    )
     history = {
         "Architecture": f"wav2vec 2.0 with a CTC head, {shape.num_hidden_layers} layers of"
         f" {shape.hidden_size}, {saved.vocabulary.size} symbols",
-        "Started from": weights
-        + (f" at {escape(facts['revision'])}" if facts["revision"] else "")
-        + f"; head: {escape(facts['head'])}",
-        "This checkpoint": f"after {saved.step} updates",
+        **told,
+        "Started from": f"{_called(facts['started_from'], facts['revision'])};"
+        f" head: {escape(facts['head'])}",
+        "This checkpoint": f"after {saved.step} updates" + (f"; {longer}" if longer else ""),
     }
     decay = checkpoint.meta_config(saved.meta).optim.ema_decay
     if decay is not None:
@@ -301,6 +331,28 @@ def _description(saved: checkpoint.SavedModel) -> str:
             " scored, and what is exported"
         )
     return _bullets(history, ": ")
+
+
+def _called(started_from: str | None, revision: str | None) -> str:
+    """A model as it may be named to everyone: of a folder only its name, never the path."""
+    if started_from is None:
+        return "random weights"
+    if revision is None:
+        return escape(Path(started_from).name)
+    return f"{escape(started_from)} at {escape(revision)}"
+
+
+def _earlier(facts: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return facts.get("lineage", [])
+
+
+def _hub_model(facts: Mapping[str, Any]) -> str | None:
+    """The nearest model of the hub that the weights go back to; a folder has no revision."""
+    for run in [facts, *reversed(_earlier(facts))]:
+        name = run["started_from"]
+        if run["revision"] is not None and name is not None and _HUB_ID.fullmatch(name):
+            return name
+    return None
 
 
 def _data(saved: checkpoint.SavedModel, cfg: config.Config) -> str:

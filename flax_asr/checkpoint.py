@@ -63,7 +63,7 @@ class Meta:
     use_attention_mask: bool
     group_rows: int
     facts: dict[str, Any]
-    metrics: dict[str, float]
+    metrics: dict[str, float | str]
     window: dict[str, Any]
     log_events: int = 0
 
@@ -90,7 +90,7 @@ class SavedModel:
         return self.meta.step
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | str]:
         return self.meta.metrics
 
 

@@ -199,6 +199,8 @@ class TrainConfig:
         save_total_limit: how many of the latest checkpoints are kept, besides the best one.
         metric_for_best_model: which score of eval_splits chooses the best checkpoint.
         max_bad_updates: so many non-finite updates in a row stop the run.
+        compat: `hf-4.17` trains and scores as the Trainer and the speech recognition example of
+            transformers 4.17 did (docs/compat.md).
     """
 
     num_train_epochs: float = 3.0
@@ -215,6 +217,7 @@ class TrainConfig:
     save_total_limit: int = 3
     metric_for_best_model: Literal["cer", "wer", "loss"] = "cer"
     max_bad_updates: int = 10
+    compat: Literal["hf-4.17"] | None = None
 
     def __post_init__(self):
         _above("train.num_train_epochs", self.num_train_epochs, 0)

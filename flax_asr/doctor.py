@@ -6,10 +6,9 @@ cannot do is a finding, and the others go on without it.
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,12 +29,11 @@ from flax_asr import (
     run_folder,
     survey,
     terminal,
-    text,
     trial,
     vocabulary,
     workload,
 )
-from flax_asr.data import buckets, examples, pool
+from flax_asr.data import buckets, pool
 from flax_asr.models import wav2vec2
 
 READ_SECONDS = 12.0
@@ -154,44 +152,18 @@ class Examination:
         self, start: experiment.Origin, splits: dict[str, survey.Split]
     ) -> experiment.Corpus:
         """As `experiment.corpus`, of the clips whose length is known."""
-        cfg, data = self.cfg, self.cfg.data
-        normalizer = text.normalizer(cfg.text.normalization or data.language)
-        train = [splits[name] for name in data.train_splits]
-        sentences = [sentence for split in train for sentence in split.heeded_sentences()]
-        written = [normalizer(sentence) for sentence in sentences]
-        if cfg.text.vocabulary is not None:
-            found = vocabulary.Vocabulary.from_folder(cfg.text.vocabulary)
-        else:
-            found = vocabulary.Vocabulary.from_transcripts(written, min_count=cfg.text.min_count)
-            if experiment.keeps_head(cfg.model, start, found):
-                found = start.vocabulary
         for split in splits.values():
             survey.require_clips(split)
-        build = functools.partial(
-            examples.build,
-            normalize=normalizer,
-            vocabulary=found,
-            frame_lengths=functools.partial(wav2vec2.frame_lengths, start.model_config),
-            seed=cfg.seed,
+        corpus = experiment.gather(
+            self.cfg,
+            start,
+            splits,
+            heeded=survey.Split.heeded_sentences,
+            usable=survey.Split.judged,
         )
-        scored = dict.fromkeys((*data.eval_splits, *data.test_splits))
-        held_out = [splits[name] for name in scored if name not in data.train_splits]
-
-        def some(names: Sequence[str], **options: Any) -> examples.Examples | None:
-            return build([splits[name].judged() for name in names], **options) if names else None
-
-        corpus = experiment.Corpus(
-            normalizer=normalizer,
-            vocabulary=found,
-            train=some(
-                data.train_splits,
-                exclude=held_out if "validated" in data.train_splits else (),
-                max_clips=data.max_train_clips,
-            ),
-            eval=some(data.eval_splits, max_clips=data.max_eval_clips),
-            test=some(data.test_splits, max_clips=data.max_eval_clips),
-        )
-        self._text(corpus, sentences, "".join(written))
+        train = [splits[name] for name in self.cfg.data.train_splits]
+        sentences = [sentence for split in train for sentence in split.heeded_sentences()]
+        self._text(corpus, sentences, "".join(map(corpus.normalizer, sentences)))
         return corpus
 
     def _text(self, corpus: experiment.Corpus, sentences: list[str], written: str) -> None:
@@ -212,7 +184,7 @@ class Examination:
             rows = len(data) + len(data.left_out)
             self.findings += findings.left_out(data.left_out, rows, f"the {name} splits")
             said = Counter("".join(data.references))
-            strange = {c: n for c, n in said.items() if _unknown(corpus.vocabulary, c)}
+            strange = corpus.vocabulary.lacks(data.references)
             self.findings += findings.unknown(name, strange, sum(said.values()))
 
     def _shapes(self, start: experiment.Origin, corpus: experiment.Corpus) -> trial.Asked:
@@ -302,16 +274,13 @@ class Examination:
     ) -> None:
         cfg = run_folder.resolve(self.cfg, devices.count)
         rows = devices.count * cfg.train.per_device_train_batch_size
-        plan = buckets.TrainPlan(
-            corpus.train.samples,
-            [shape["samples"] for shape in self.facts["shapes"]],
-            rows,
-            cfg.train.global_batch_size // rows,
-            cfg.seed,
-        )
+        shapes = [shape["samples"] for shape in self.facts["shapes"]]
+        plan = experiment.train_plan(cfg, corpus.train, shapes, rows)
         train = [splits[name] for name in cfg.data.train_splits]
         usable = survey.usable(corpus.train, train, cfg.data.max_train_clips)
-        updates_per_epoch = math.ceil(usable / cfg.train.global_batch_size)
+        updates_per_epoch = buckets.updates_per_epoch(
+            usable, plan.group_rows, plan.groups_per_update, plan.leaks
+        )
         updates = experiment.total_updates(cfg.train, updates_per_epoch)
         self.facts["batches"] = {
             "train_clips": usable,
@@ -429,10 +398,6 @@ def _sized(start: experiment.Origin, found: vocabulary.Vocabulary) -> experiment
     return dataclasses.replace(
         start, model_config=Wav2Vec2Config(**(start.model_config.to_dict() | sizes))
     )
-
-
-def _unknown(found: vocabulary.Vocabulary, character: str) -> bool:
-    return found.unknown is not None and found.unknown in found.encode(character)
 
 
 def _bytes(tree: Any) -> int:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -43,6 +43,9 @@ Forward = Callable[[loader.Batch], Sequence[np.ndarray]]
 """This host's rows of a group -> of the whole group: loss [rows], most likely symbol of each frame
 [rows frames], real frames [rows]."""
 
+_NO_CHARACTER = "\uffff"
+"""Stands for the unknown token where errors are counted: one character, and a wrong one."""
+
 FACTS = ("gender", "age", "accent")
 """What Common Voice may know about a speaker, and scores are told apart by."""
 
@@ -58,6 +61,14 @@ class Rate:
     @property
     def value(self) -> float:
         return self.counts.rate
+
+
+@dataclass(frozen=True)
+class PaddedScores:
+    """What the scripts of 2022 gave for the same outputs; they read the padding too."""
+
+    wer: Rate
+    cer: Rate
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,9 @@ class Scores:
         blank_fraction: share of the real frames where nothing is written.
         groups: the same by gender, age and accent, where that is known.
         spaced: whether the language separates words, so that spaces count and WER has a meaning.
+        release, hash: of the clips, as in `examples.Examples`.
+        rule: how the error rates came about.
+        padded: scored as the scripts of 2022 did, where that was asked for.
     """
 
     loss: float
@@ -93,25 +107,39 @@ class Scores:
     blank_fraction: float
     groups: tuple[GroupScores, ...]
     spaced: bool
+    release: str
+    hash: str
+    rule: str
+    padded: PaddedScores | None = None
 
-    def as_metrics(self, prefix: str) -> dict[str, float]:
-        """The figures as the log spells them: `PREFIX_loss`, `PREFIX_wer`, `PREFIX_cer`, ..."""
+    def as_metrics(self, prefix: str) -> dict[str, float | str]:
+        """The figures as the log spells them: `PREFIX_loss`, `PREFIX_wer`, `PREFIX_cer`, ...
+
+        Where padded ones were asked for, these are the error rates, and those over real frames
+        stand beside them as `PREFIX_real_wer` and `PREFIX_real_cer`.
+        """
+        wer, cer = (self.wer, self.cer) if self.padded is None else vars(self.padded).values()
         figures = {
             "loss": self.loss,
-            "wer": self.wer.value,
-            "cer": self.cer.value,
+            "wer": wer.value,
+            "cer": cer.value,
             "clips": self.clips,
-            "cer_low": self.cer.low,
-            "cer_high": self.cer.high,
-            "wer_low": self.wer.low,
-            "wer_high": self.wer.high,
+            "cer_low": cer.low,
+            "cer_high": cer.high,
+            "wer_low": wer.low,
+            "wer_high": wer.high,
             "infeasible_clips": self.infeasible,
             "blank_fraction": round(self.blank_fraction, 4),
+            "release": self.release,
+            "hash": self.hash,
+            "rule": self.rule,
         }
+        if self.padded is not None:
+            figures |= {"real_wer": self.wer.value, "real_cer": self.cer.value}
         return {f"{prefix}_{name}": value for name, value in figures.items()}
 
     def describe(self, name: str) -> str:
-        """One line for people."""
+        """A line for people, and one that says what was scored and how."""
         parts = [
             f"{name} CER {self.cer.value:.4f} (95 %: {self.cer.low:.4f} to {self.cer.high:.4f})",
             f"WER {self.wer.value:.4f}" + ("" if self.spaced else " (says little: no spaces)"),
@@ -121,7 +149,12 @@ class Scores:
         ]
         if self.infeasible:
             parts.append(f"{self.infeasible} clips without an alignment are not in the loss")
-        return ", ".join(parts)
+        if self.padded is not None:
+            parts.append(
+                "as the scripts of 2022 scored, with padded frames:"
+                f" CER {self.padded.cer.value:.4f}, WER {self.padded.wer.value:.4f}"
+            )
+        return f"{', '.join(parts)}\n  {self.release}, {self.hash[:16]}; {self.rule}"
 
     def table(self) -> str:
         """Groups of speakers, one a line; "" where nothing is known about them."""
@@ -139,12 +172,14 @@ class _Counts:
     characters: Int[np.ndarray, "rows 2"]
     words: Int[np.ndarray, "rows 2"]
     frames: Int[np.ndarray, "rows 2"]
+    padded_characters: Int[np.ndarray, "rows 2"]
+    padded_words: Int[np.ndarray, "rows 2"]
 
     @classmethod
     def empty(cls, rows: int) -> "_Counts":
         return cls(
             np.full(rows, np.nan),
-            *(np.full((rows, 2), -1, np.int32) for _ in range(3)),
+            *(np.full((rows, 2), -1, np.int32) for _ in range(5)),
         )
 
 
@@ -155,6 +190,7 @@ def score(
     writes: vocabulary.Vocabulary,
     *,
     language: str,
+    normalization: Sequence,
     seed: int,
     tokens: Sequence[int] | None = None,
     predictions: Path | None = None,
@@ -169,13 +205,15 @@ def score(
         plan: its batches.
         writes: the vocabulary of the model's head.
         language: tells whether words are separated by spaces; else spaces count for nothing.
+        normalization: the steps that made the references, to be named beside the score.
         seed: of the bootstrap.
         tokens: label width of each shape of the plan; by default what these examples need.
         predictions: where reference and hypothesis of each clip go, one JSON object a line; host 0
             writes it, whole or not at all.
         speakers: name the speaker there too. Common Voice asks not to spread what tells them apart.
-        padded: score as the scripts of 2022 did: the frames up to the longest clip of the batch
-            are read for every clip, and spaces always count.
+        padded: score as the scripts of 2022 did as well: the frames up to the longest clip of the
+            batch are read for every clip, every space counts, unknown characters of the reference
+            are "[UNK]" there, which the model can say.
     """
     spaced = not text.writes_without_spaces(language)
     counts = _Counts.empty(len(data))
@@ -192,27 +230,35 @@ def score(
             for place in np.flatnonzero(real):
                 row = int(group.rows[place])
                 frames = ids[place, : frame_lengths[place]]
-                heard = ids[place, :longest] if padded else frames
-                hypothesis = writes.decode(alignment.greedy_collapse(heard, writes.blank))
-                reference = data.references[row]
-                characters = metrics.character_errors(reference, hypothesis, spaced or padded)
+                labels = alignment.greedy_collapse(frames, writes.blank)
+                reference, hypothesis = data.references[row], writes.decode(labels, _NO_CHARACTER)
+                if writes.only_capitals:
+                    reference, hypothesis = reference.lower(), hypothesis.lower()
+                characters = metrics.character_errors(reference, hypothesis, spaced)
                 words = metrics.word_errors(reference, hypothesis)
                 counts.losses[row] = losses[place]
                 counts.characters[row] = characters.errors, characters.units
                 counts.words[row] = words.errors, words.units
                 counts.frames[row] = (frames == writes.blank).sum(), len(frames)
+                if padded:
+                    heard = alignment.greedy_collapse(ids[place, :longest], writes.blank)
+                    texts = writes.decode(data.labels(row)), writes.decode(heard)
+                    old = metrics.written_errors(*texts), metrics.word_errors(*texts)
+                    counts.padded_characters[row] = old[0].errors, old[0].units
+                    counts.padded_words[row] = old[1].errors, old[1].units
                 if lines is not None:
                     line = {
                         "id": data.ids[row],
-                        "reference": reference,
-                        "hypothesis": hypothesis,
+                        "reference": data.references[row],
+                        "hypothesis": writes.decode(labels),
                         "errors": characters.errors,
                         "units": characters.units,
                     }
                     line |= {"speaker": data.facts(row)["speaker"]} if speakers else {}
                     lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             bar.advance(int(real.sum()))
-    return _summary(counts, data, spaced, seed)
+    rule = card.scoring_rule(normalization, spaced, padded)
+    return _summary(counts, data, spaced, padded, rule, seed)
 
 
 @contextlib.contextmanager
@@ -233,7 +279,9 @@ def _lines(path: Path | None) -> Iterator[TextIO | None]:
     unfinished.replace(path)
 
 
-def _summary(counts: _Counts, data: examples.Examples, spaced: bool, seed: int) -> Scores:
+def _summary(
+    counts: _Counts, data: examples.Examples, spaced: bool, padded: bool, rule: str, seed: int
+) -> Scores:
     aligned = ~np.isposinf(counts.losses)
     return Scores(
         loss=float(counts.losses[aligned].mean()) if aligned.any() else float("inf"),
@@ -244,6 +292,14 @@ def _summary(counts: _Counts, data: examples.Examples, spaced: bool, seed: int) 
         blank_fraction=_pooled(counts.frames).rate,
         groups=tuple(_groups(counts, data)),
         spaced=spaced,
+        release=data.release,
+        hash=data.hash,
+        rule=rule,
+        padded=(
+            PaddedScores(_rate(counts.padded_words, seed), _rate(counts.padded_characters, seed))
+            if padded
+            else None
+        ),
     )
 
 
@@ -384,6 +440,7 @@ def _score_splits(
                 data,
                 writes=loaded.vocabulary,
                 language=cfg.data.language,
+                normalization=normalize.spec,
                 seed=cfg.seed,
                 tokens=shapes.tokens,
             )
@@ -391,21 +448,22 @@ def _score_splits(
             scores = scored(
                 plan=buckets.EvalPlan(data.samples, shapes.samples, rows), predictions=written
             )
-            rule = card.scoring_rule(normalize.spec, scores.spaced)
-            source = f"  {data.release}, {data.hash[:16]}; {rule}"
             caveats = f"  {_caveats(loaded, data)}{written}"
-            lines = (scores.describe(name), scores.table(), source, caveats)
-            terminal.show("\n".join(lines), people)
-            line = {"split": name, **scores.as_metrics("eval"), **_provenance(data), "rule": rule}
-            # `clips` is the name in the contract.
-            line["clips"] = line.pop("eval_clips")
+            terminal.show("\n".join((scores.describe(name), scores.table(), caveats)), people)
+            line = {"split": name, **scores.as_metrics("eval")}
+            for what in ("clips", "release", "hash", "rule"):
+                line[what] = line.pop(f"eval_{what}")
+            line |= {"seconds": round(data.seconds, 2), "left_out": data.left_out_summary()}
             line["groups"] = [dataclasses.asdict(group) for group in scores.groups]
             if legacy:
-                old = scored(plan=InOrder(data.samples, shapes.samples, rows), padded=True)
+                in_order = InOrder(data.samples, shapes.samples, rows)
+                old = scored(plan=in_order, padded=True).padded
+                rule = card.scoring_rule(normalize.spec, scores.spaced, padded=True)
                 line |= {"legacy_wer": old.wer.value, "legacy_cer": old.cer.value}
+                line["legacy_rule"] = rule
                 terminal.show(
                     f"  as the scripts of 2022 scored, padded in batches of {rows}: CER"
-                    f" {old.cer.value:.4f}, WER {old.wer.value:.4f}",
+                    f" {old.cer.value:.4f}, WER {old.wer.value:.4f}; {rule}",
                     people,
                 )
             write(line)
@@ -424,15 +482,6 @@ def _resolved(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.C
         raise errors.ConfigError("no split is named: give --data.test_splits NAME.")
     data = dataclasses.replace(cfg.data, train_splits=(), eval_splits=())
     return dataclasses.replace(cfg, data=data)
-
-
-def _provenance(data: examples.Examples) -> dict[str, Any]:
-    return {
-        "release": data.release,
-        "hash": data.hash,
-        "seconds": round(data.seconds, 2),
-        "left_out": data.left_out_summary(),
-    }
 
 
 def _caveats(loaded: loading.LoadedModel, data: examples.Examples) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import optax
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import checkpoint, config, errors, optim, step, text, vocabulary
+from flax_asr import checkpoint, compat, config, errors, lineage, optim, step, text, vocabulary
 from flax_asr.data import buckets, examples, loader, prepare
 from flax_asr.models import configuration, pretrained, wav2vec2, weights
 
@@ -76,7 +76,11 @@ def origin(model: config.ModelConfig) -> Origin:
         folder, revision = _pretrained_folder(model.pretrained)
         model_config = configuration.read(folder)
     configuration.override(model_config, _overrides(model))
-    facts = {"started_from": model.pretrained, "revision": revision}
+    facts = {
+        "started_from": model.pretrained,
+        "revision": revision,
+        "lineage": lineage.behind(folder) if folder is not None else [],
+    }
     return _described(model_config, folder, facts)
 
 
@@ -101,7 +105,11 @@ def resumed_origin(meta: checkpoint.Meta) -> Origin:
         vocabulary=vocabulary.Vocabulary.from_json(meta.vocabulary),
         do_normalize=meta.do_normalize,
         use_attention_mask=meta.use_attention_mask,
-        facts={name: meta.facts[name] for name in ("started_from", "revision", "head")},
+        facts={
+            name: meta.facts[name]
+            for name in ("started_from", "revision", "lineage", "head")
+            if name in meta.facts
+        },
     )
 
 
@@ -148,40 +156,118 @@ def corpus(cfg: config.Config, start: Origin) -> Corpus:
         ConfigError, DataError: what is asked for is not there.
     """
     cfg.require("data.source", "data.language")
-    splits = prepare.prepare(cfg)
+    return gather(cfg, start, prepare.prepare(cfg))
+
+
+def gather(
+    cfg: config.Config,
+    start: Origin,
+    splits: Mapping[str, Any],
+    *,
+    heeded: Callable[[Any], Iterable[str]] = lambda split: split.sentences,
+    usable: Callable[[Any], Any] = lambda split: split,
+) -> Corpus:
+    """The corpus of splits that are there.
+
+    Args:
+        cfg: of the run.
+        start: where its weights come from.
+        splits: by name, prepared ones or such as only were looked at.
+        heeded: the sentences of a split that the vocabulary is made of.
+        usable: what of a split has audio; the rest is only held out.
+
+    Raises:
+        ConfigError, DataError: nothing can be made of them.
+    """
     data = cfg.data
-    normalizer = text.normalizer(cfg.text.normalization or data.language)
-    train = [splits[name] for name in data.train_splits]
-    if cfg.text.vocabulary is not None:
-        found = vocabulary.Vocabulary.from_folder(cfg.text.vocabulary)
-    else:
-        found = vocabulary.Vocabulary.from_transcripts(
-            [normalizer(sentence) for split in train for sentence in split.sentences],
-            min_count=cfg.text.min_count,
-        )
-        if keeps_head(cfg.model, start, found):
-            found = start.vocabulary
-    build = functools.partial(
-        examples.build,
-        normalize=normalizer,
-        vocabulary=found,
-        frame_lengths=functools.partial(wav2vec2.frame_lengths, start.model_config),
-        seed=cfg.seed,
-    )
+    normalizer = compat.normalizer(cfg)
+
+    def texts(names: Sequence[str]) -> list[str]:
+        return [normalizer(sentence) for name in names for sentence in heeded(splits[name])]
+
+    found = _vocabulary(cfg, start, texts)
     scored_names = dict.fromkeys((*data.eval_splits, *data.test_splits))
     held_out = [splits[n] for n in scored_names if n not in data.train_splits]
-    exclude = held_out if "validated" in data.train_splits else ()
+
+    def build(names: Sequence[str], **options: Any) -> examples.Examples | None:
+        if not names:
+            return None
+        return examples.build(
+            [usable(splits[name]) for name in names],
+            normalize=normalizer,
+            vocabulary=found,
+            frame_lengths=functools.partial(wav2vec2.frame_lengths, start.model_config),
+            seed=cfg.seed,
+            between=(data.min_seconds, data.max_seconds) if compat.of(cfg).open_bounds else None,
+            **options,
+        )
+
     return Corpus(
         normalizer=normalizer,
         vocabulary=found,
-        train=build(train, exclude=exclude, max_clips=data.max_train_clips),
-        eval=_scored(build, splits, data.eval_splits, data.max_eval_clips),
-        test=_scored(build, splits, data.test_splits, data.max_eval_clips),
+        train=build(
+            data.train_splits,
+            exclude=held_out if "validated" in data.train_splits else (),
+            max_clips=data.max_train_clips,
+        ),
+        eval=build(data.eval_splits, max_clips=data.max_eval_clips),
+        test=build(data.test_splits, max_clips=data.max_eval_clips),
     )
 
 
-def _scored(build, splits, names: Sequence[str], max_clips: int | None):
-    return build([splits[n] for n in names], max_clips=max_clips) if names else None
+def _vocabulary(
+    cfg: config.Config, start: Origin, texts: Callable[[Sequence[str]], list[str]]
+) -> vocabulary.Vocabulary:
+    """What is asked for, the pretrained head's where that serves, or the characters of the text.
+
+    Args:
+        cfg: of the run.
+        start: where its weights come from.
+        texts: normalised transcripts of the splits of these names.
+
+    Raises:
+        ConfigError, DataError, ModelError: there is none, or it cannot write the transcripts.
+    """
+    data, semantics = cfg.data, compat.of(cfg)
+    if cfg.text.vocabulary is not None:
+        found = vocabulary.Vocabulary.from_folder(cfg.text.vocabulary)
+        _check_vocabulary(cfg.text.vocabulary, found, texts(data.train_splits))
+        return found
+    found = vocabulary.Vocabulary.from_transcripts(
+        texts([*data.train_splits, *(data.eval_splits if semantics.vocabulary_of_eval else ())]),
+        min_count=cfg.text.min_count,
+        layout=semantics.layout,
+    )
+    if cfg.text.min_count > 1:
+        rare = found.lacks(texts(data.train_splits))
+        logger.info(
+            "text.min_count %d: %d characters of the training text, in %d places, have no symbol:"
+            " %s",
+            cfg.text.min_count,
+            len(rare),
+            rare.total(),
+            text.shown(rare),
+        )
+    return start.vocabulary if keeps_head(cfg.model, start, found) else found
+
+
+def _check_vocabulary(name: str, found: vocabulary.Vocabulary, texts: Sequence[str]) -> None:
+    """Says what of the training text a given vocabulary cannot write.
+
+    Raises:
+        ConfigError: it has no token for unknown characters either.
+    """
+    lacking = found.lacks(texts)
+    if not lacking:
+        return
+    what = (
+        f"text.vocabulary {name} has no symbol for {len(lacking)} characters of the training text,"
+        f" in {lacking.total()} places of {sum(map(len, texts))}: {text.shown(lacking)}"
+    )
+    mend = "Change text.normalization, add them, or leave text.vocabulary out."
+    if found.unknown is None:
+        raise errors.ConfigError(f"{what}; and no token for unknown characters. {mend}")
+    logger.warning("warning: %s. They become %s. %s", what, found.tokens[found.unknown], mend)
 
 
 def keeps_head(model: config.ModelConfig, start: Origin, ours: vocabulary.Vocabulary) -> bool:
@@ -210,10 +296,28 @@ def initial_model(cfg: config.Config, start: Origin, corpus: Corpus) -> tuple[Or
         model_config, params = loaded.config, loaded.params
         kept = not loaded.fresh_head
     head = "kept" if kept else f"fresh, {found.size} symbols"
-    logger.info("weights from %s; head %s", start.folder or "random numbers", head)
+    why = (
+        "" if kept or start.vocabulary is None else f": {_why_fresh(cfg, start.vocabulary, found)}"
+    )
+    logger.info("weights from %s; head %s%s", start.folder or "random numbers", head, why)
     return (
         dataclasses.replace(start, model_config=model_config, facts={**start.facts, "head": head}),
         params,
+    )
+
+
+def _why_fresh(
+    cfg: config.Config, theirs: vocabulary.Vocabulary, ours: vocabulary.Vocabulary
+) -> str:
+    if cfg.model.reset_head:
+        return "model.reset_head is set"
+    lacking = sorted(ours.characters - theirs.characters)
+    source = "text.vocabulary" if cfg.text.vocabulary is not None else "the training text"
+    shown = f" ({', '.join(map(repr, lacking[:10]))})" if lacking else ""
+    return (
+        f"its head writes {theirs.size} symbols, the run needs {ours.size}: {len(lacking)} that it"
+        f" lacks{shown}, {len(theirs.characters - ours.characters)} that it has for nothing. They"
+        f" come from {source}; with text.vocabulary {cfg.model.pretrained} the head would be kept"
     )
 
 
@@ -291,6 +395,20 @@ def shapes(
     )
     widths = [loader.label_widths(data, samples) for data in sets]
     return Shapes(samples, tuple(max(column) for column in zip(*widths, strict=True)))
+
+
+def train_plan(
+    cfg: config.Config, train: examples.Examples, shapes: Sequence[int], group_rows: int
+) -> buckets.TrainPlan:
+    """The batches of a run, whose global batch size is resolved, in groups of so many rows."""
+    return buckets.TrainPlan(
+        train.samples,
+        shapes,
+        group_rows,
+        cfg.train.global_batch_size // group_rows,
+        cfg.seed,
+        leaks=compat.of(cfg).leaks,
+    )
 
 
 def total_updates(train: config.TrainConfig, updates_per_epoch: int) -> int:

@@ -23,7 +23,7 @@ from flax_asr import (
     checkpoint,
     config,
     errors,
-    loading,
+    lineage,
     terminal,
     torch_logits,
     vocabulary,
@@ -68,7 +68,7 @@ def command(run: str, out: str, step: int | None = None) -> None:
             f"{run} is not a run folder with checkpoints: give the output_dir of `flax-asr train`."
         )
     target = Path(out)
-    foreign = target.exists() and not (target / loading.FACTS).is_file()
+    foreign = target.exists() and not (target / lineage.FILE).is_file()
     if foreign and (target.is_file() or any(target.iterdir())):
         raise errors.ModelError(f"{out} holds something else: name a new folder.")
     saved = checkpoint.load_model(folder, step)
@@ -93,7 +93,7 @@ def write_folder(
         weights.write(unfinished, convert.torch_from_params(saved.params, model_config))
         saved.vocabulary.write(unfinished)
         _write_json(unfinished / "preprocessor_config.json", _preprocessor(saved.meta))
-        _write_json(unfinished / loading.FACTS, _facts(saved, run, facts))
+        _write_json(unfinished / lineage.FILE, _facts(saved, run, facts))
         done = _verify(unfinished, saved, model_config)
         _replace(unfinished, folder)
     except OSError as error:

@@ -23,11 +23,13 @@ class Losses:
         plateau: of a model that knows how often each character comes and nothing of the audio.
             Training stands there for a while before it begins to listen.
         unigram_entropy: of a character, from the same frequencies.
+        token_share: labels for each frame.
     """
 
     first: float
     plateau: float
     unigram_entropy: float
+    token_share: float
 
 
 def losses(data: examples.Examples, model_config: Wav2Vec2Config, vocab_size: int) -> Losses:
@@ -46,6 +48,7 @@ def losses(data: examples.Examples, model_config: Wav2Vec2Config, vocab_size: in
         first=float((first / unit).mean()),
         plateau=float(((characters + timing_loss(frames, tokens, repeats)) / unit).mean()),
         unigram_entropy=entropy,
+        token_share=float(tokens.sum() / frames.sum()),
     )
 
 

@@ -9,11 +9,8 @@ from typing import Any
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, checkpoint, config, errors, experiment, step, vocabulary
+from flax_asr import audio, checkpoint, config, errors, experiment, lineage, step, vocabulary
 from flax_asr.models import convert, wav2vec2, weights
-
-FACTS = "flax_asr.json"
-"""Beside the weights of our exports: language, normalisation, release, split hashes."""
 
 _OPTIONS = (
     "seed",
@@ -176,14 +173,15 @@ def _place(model: str, folder: Path) -> Path:
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
-    path = folder / FACTS
-    if not path.is_file():
+    facts = lineage.read(folder)
+    if not facts:
         return {}
-    facts = _read_json(path)
     missing = {"language", "normalization"} - facts.keys()
     if missing:
-        raise errors.ModelError(f"{path} lacks {' and '.join(sorted(missing))}: export again.")
-    return dict(facts)
+        raise errors.ModelError(
+            f"{folder / lineage.FILE} lacks {' and '.join(sorted(missing))}: export again."
+        )
+    return facts
 
 
 def _check_sampling_rate(folder: Path) -> None:

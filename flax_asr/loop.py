@@ -16,6 +16,7 @@ from flax_asr import (
     errors,
     evaluate,
     export,
+    learning,
     multihost,
     parallel,
     progress,
@@ -132,7 +133,12 @@ class Run:
         writes, kept = hosts.is_first, 0 if past is None else past.log_events
         self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit, writes)
         self.log = runlog.RunLog(folder, kept, self.step, writes)
-        self.window = window.Window({} if past is None else past.window)
+        self.watch = learning.Watch(made.expected, made.fresh_head, made.updates, self.log.events)
+        if not self.log.events:
+            self._log(self.watch.expectations())
+        self.window = window.Window(
+            {} if past is None else past.window, made.semantics.hides_bad_losses
+        )
 
     def close(self) -> None:
         self.log.close()
@@ -184,6 +190,7 @@ class Run:
                     previous = None
                     if self._due(self.cfg.logging_steps):
                         figures = self.window.close(batches.wait_seconds)
+                        figures |= self.watch.look(self.step, figures)
                         self._log(figures | {"compilations": compilations.count})
                     if self._score_and_save() or self.step == self.made.updates:
                         return
@@ -209,10 +216,10 @@ class Run:
                 " these clips, and see whether loss or gradient norm rose before in the log."
             )
         self.window.add(self.step, metrics, groups, data, self.made.plan.shapes)
-        bar.advance(1, **self.window.facts())
+        bar.advance(1, **self.window.facts(), **self.watch.facts())
 
     def _log(self, figures: dict[str, float]) -> None:
-        epoch = round(self.step / self.made.plan.updates_per_epoch, 2)
+        epoch = round(self.made.plan.epoch(self.step), 2)
         self.log.append({"step": self.step, "epoch": epoch, **figures})
 
     def _score_and_save(self) -> bool:
@@ -221,7 +228,7 @@ class Run:
         Returns:
             Whether the run is to stop; then this step is saved whatever is due.
         """
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float | str] = {}
         best = f"eval_{self.cfg.metric_for_best_model}"
         improved = False
         with self.window.paused():
@@ -243,13 +250,14 @@ class Run:
                 self.checkpoints.save(self.state, meta)
         return asked
 
-    def _score(self, which: str) -> dict[str, float]:
+    def _score(self, which: str) -> dict[str, float | str]:
         """`eval` or `test` figures of the present parameters.
 
         Raises:
             _Asked: the process is to stop.
         """
         data, shapes = self.made.corpus.scored()[which], self.made.eval_shapes
+        padded = self.made.semantics.padded_scores
         per_device = self.cfg.per_device_eval_batch_size
         forward = parallel.forward(self.programs, self.state.scored, self.devices, per_device)
 
@@ -263,12 +271,16 @@ class Run:
         scores = evaluate.score(
             unless_asked,
             data,
-            buckets.EvalPlan(data.samples, shapes.samples, self.devices.count * per_device),
+            (evaluate.InOrder if padded else buckets.EvalPlan)(
+                data.samples, shapes.samples, self.devices.count * per_device
+            ),
             self.made.corpus.vocabulary,
             tokens=shapes.tokens,
             language=self.made.cfg.data.language,
+            normalization=self.made.corpus.normalizer.spec,
             predictions=self.folder / f"predictions-{which}.jsonl",
             seed=self.made.cfg.seed,
+            padded=padded,
         )
         logger.info("step %d: %s", self.step, scores.describe(which))
         return scores.as_metrics(which)
@@ -284,7 +296,7 @@ class Run:
 
     def finish(self) -> None:
         """The best checkpoint: its test scores, the export, the curves and the card."""
-        saved = self._best()
+        saved = self.made.described(self._best())
         if self.made.scores("test"):
             flat, _ = step.split(saved.params, lambda path: True)
             self.state = self.state.replace(

@@ -50,6 +50,11 @@ def character_errors(reference: str, hypothesis: str, count_spaces: bool = True)
     return _counts(counts)
 
 
+def written_errors(reference: str, hypothesis: str) -> ErrorCounts:
+    """Edits between code points as they stand, every space of a row of spaces counted."""
+    return _counts(jiwer.process_characters(reference, hypothesis))
+
+
 def _counts(result: jiwer.WordOutput | jiwer.CharacterOutput) -> ErrorCounts:
     missed = result.substitutions + result.deletions
     return ErrorCounts(missed + result.insertions, result.hits + missed)

@@ -207,7 +207,7 @@ def _scalar(name: str, text: str) -> Any:
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return typing.get_args(kind)
     return (kind,)
 

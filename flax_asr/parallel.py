@@ -133,10 +133,13 @@ def update(
     learning_rate: optax.Schedule,
     devices: Devices,
     ema_decay: float | None = None,
+    clips_an_update: int | None = None,
 ) -> Callable:
     """`step.update(state, sums) -> (state, sums, metrics)` over all devices; both are donated."""
     return jax.pmap(
-        functools.partial(step.update, optimiser, learning_rate, ema_decay),
+        functools.partial(
+            step.update, optimiser, learning_rate, ema_decay, clips_an_update=clips_an_update
+        ),
         axis_name=step.AXIS,
         in_axes=(None, 0),
         out_axes=(None, 0, None),

@@ -196,15 +196,18 @@ def update(
     ema_decay: float | None,
     state: TrainState,
     sums: Sums,
+    *,
+    clips_an_update: int | None = None,
 ) -> tuple[TrainState, Sums, Metrics]:
     """Moves the parameters by the mean gradient over the clips of all devices.
 
     An update whose gradient is not finite changes the step number, the loss scale and the
     counters, and nothing else. The average becomes `ema_decay` of itself and the rest of the new
-    parameters; it starts as the parameters before the first update.
+    parameters; it starts as the parameters before the first update. With `clips_an_update` sums
+    are divided by so many clips, however many there are.
     """
     total = jax.lax.psum(sums, AXIS)
-    clips = jnp.maximum(total.clips, 1.0)
+    clips = jnp.maximum(total.clips, 1.0) if clips_an_update is None else clips_an_update
     gradients = jax.tree.map(lambda g: g / (clips * state.loss_scale.value), total.gradients)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)

@@ -12,6 +12,7 @@ A rule is a list of steps. A step is a name, or a mapping of a name to its argum
     remove_spaces, spaces           all spaces go; runs of spaces become one, none at the ends
     {remove: "abc"}                 these characters go
     {replace: {"ё": "е"}}           each of these strings becomes another, in one pass
+    end_with_space                  a space at the end, so that the target ends with "|"
     hf-4.17                         what the speech recognition example of transformers 4.17 did
 """
 
@@ -126,6 +127,7 @@ _STEPS: dict[str, tuple[Callable[[str, _Argument], str], tuple[type, ...]]] = {
     "spaces": (lambda text, _: _SPACES.sub(" ", text).strip(), (type(None),)),
     "remove": (lambda text, characters: text.translate(_removal(characters)), (str,)),
     "replace": (_replace, (tuple,)),
+    "end_with_space": (lambda text, _: text + " ", (type(None),)),
     "hf-4.17": (lambda text, _: _HF_4_17.sub("", text).lower(), (type(None),)),
 }
 
@@ -180,6 +182,12 @@ class Change:
         return f"{_visible(self.before)} {name} {what}: {self.count} ({self.step})".replace(
             "  ", " "
         )
+
+
+def shown(characters: Iterable[str], most: int = 20) -> str:
+    """Some characters for people, those that cannot be seen as escapes."""
+    visible = [_visible(character) for character in characters]
+    return " ".join(visible[:most]) + (" ..." if len(visible) > most else "")
 
 
 def _visible(text: str) -> str:

@@ -114,9 +114,23 @@ class Vocabulary:
         return re.compile("|".join([*map(re.escape, several), "."]), re.DOTALL)
 
     @functools.cached_property
-    def _only_capitals(self) -> bool:
+    def only_capitals(self) -> bool:
+        """Whether it can write capital letters and no small ones."""
         letters = [token for token in self._ids if len(token) == 1 and token.isalpha()]
         return any(c.isupper() for c in letters) and not any(c.islower() for c in letters)
+
+    def _split(self, text: str) -> list[str]:
+        """Tokens of a normalised transcript, and characters that are none."""
+        if self.only_capitals:
+            text = text.upper()
+        if self.delimiter is not None:
+            text = text.replace(" ", self.delimiter)
+        return self._pieces.findall(text)
+
+    def lacks(self, texts: Iterable[str]) -> Counter[str]:
+        """Characters of normalised transcripts that have no token, and how often each comes."""
+        pieces = Counter(piece for text in texts for piece in self._split(text))
+        return Counter({piece: n for piece, n in pieces.items() if piece not in self._ids})
 
     def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """Labels of a normalised transcript, without special tokens.
@@ -127,26 +141,34 @@ class Vocabulary:
         Raises:
             errors.DataError: a character has no token and there is no unknown token.
         """
-        if self._only_capitals:
-            text = text.upper()
-        if self.delimiter is not None:
-            text = text.replace(" ", self.delimiter)
         unknown = -1 if self.unknown is None else self.unknown
-        pieces = self._pieces.findall(text)
+        pieces = self._split(text)
         labels = np.array([self._ids.get(piece, unknown) for piece in pieces], np.int32)
         if (labels < 0).any():
             strange = sorted({piece for piece in pieces if piece not in self._ids})
             raise errors.DataError(f"these characters have no token: {' '.join(strange[:20])!r}")
         return labels
 
-    def decode(self, ids: Sequence[int] | Int32[np.ndarray, " tokens"]) -> str:
-        """Text of labels that are collapsed already; special tokens are dropped."""
-        written = "".join(
-            " " if self.tokens[i] == self.delimiter else self.tokens[i]
-            for i in map(int, ids)
-            if i not in self._special
-        ).strip()
-        return written.lower() if self.lower_case else written
+    def decode(
+        self, ids: Sequence[int] | Int32[np.ndarray, " tokens"], special: str | None = None
+    ) -> str:
+        """Text of labels that are collapsed already; the blank is dropped.
+
+        Args:
+            ids: what the model says, a label each.
+            special: what stands for the unknown token and the old ones; by default their names,
+                "[UNK]", as in transformers.
+        """
+
+        def written(place: int) -> str:
+            if place == self.blank:
+                return ""
+            if place in self._special and special is not None:
+                return special
+            return " " if self.tokens[place] == self.delimiter else self.tokens[place]
+
+        text = "".join(map(written, map(int, ids))).strip()
+        return text.lower() if self.lower_case else text
 
     def to_json(self) -> str:
         """All of it as one JSON object."""

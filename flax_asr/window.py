@@ -1,6 +1,7 @@
 """What the log says about the updates since its last line."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,9 +21,12 @@ class Window:
 
     Args:
         figures: what `as_json` gave at the checkpoint, or nothing.
+        hides_bad_losses: the loss is a mean over all updates, in which a loss that is not finite
+            counts as the mean before it.
     """
 
-    def __init__(self, figures: Mapping[str, float]):
+    def __init__(self, figures: Mapping[str, float], hides_bad_losses: bool = False):
+        self._hides_bad_losses = hides_bad_losses
         self._figures = dict.fromkeys((*_SUMS, *_LATEST, *_FINITE), 0) | dict(figures)
         self._started = time.monotonic()
         self._paused_seconds = 0.0
@@ -45,7 +49,7 @@ class Window:
         for name, value in {
             "updates": 1,
             "finite": int(finite),
-            "loss": float(metrics.loss) if finite else 0.0,
+            "loss": self._counted_loss(float(metrics.loss), finite),
             "infeasible": int(metrics.infeasible),
             "blank": float(metrics.blank_fraction) if finite else 0.0,
             "real": int(data.samples[rows[rows >= 0]].sum(dtype=np.int64)),
@@ -72,7 +76,7 @@ class Window:
         """For the progress bar."""
         figures = self._figures
         return {
-            "loss": f"{self._mean('loss'):.4g}",
+            "loss": f"{self._mean_loss():.4g}",
             "audio s/s": f"{figures['real'] / audio.SAMPLE_RATE_HZ / self._seconds():.0f}",
             "padding": f"{1 - figures['real'] / figures['padded']:.0%}",
         }
@@ -85,7 +89,7 @@ class Window:
         """
         figures, seconds = self._figures, self._seconds()
         event = {
-            "loss": round(self._mean("loss"), 4),
+            "loss": round(self._mean_loss(), 4),
             "learning_rate": figures["learning_rate"],
             "grad_norm": figures["grad_norm"],
             "loss_scale": figures["loss_scale"],
@@ -110,6 +114,20 @@ class Window:
             yield
         finally:
             self._paused_seconds += time.monotonic() - began
+
+    def _counted_loss(self, loss: float, finite: bool) -> float:
+        """What an update adds to the sum of losses.
+
+        Source: transformers 4.17, Trainer with `logging_nan_inf_filter`.
+        """
+        if self._hides_bad_losses and not math.isfinite(loss):
+            return self._figures["loss"] / (1 + self._figures["updates"])
+        return loss if finite or self._hides_bad_losses else 0.0
+
+    def _mean_loss(self) -> float:
+        if self._hides_bad_losses:
+            return self._figures["loss"] / max(1, self._figures["updates"])
+        return self._mean("loss")
 
     def _mean(self, name: str) -> float:
         """Over the finite updates; not a number where there was none."""

@@ -156,13 +156,7 @@ def _measured(cfg, start, corpus: experiment.Corpus, device_count: int) -> dict[
         found = experiment.shapes(cfg, start.model_config, list(scored.values()))
         eval_shapes = Shapes(found.samples, found.tokens)
     rows = device_count * train.per_device_train_batch_size
-    plan = buckets.TrainPlan(
-        corpus.train.samples,
-        train_shapes.samples,
-        rows,
-        train.global_batch_size // rows,
-        cfg.seed,
-    )
+    plan = experiment.train_plan(cfg, corpus.train, train_shapes.samples, rows)
     epoch = plan.updates_per_epoch
     counted = collections.Counter(group.shape for u in range(epoch) for group in plan.update(u))
     portions = [counted[shape] / counted.total() for shape in range(len(train_shapes.samples))]

@@ -50,7 +50,14 @@ class Trainer:
     """Updates from nested parameters, on the first `devices` fake devices."""
 
     def __init__(
-        self, objective, params, updates=100, devices=1, mixed_precision="fp32", **sections
+        self,
+        objective,
+        params,
+        updates=100,
+        devices=1,
+        mixed_precision="fp32",
+        clips_an_update=None,
+        **sections,
     ):
         self.cfg = config.Config(
             optim=config.OptimConfig(**sections.get("optim", {})),
@@ -66,10 +73,14 @@ class Trainer:
         kind = (objective.config.to_json_string(), str(objective.module.dtype), devices)
         accumulate = parallel.accumulate(objective, self.devices)
         self.accumulate = _ACCUMULATE.setdefault(kind, accumulate)
-        settings = (self.cfg.optim, updates, devices)
+        settings = (self.cfg.optim, updates, devices, clips_an_update)
         learning_rate = optim.schedule(self.cfg.optim, updates)
         update = parallel.update(
-            self.optimiser, learning_rate, self.devices, self.cfg.optim.ema_decay
+            self.optimiser,
+            learning_rate,
+            self.devices,
+            self.cfg.optim.ema_decay,
+            clips_an_update,
         )
         self._update = _UPDATE.setdefault(settings, update)
 

@@ -15,10 +15,10 @@ PACKAGE = pathlib.Path(flax_asr.__file__).parent
 # From the ground up. A module may import from its own layer and from those below.
 LAYERS = (
     "errors options config languages mp3 progress runlog results stopping seals terminal chips hlo",
-    "metrics alignment vocabulary text tables",
+    "metrics alignment vocabulary text tables compat lineage",
     "audio clips archives hub common_voice curves data",
     "survey findings consultation host torch_logits",
-    "ctc optim models flops forecast",
+    "ctc optim models flops forecast learning",
     "step",
     "cluster multihost parallel checkpoint run_folder window card experiment",
     "assembly workload outlook trial",

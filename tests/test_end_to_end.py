@@ -32,11 +32,13 @@ RUN_FILES = {
 }
 LOGGED = (
     "step epoch loss learning_rate grad_norm loss_scale skipped_steps infeasible_clips"
-    " blank_fraction padding audio_seconds_per_second data_wait_seconds time compilations"
+    " blank_fraction padding audio_seconds_per_second data_wait_seconds time phase compilations"
 ).split()
+EXPECTED = "step epoch expected_first_loss plateau_loss unigram_entropy".split()
 SCORED = (
-    "loss wer cer clips cer_low cer_high wer_low wer_high infeasible_clips blank_fraction".split()
-)
+    "loss wer cer clips cer_low cer_high wer_low wer_high infeasible_clips blank_fraction"
+    " release hash rule"
+).split()
 
 
 def test_a_run_leaves_every_file(whole):
@@ -47,7 +49,7 @@ def test_a_run_leaves_every_file(whole):
 
 
 def test_the_log_has_these_keys_and_no_others(whole):
-    kinds = {"loss": LOGGED}
+    kinds = {"loss": LOGGED, "plateau_loss": EXPECTED}
     kinds["eval_loss"] = ["step", "epoch", *(f"eval_{name}" for name in SCORED)]
     kinds["test_loss"] = ["step", "best_step", *(f"test_{name}" for name in SCORED)]
     found = {name: [] for name in kinds}
@@ -55,7 +57,12 @@ def test_the_log_has_these_keys_and_no_others(whole):
         (kind,) = kinds.keys() & event.keys()
         assert list(event) == kinds[kind]
         found[kind].append(event["step"])
-    assert found == {"loss": [2, 4, 6, 8], "eval_loss": [4, 8], "test_loss": [8]}
+    assert found == {
+        "plateau_loss": [0],
+        "loss": [2, 4, 6, 8],
+        "eval_loss": [4, 8],
+        "test_loss": [8],
+    }
 
 
 def test_nothing_is_compiled_after_the_warm_up(whole):
@@ -96,8 +103,8 @@ def test_the_export_says_the_same_in_pytorch(place, whole):
         inputs = extractor(audio, sampling_rate=rate, return_tensors="pt")
         with torch.inference_mode():
             ids = model(**inputs).logits.argmax(-1)[0]
-        # transformers writes the unknown symbol out; a model this young says it now and then.
-        assert tokenizer.decode(ids).replace("[UNK]", "").split() == line["hypothesis"].split()
+        # The unknown symbol too, which a model this young says now and then.
+        assert tokenizer.decode(ids) == line["hypothesis"]
 
 
 def test_the_same_command_again_says_finished_and_writes_nothing(place, whole, tmp_path):
@@ -135,7 +142,25 @@ def test_another_number_of_devices_and_more_updates_go_on(place, tmp_path):
     # The log of an extended run is that of a longer run.
     assert [e["step"] for e in runlog.read(run) if "best_step" in e] == [8]
     assert checkpoint.read_meta(run, 8).group_rows == 4
+    card = (run / "README.md").read_text()
+    assert "made longer after update 4, when 4 were planned" in card
+    assert "- training_steps: 8" in card
     assert "is finished: 8 updates" in place.finish(run)
+
+
+def test_a_finished_run_is_fine_tuned_further_and_its_card_tells(here, whole, tmp_path):
+    run = tmp_path / "run"
+    assert here(run, f"--model.pretrained={whole}", "--train.max_steps=2") == 0
+    best = checkpoint.load_model(whole).step
+    card = (run / "README.md").read_text()
+    assert (
+        f"- Before, 1: from random weights, {best} updates on cv-corpus-1 cy; head: fresh" in card
+    )
+    assert "- Started from: whole; head: kept" in card
+    facts = json.loads((run / "export" / "flax_asr.json").read_text())
+    assert [ancestor["updates"] for ancestor in facts["lineage"]] == [best]
+    # A head that knows something has no first loss to expect.
+    assert "expected_first_loss" not in runlog.read(run)[0]
 
 
 def killed(place, whole, run, rng, kills: int) -> int:
@@ -181,7 +206,7 @@ def test_a_kill_in_mid_save_changes_nothing(place, whole, tmp_path):
 def test_sigterm_saves_and_the_same_command_goes_on(place, whole, tmp_path):
     run = tmp_path / "run"
     process = place.start(run)
-    process.wait_for(lambda: len(runlog.read(run)) > 0)
+    process.wait_for(lambda: len(runlog.read(run)) > 1)
     process.signal(signal.SIGTERM)
     assert process.end() == 75
     assert "SIGTERM: finishing this update, then saving." in process.output
@@ -290,7 +315,7 @@ def test_bad_numbers_are_skipped_counted_and_in_a_row_stop_the_run(
     assert all(0 < float(figure) < np.inf for figure in found.groups())
     named = re.search(r"was step 8 with the clips (.*?)\. Nothing", message)[1].split(", ")
     assert len({clip for clip in named if clip.startswith("common_voice_cy_")}) == 8
-    events = runlog.read(run)
+    events = [event for event in runlog.read(run) if "loss" in event]
     assert [event["skipped_steps"] for event in events] == [0, 1, 1]
     saved = checkpoint.load_model(run)
     assert saved.step == 6

@@ -10,7 +10,17 @@ import pytest
 import small_saved
 import soundfile
 
-from flax_asr import config, errors, evaluate, experiment, export, loading, parallel
+from flax_asr import (
+    config,
+    errors,
+    evaluate,
+    experiment,
+    export,
+    lineage,
+    loading,
+    parallel,
+    vocabulary,
+)
 from flax_asr.data import buckets, examples
 from flax_asr.models import wav2vec2
 
@@ -74,7 +84,8 @@ def _path(data, row, frames):
 
 def _score(forward, data, shapes, rows=4, plan=buckets.EvalPlan, language="eu", **options):
     plan = plan(data.samples, shapes.samples, rows)
-    return evaluate.score(forward, data, plan, WRITES, language=language, seed=1, **options)
+    options = {"language": language, "normalization": ["lower"], "seed": 1, **options}
+    return evaluate.score(forward, data, plan, WRITES, **options)
 
 
 def _hypotheses(data):
@@ -97,6 +108,22 @@ def test_rates_are_jiwers_over_all_clips(data, shapes, saved):
     metrics = scores.as_metrics("eval")
     assert metrics["eval_cer"] == scores.cer.value
     assert metrics["eval_loss"] == scores.loss
+
+
+def test_every_score_names_release_hash_clips_and_rule(data, shapes, saved):
+    forward = _invented(data, shapes, saved.model_config)
+    scores = _score(forward, data, shapes, language="zh-HK")
+    logged = scores.as_metrics("eval")
+    assert (logged["eval_release"], logged["eval_hash"]) == (data.release, data.hash)
+    assert logged["eval_clips"] == len(data)
+    assert logged["eval_rule"] == (
+        "greedy, real frames only; CER over code points, spaces not counted; an unknown character"
+        " is one error; normalisation: lower"
+    )
+    for said in (data.release, data.hash[:16], f"{len(data)} clips", logged["eval_rule"]):
+        assert said in scores.describe("eval")
+    padded = _score(forward, data, shapes, plan=evaluate.InOrder, padded=True)
+    assert "padded frames too" in padded.rule
 
 
 def test_the_loss_is_the_mean_over_clips_and_fillers_count_nothing(data, shapes, saved):
@@ -141,9 +168,14 @@ def test_padded_frames_count_only_when_scoring_as_the_old_scripts_did(data, shap
         lengths = wav2vec2.frame_lengths(saved.model_config, data.samples[start : start + 4])
         padded_clips += int((lengths < lengths.max()).sum())
     assert padded_clips > 3
-    assert old.cer.counts.errors == honest.cer.counts.errors + padded_clips
-    assert old.cer.counts.units == honest.cer.counts.units
+    assert old.padded.cer.counts.errors == honest.cer.counts.errors + padded_clips
+    assert old.padded.cer.counts.units == honest.cer.counts.units
+    assert (old.cer, old.wer) == (honest.cer, honest.wer)
     assert old.loss == pytest.approx(honest.loss)
+    logged = old.as_metrics("eval")
+    assert logged["eval_cer"] == old.padded.cer.value
+    assert (logged["eval_real_cer"], logged["eval_real_wer"]) == (old.cer.value, old.wer.value)
+    assert "eval_real_cer" not in honest.as_metrics("eval")
 
 
 def test_in_order_is_the_order_of_the_corpus_and_every_row_once(data, shapes):
@@ -168,6 +200,46 @@ def test_spaces_count_only_where_words_are_separated(data, shapes, saved):
     unspaced = _score(forward, data, shapes, language="zh-HK")
     assert spaced - unspaced.cer.counts.units == sum(r.count(" ") for r in data.references)
     assert "no spaces" in unspaced.describe("test")
+
+
+def test_an_unknown_symbol_is_one_error_and_is_written_out(saved, shapes, tmp_path_factory):
+    """The reference's own unknown character is not excused by it."""
+    data = _examples(tmp_path_factory.mktemp("unknown"), saved.model_config, ["aЖb"])
+    frames = int(wav2vec2.frame_lengths(saved.model_config, data.samples[0]))
+
+    def forward(batch):
+        ids = np.zeros((len(batch.weights), max(frames, 99)), np.int32)
+        ids[:, [0, 2, 4]] = WRITES.encode("aЖb")
+        return np.ones(len(ids)), ids, np.full(len(ids), frames)
+
+    path = tmp_path_factory.mktemp("said") / "predictions.jsonl"
+    scores = _score(forward, data, shapes, predictions=path, padded=True)
+    assert (scores.cer.counts.errors, scores.cer.counts.units) == (1, 3)
+    assert json.loads(path.read_text(encoding="utf-8"))["hypothesis"] == "a[UNK]b"
+    # The old scripts wrote it out on both sides, where it was right.
+    assert (scores.padded.cer.counts.errors, scores.padded.cer.counts.units) == (0, 7)
+
+
+def test_a_model_that_has_capitals_only_is_compared_without_case(saved, shapes, tmp_path):
+    split = small_saved.split(tmp_path, ["ab"])
+    capitals = vocabulary.Vocabulary(("<pad>", "A", "B"), blank=0)
+    data = examples.build(
+        [split],
+        normalize=str.lower,
+        vocabulary=capitals,
+        frame_lengths=functools.partial(wav2vec2.frame_lengths, saved.model_config),
+    )
+
+    def forward(batch):
+        ids = np.zeros((len(batch.weights), 99), np.int32)
+        ids[:, :2] = 1, 2
+        return np.ones(len(ids)), ids, np.full(len(ids), 9)
+
+    plan = buckets.EvalPlan(data.samples, shapes.samples, 4)
+    scores = evaluate.score(
+        forward, data, plan, capitals, language="en", normalization=["lower"], seed=1
+    )
+    assert scores.cer.value == scores.wer.value == 0
 
 
 def test_groups_of_speakers_add_up_and_unknown_facts_are_not_shown(data, shapes, saved):
@@ -253,7 +325,7 @@ def test_batches_score_as_one_clip_at_a_time_and_the_old_way_does_not(data, shap
     assert scores.loss == pytest.approx(one_by_one.loss, rel=1e-5)
     assert scores.cer.value > 0.5
     old = _score(batched, data, shapes, 6, evaluate.InOrder, tokens=shapes.tokens, padded=True)
-    assert old.cer.counts.errors > scores.cer.counts.errors
+    assert old.padded.cer.counts.errors > scores.cer.counts.errors
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +375,7 @@ def test_a_model_of_unknown_language_must_be_told_it(exported, release, tmp_path
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     for path in exported.iterdir():
-        if path.name != loading.FACTS:
+        if path.name != lineage.FILE:
             (foreign / path.name).write_bytes(path.read_bytes())
     with pytest.raises(errors.ConfigError, match=r"give --data\.language"):
         evaluate.command(str(foreign), [f"--data.source={release}"], None)

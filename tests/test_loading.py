@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_saved
 
-from flax_asr import checkpoint, config, errors, export, loading
+from flax_asr import checkpoint, config, errors, export, lineage, loading
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_what_the_user_says_wins(exported):
 
 
 def test_a_foreign_folder_does_not_know_its_language(exported):
-    (exported / loading.FACTS).unlink()
+    (exported / lineage.FILE).unlink()
     cfg = loading.configure(loading.load(str(exported)), [])
     assert cfg.data.language is None
 
@@ -113,7 +113,7 @@ def test_a_folder_that_is_no_model_says_what_is_missing(tmp_path):
 
 
 def test_damaged_facts_are_named(exported):
-    (exported / loading.FACTS).write_text("{")
+    (exported / lineage.FILE).write_text("{")
     with pytest.raises(errors.ModelError, match=r"flax_asr\.json cannot be read"):
         loading.load(str(exported))
 

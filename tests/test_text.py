@@ -44,6 +44,32 @@ def test_each_language_is_written_its_own_way(language):
     assert normalizer(language)(before) == after
 
 
+@pytest.mark.parametrize(
+    ("language", "before", "after"),
+    [
+        # Decomposed jamo are the same syllables; half-width ones are not the letters of a chat.
+        ("ko", "\u1112\u1161\u11ab\u1100\u1173\u11af ㅋㅋ ＫＢＳ", "한글 ㅋㅋ kbs"),
+        ("tr", "DİYARBAKIR'ın kâğıdı; IĞDIR", "diyarbakırın kâğıdı ığdır"),
+        ("de", "STRASSE, Straße, GROẞ; O\u0308l", "strasse straße groß öl"),
+        ("ar", "الــعــربية ﻻ أُمٌّ ٱلْحَمْدُ", "العربية لا أم ٱلحمد"),
+        ("th", "นํ้า เเดง ๆ ฯลฯ", "น้ำแดงๆฯลฯ"),
+        ("en", "the cats’ tails, ’tis O’Brien’s", "the cats tails tis o'brien's"),
+        ("fr", "Aujourd’hui, « peut-être » l’œuvre", "aujourd'hui peut-être l'œuvre"),
+        ("it", "un po’ d’acqua", "un po d'acqua"),
+        ("pt", "Pôr-se-á à porta; d’água", "pôr-se-á à porta d'água"),
+        ("es", "El pingüino, ¿año?", "el pingüino año"),
+        ("ru", "Ёлка, всё-таки; й и\u0306", "елка все-таки й й"),
+        ("eu", "'Bai', esan-ez; Ñ", "bai esan-ez ñ"),
+        ("zh-CN", "我 爱 A B，《书》……", "我爱a b书"),
+        ("zh-TW", "ㄅㄆㄇ　〇一二？", "ㄅㄆㄇ〇一二"),
+        ("ja", "スーパー、々〜 ﾊﾟ", "スーパー々パ"),
+        ("yue", "𡃁仔，３蚊！", "𡃁仔3蚊"),
+    ],
+)
+def test_traps_of_each_language(language, before, after):
+    assert normalizer(language)(before) == after
+
+
 def test_only_languages_without_a_rule_get_the_default_and_say_so():
     assert not any(normalizer(code).is_default for code in set(WRITTEN) - {"uk", "km"})
     assert normalizer("uk").is_default
@@ -191,8 +217,7 @@ def agrees_with_transformers(vocabulary, tokenizer, texts):
     for _ in range(50):
         ids = generator.integers(0, vocabulary.size, size=30).repeat(2).tolist()
         # Not skip_special_tokens: transformers would drop the blanks before it joins repeats.
-        plain = [i for i in ids if i not in (vocabulary.unknown, vocabulary.bos, vocabulary.eos)]
-        assert vocabulary.decode(collapsed(plain, vocabulary.blank)) == tokenizer.decode(plain)
+        assert vocabulary.decode(collapsed(ids, vocabulary.blank)) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("layout", ["blank-first", "hf-4.17"])
@@ -319,6 +344,22 @@ def test_a_folder_that_holds_no_character_vocabulary_is_refused(tmp_path, files,
     write_folder(tmp_path, **files)
     with pytest.raises(ModelError, match=message):
         Vocabulary.from_folder(tmp_path)
+
+
+def test_what_a_vocabulary_lacks_is_counted():
+    vocabulary = Vocabulary.from_transcripts(["ab"])
+    assert vocabulary.lacks(["aЖ b", "Ж"]) == {"Ж": 2, " ": 1}
+    assert Vocabulary.from_transcripts(["a b"]).lacks(["a b"]) == {}
+    capitals = Vocabulary(("<pad>", "A", "SCH"), blank=0)
+    assert capitals.only_capitals
+    assert capitals.lacks(["ascha", "b"]) == {"B": 1}
+
+
+def test_special_tokens_are_written_out_or_stand_for_something():
+    vocabulary = Vocabulary.from_transcripts(["ab"], layout="hf-4.17")
+    ids = [vocabulary.tokens.index(t) for t in ("a", "[UNK]", "[PAD]", "b", "</s>")]
+    assert vocabulary.decode(ids) == "a[UNK]b</s>"
+    assert vocabulary.decode(ids, special="?") == "a?b?"
 
 
 def test_a_character_without_token_is_unknown_or_refused():

@@ -128,6 +128,13 @@ def row_shapes(
     return np.searchsorted(np.asarray(shapes), samples)
 
 
+def updates_per_epoch(clips: int, group_rows: int, groups_per_update: int, leaks: bool) -> int:
+    """Updates of one pass over the clips; see `TrainPlan`."""
+    if leaks:
+        return max(1, -(-clips // group_rows) // groups_per_update)
+    return -(-clips // (group_rows * groups_per_update))
+
+
 def _groups(
     order: Int[np.ndarray, " rows"], row_shape: Int[np.ndarray, " rows"], group_rows: int
 ) -> tuple[Int32[np.ndarray, "groups group_rows"], Int[np.ndarray, " groups"]]:
@@ -156,12 +163,17 @@ class TrainPlan:
     may have fewer groups, and one group of the epoch may have filler rows. The plan of an epoch is
     computed when a step in it is asked for, so starting at any step costs the same.
 
+    With `leaks` it is that of the Hugging Face Trainer 4.17: only whole updates count, the groups
+    left over at the end of an epoch join the first update of the next one, and every group counts
+    the same however many clips it has.
+
     Args:
         samples: length of every row.
         shapes: padded lengths, ascending, as from `choose_shapes`.
         group_rows: rows in a group: devices times rows on each.
         groups_per_update: groups whose gradients make one update.
         seed: not negative; the order of every epoch follows from it.
+        leaks: what is left over at the end of an epoch joins the next.
 
     Raises:
         errors.DataError: there are no rows, or a row is longer than the largest shape.
@@ -174,6 +186,7 @@ class TrainPlan:
         group_rows: int,
         groups_per_update: int,
         seed: int,
+        leaks: bool = False,
     ) -> None:
         if len(samples) == 0:
             raise errors.DataError("There are no clips to train on.")
@@ -182,13 +195,30 @@ class TrainPlan:
         self.group_rows = group_rows
         self.groups_per_update = groups_per_update
         self.seed = seed
+        self.leaks = leaks
         self._row_shape = row_shapes(samples, shapes)
         self._epoch: tuple[int, list[Group]] | None = None
 
     @property
     def updates_per_epoch(self) -> int:
-        """Updates in which every row is seen once."""
-        return -(-len(self.samples) // (self.group_rows * self.groups_per_update))
+        """Updates in which every row is seen once; with `leaks`, but for those left over."""
+        return updates_per_epoch(
+            len(self.samples), self.group_rows, self.groups_per_update, self.leaks
+        )
+
+    def epoch(self, step: int) -> float:
+        """Passes over the rows after `step` updates, left-overs not counted until they are used.
+
+        Source: transformers 4.17, `Trainer._inner_training_loop`, epoch + (i + 1) / micro-batches.
+        """
+        if not self.leaks:
+            return step / self.updates_per_epoch
+        epoch, update = divmod(step, self.updates_per_epoch)
+        return epoch + update * self.groups_per_update / -(-len(self.samples) // self.group_rows)
+
+    def row_weight(self, group: Group) -> float:
+        """What each clip of the group counts."""
+        return self.group_rows / int((group.rows >= 0).sum()) if self.leaks else 1.0
 
     @property
     def padding(self) -> float:
@@ -201,7 +231,11 @@ class TrainPlan:
         """The groups of update `step`, counted from 0 over all epochs."""
         epoch, update = divmod(step, self.updates_per_epoch)
         first = update * self.groups_per_update
-        return tuple(self._epoch_groups(epoch)[first : first + self.groups_per_update])
+        left_over = []
+        if self.leaks and update == 0 and epoch > 0:
+            whole = self.updates_per_epoch * self.groups_per_update
+            left_over = self._epoch_groups(epoch - 1)[whole:]
+        return (*left_over, *self._epoch_groups(epoch)[first : first + self.groups_per_update])
 
     def _epoch_groups(self, epoch: int) -> list[Group]:
         kept = self._epoch  # read once: the loader's thread and its owner may both ask

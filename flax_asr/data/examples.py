@@ -95,6 +95,7 @@ def build(
     vocabulary: text.Vocabulary,
     frame_lengths: FrameLengths,
     exclude: Sequence[shards.PreparedSplit] = (),
+    between: tuple[float, float] | None = None,
     max_clips: int | None = None,
     seed: int = 0,
 ) -> Examples:
@@ -105,7 +106,8 @@ def build(
     `held_out_speaker`, `held_out_sentence`: Common Voice's `validated` contains all of dev and
     test, and their prompts read by others); nothing left after normalisation
     (`empty_transcript`); more labels, with a blank between equal neighbours, than frames
-    (`label_too_long`).
+    (`label_too_long`); with `between`, a length that is not strictly between (`too_short`,
+    `too_long`).
 
     Args:
         splits: to be joined, in this order.
@@ -113,6 +115,7 @@ def build(
         vocabulary: encodes the normalised sentence.
         frame_lengths: from samples to frames of the model.
         exclude: splits that are scored and must not be trained on.
+        between: bounds in seconds that a clip must not even touch.
         max_clips: keep only so many rows, drawn once from `seed`, in their order.
         seed: of that draw.
 
@@ -120,6 +123,7 @@ def build(
         errors.DataError: nothing is left.
     """
     held_out = _HeldOut.of(exclude, normalize)
+    low, high = (-1, np.inf) if between is None else np.multiply(between, audio.SAMPLE_RATE_HZ)
     seen: set[str] = set()
     left_out: list[shards.LeftOut] = []
     rows: list[tuple[int, int, str, np.ndarray]] = []
@@ -136,6 +140,9 @@ def build(
                 reason, detail = "empty_transcript", repr(split.sentences[clip])
             elif (needed := _min_frames(labels)) > frames[clip]:
                 reason, detail = "label_too_long", f"{needed} frames needed, {frames[clip]} there"
+            elif not low < split.samples[clip] < high:
+                reason = "too_short" if split.samples[clip] <= low else "too_long"
+                detail = f"{split.samples[clip] / audio.SAMPLE_RATE_HZ:.3f} s"
             else:
                 rows.append((number, clip, reference, labels))
                 seen.add(clip_id)

@@ -164,7 +164,13 @@ def updates(
     def produce() -> Iterator[tuple[int, list[tuple[Batch, buckets.Group]]]]:
         step = start_step
         while True:
-            yield step, [(share.batch(group), group) for group in plan.update(step)]
+            yield (
+                step,
+                [
+                    (share.batch(group, plan.row_weight(group)), group)
+                    for group in plan.update(step)
+                ],
+            )
             step += 1
 
     return Prefetched(produce(), prefetch)
@@ -210,6 +216,7 @@ class _Share:
         self._widths = label_widths(data, shapes) if tokens is None else tokens
         self._rows = slice(host_index * rows, (host_index + 1) * rows)
 
-    def batch(self, group: buckets.Group) -> Batch:
+    def batch(self, group: buckets.Group, row_weight: float = 1.0) -> Batch:
         samples, tokens = self._shapes[group.shape], self._widths[group.shape]
-        return assemble(self._data, group.rows[self._rows], samples, tokens)
+        batch = assemble(self._data, group.rows[self._rows], samples, tokens)
+        return batch._replace(weights=batch.weights * np.float32(row_weight))

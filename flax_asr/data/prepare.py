@@ -18,13 +18,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flax_asr import common_voice, config, errors, progress, terminal, text
+from flax_asr import common_voice, compat, config, errors, progress, terminal
 from flax_asr.data import decoding, pool, shards
 
 logger = logging.getLogger(__name__)
 
 CLIP_LIMIT_SECONDS = 60.0
-CHANGES_SHOWN = 20
 _FLUSH_CLIPS = 64
 _FINGERPRINTED_BYTES = 512 * 2**20
 
@@ -98,14 +97,14 @@ def command(cfg: config.Config) -> None:
     """`flax-asr prepare`: decodes what is missing; says what was left out, and what the
     normalisation does to the transcripts.
     """
-    normalize = text.normalizer(cfg.text.normalization or cfg.data.language)
+    cfg.require("data.language")
+    normalize = compat.normalizer(cfg)
+    if normalize.is_default:
+        terminal.show(f"no rule is written for {cfg.data.language}: the default serves it")
     for split in prepare(cfg).values():
         terminal.show(report(split))
-        changes = normalize.report(split.sentences)
-        for change in changes[:CHANGES_SHOWN]:
+        for change in normalize.report(split.sentences):
             terminal.show(f"  {change.describe()}")
-        if len(changes) > CHANGES_SHOWN:
-            terminal.show(f"  and {len(changes) - CHANGES_SHOWN} rarer changes")
 
 
 def report(split: shards.PreparedSplit) -> str:

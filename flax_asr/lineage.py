@@ -1,0 +1,92 @@
+"""Where weights come from: the runs behind an exported folder, oldest first."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax_asr import errors
+
+FILE = "flax_asr.json"
+"""Beside the weights of our exports: language, normalisation, release, split hashes, origin."""
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A run that came before.
+
+    Attributes:
+        started_from: the model whose weights it began with, as it was named; None for random ones.
+        revision: the commit, where that is a model of the hub; None for a folder.
+        head: "kept" or "fresh, N symbols".
+        release, language: what it was trained on.
+        updates: after how many of them its weights were taken.
+    """
+
+    started_from: str | None
+    revision: str | None
+    head: str
+    release: str
+    language: str
+    updates: int
+
+
+def behind(folder: Path) -> list[dict[str, Any]]:
+    """The runs that made the weights in a folder, as plain values; none are known of others' ones.
+
+    Raises:
+        ModelError: flax_asr.json there is damaged.
+    """
+    facts = read(folder)
+    if "step" not in facts:
+        return []
+    try:
+        own = {
+            "started_from": facts["started_from"],
+            "revision": facts["revision"],
+            "head": facts["head"],
+            "release": facts["splits"]["train"]["release"],
+            "language": facts["language"],
+            "updates": facts["step"],
+        }
+        earlier = facts.get("lineage", [])
+        parse([*earlier, own])
+    except (KeyError, TypeError, errors.ModelError) as error:
+        raise errors.ModelError(
+            f"{folder / FILE} is damaged ({error}): export the model again, or delete the file"
+            " (then the card will not tell where it comes from)."
+        ) from error
+    return [*earlier, own]
+
+
+def parse(values: Sequence[Mapping[str, Any]]) -> list[Ancestor]:
+    """Ancestors from plain values.
+
+    Raises:
+        ModelError: they are something else.
+    """
+    import msgspec
+
+    try:
+        return msgspec.convert(list(values), list[Ancestor], strict=True)
+    except msgspec.ValidationError as error:
+        raise errors.ModelError(f"the lineage: {error}") from error
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What an exported folder says about itself; nothing where it is someone else's.
+
+    Raises:
+        ModelError: the file cannot be read or is no JSON object.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise errors.ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(facts, dict):
+        raise errors.ModelError(f"{path} is not a JSON object.")
+    return facts

@@ -1,0 +1,198 @@
+"""Fine-tuning what was fine-tuned: which head, which history, and what the card tells of both."""
+
+import json
+import logging
+
+import flax.traverse_util
+import numpy as np
+import pytest
+import small_saved
+from huggingface_hub import ModelCard
+
+from flax_asr import card, config, errors, experiment, export, lineage
+
+LETTERS = "".join(small_saved.VOCABULARY.characters)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An export whose head writes a to h and spaces."""
+    saved = small_saved.saved()
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    export.write_folder(folder, saved, config.build(saved.meta.run), saved.meta.facts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("splits")
+    sentences = {"same": ["abcd efgh", "ha"], "other": ["abcd xyz", "ha"], "fewer": ["abc", "ab"]}
+    return {
+        name: small_saved.split(folder / name, said, seconds=(1.0, 2.0))
+        for name, said in sentences.items()
+    }
+
+
+def _started(splits, exported, said: str, *more: str) -> tuple[experiment.Origin, dict, dict]:
+    """The run's beginning on a split; parameters of it and of the export, flat."""
+    options = [
+        f"--model.pretrained={exported}",
+        "--data.language=eu",
+        "--data.train_splits=train",
+        "--data.eval_splits=[]",
+        "--data.test_splits=[]",
+        *more,
+    ]
+    cfg = config.build({}, options)
+    start = experiment.origin(cfg.model)
+    corpus = experiment.gather(cfg, start, {"train": splits[said]})
+    start, params = experiment.initial_model(cfg, start, corpus)
+    old = flax.traverse_util.flatten_dict(small_saved.saved().params, sep="/")
+    return start, flax.traverse_util.flatten_dict(params, sep="/"), old
+
+
+def _card(facts: dict) -> str:
+    run = config.build({"data": {"language": "eu"}, "train": {"global_batch_size": 8}})
+    return card.render("third", small_saved.saved(facts=facts, run=run), [], has_curves=False)
+
+
+def _same(ours: dict, theirs: dict, part: str) -> bool:
+    names = [name for name in theirs if name.startswith(part)]
+    assert names
+    return all(
+        ours[name].shape == theirs[name].shape and np.array_equal(ours[name], theirs[name])
+        for name in names
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "more", "head"),
+    [
+        ("same", (), "kept"),
+        ("same", ("--model.reset_head=true",), "fresh, 11 symbols"),
+        ("other", (), "fresh, 11 symbols"),
+        ("fewer", (), "fresh, 5 symbols"),
+    ],
+)
+def test_the_head_is_kept_where_the_vocabulary_is_the_same(splits, exported, said, more, head):
+    start, ours, theirs = _started(splits, exported, said, *more)
+    assert start.facts["head"] == head
+    assert _same(ours, theirs, "wav2vec2/")
+    assert _same(ours, theirs, "lm_head/") == (head == "kept")
+
+
+def test_the_head_s_own_vocabulary_keeps_it_whatever_the_transcripts_say(splits, exported):
+    named = f"--text.vocabulary={exported}"
+    start, ours, theirs = _started(splits, exported, "fewer", named)
+    assert start.facts["head"] == "kept"
+    assert _same(ours, theirs, "lm_head/")
+
+
+def test_a_vocabulary_that_does_not_fit_the_head_is_said(splits, exported, tmp_path, caplog):
+    tokens = {"[PAD]": 0, "[UNK]": 1, "|": 2, "a": 3, "z": 4}
+    (tmp_path / "vocab.json").write_text(json.dumps(tokens))
+    named = f"--text.vocabulary={tmp_path / 'vocab.json'}"
+    with caplog.at_level(logging.INFO):
+        start, _, _ = _started(splits, exported, "same", named)
+    assert start.facts["head"] == "fresh, 5 symbols"
+    said = caplog.text
+    assert "its head writes 11 symbols" in said
+    assert "the run needs 5: 1 that it lacks ('z')" in said
+    assert "text.vocabulary" in said
+    # Of what the transcripts say, these have no symbol: b c d e f g h.
+    assert "has no symbol for 7 characters" in said
+
+
+def test_a_vocabulary_file_that_is_none_is_refused(splits, exported, tmp_path):
+    for content in ("[1]", "{", json.dumps({"a": 0, "b": 7})):
+        (tmp_path / "vocab.json").write_text(content)
+        with pytest.raises(errors.ModelError, match=r"vocab\.json"):
+            _started(splits, exported, "same", f"--text.vocabulary={tmp_path / 'vocab.json'}")
+    with pytest.raises(errors.ModelError, match="no such file"):
+        _started(splits, exported, "same", f"--text.vocabulary={tmp_path / 'absent.json'}")
+
+
+def test_the_history_is_that_of_the_export_and_its_own(splits, exported):
+    start, _, _ = _started(splits, exported, "same")
+    assert start.facts["lineage"] == [
+        {
+            "started_from": "facebook/wav2vec2-xls-r-300m",
+            "revision": "c0ffee",
+            "head": "fresh, 11 symbols",
+            "release": "cv-corpus-9",
+            "language": "eu",
+            "updates": 30,
+        }
+    ]
+
+
+def test_a_chain_of_three_runs_is_told_by_the_card(splits, exported, tmp_path):
+    start, _, _ = _started(splits, exported, "same")
+    second = small_saved.saved(facts=start.facts)
+    export.write_folder(
+        tmp_path / "second", second, config.build(second.meta.run), second.meta.facts
+    )
+    start, _, _ = _started(splits, tmp_path / "second", "other")
+    assert [run["started_from"] for run in start.facts["lineage"]] == [
+        "facebook/wav2vec2-xls-r-300m",
+        str(exported),
+    ]
+    text = _card(start.facts)
+    for line in (
+        "- Before, 1: from facebook/wav2vec2-xls-r-300m at c0ffee, 30 updates on cv-corpus-9 eu;"
+        " head: fresh, 11 symbols",
+        "- Before, 2: from first, 30 updates on cv-corpus-9 eu; head: kept",
+        "- Started from: second; head: fresh, 11 symbols",
+        "local model second, which goes back to [facebook/wav2vec2-xls-r-300m]",
+    ):
+        assert line in text
+    assert str(tmp_path) not in text
+    assert ModelCard(text).data.base_model == "facebook/wav2vec2-xls-r-300m"
+    assert ModelCard(text).data.license == "apache-2.0"
+
+
+def test_a_run_that_was_made_longer_says_so():
+    extensions = [{"after": 20, "planned": 20}]
+    text = _card({"extensions": extensions})
+    assert "after 30 updates; made longer after update 20, when 20 were planned" in text
+
+
+def test_other_people_s_models_have_no_history(exported, tmp_path):
+    assert lineage.behind(tmp_path) == []
+    foreign = {"language": "eu", "normalization": []}
+    (tmp_path / lineage.FILE).write_text(json.dumps(foreign))
+    assert lineage.behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"lineage": "x"},
+        {"lineage": [{"started_from": 3}]},
+        {"splits": {}},
+        {"head": 7},
+        {"started_from": ["a"]},
+    ],
+)
+def test_a_damaged_history_is_named(exported, tmp_path, damage):
+    facts = json.loads((exported / lineage.FILE).read_text()) | damage
+    (tmp_path / lineage.FILE).write_text(json.dumps(facts))
+    with pytest.raises(errors.ModelError, match=r"flax_asr\.json is damaged"):
+        lineage.behind(tmp_path)
+
+
+def test_a_hostile_history_stays_text():
+    nasty = "x](http://evil) <script>"
+    run = {
+        "started_from": nasty,
+        "revision": nasty,
+        "head": nasty,
+        "release": nasty,
+        "language": nasty,
+        "updates": 1,
+    }
+    facts = {"started_from": "/home/x", "revision": None, "lineage": [run]}
+    text = _card(facts)
+    assert "](http://evil)" not in text
+    assert "<script>" not in text
+    assert ModelCard(text).data.base_model is None

@@ -5,12 +5,15 @@ under a hidden name, sealed, and only then renamed: what has a step's name was c
 does not notice a flipped bit; the seal does, and what it does not hold for is not used.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import shutil
 import threading
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +159,12 @@ class Checkpoints:
         """
         if self._publishing is not None:
             self._publishing.join()
-            self._publishing = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises what `wait` would, where that is known by now."""
+        if self._publishing is not None and self._publishing.is_alive():
+            return
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise self._cannot_write(failure) from failure
@@ -179,13 +187,13 @@ class Checkpoints:
                 folder.rename(replaced)
             unfinished.rename(folder)
             shutil.rmtree(replaced, ignore_errors=True)
-            for old in _superfluous(self._run, self._keep):
+            for old in superfluous(steps(self._run), scores(self._run), self._keep):
                 # Renamed first: half of a checkpoint never has a step's name.
                 going = (self._folder / str(old)).rename(self._folder / f"{_REPLACED}{old}")
                 shutil.rmtree(going)
         except _WRITE_ERRORS as error:
             self._failure = error
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove(unfinished)
 
     def _cannot_write(self, error: Exception) -> errors.CheckpointError:
         kept = ", ".join(map(str, steps(self._run))) or "none"
@@ -222,7 +230,7 @@ def load_model(run: Path, step: int | None = None) -> SavedModel:
         CheckpointError: there is no such step, or its files are damaged.
     """
     if step is None:
-        ranked = _by_merit(run)
+        ranked = by_merit(scores(run))
         # Those that cannot be ranked come first, so that they are named.
         return _read_model(run, _first_sound(run, [*(set(steps(run)) - set(ranked)), *ranked]))
     if step not in steps(run):
@@ -230,6 +238,20 @@ def load_model(run: Path, step: int | None = None) -> SavedModel:
         raise errors.CheckpointError(f"{run} has no checkpoint of step {step}; there: {there}.")
     seals.verify(run / FOLDER / str(step))
     return _read_model(run, step)
+
+
+def _remove(folder: Path, tries: int = 20) -> None:
+    """Removes a folder in which orbax, one of whose threads has failed, may still be writing."""
+    for _ in range(tries):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+
+
+def unfinished(run: Path, step: int) -> Path:
+    """Where a checkpoint is until it is whole; what a kill leaves there is swept away."""
+    return run / FOLDER / f"{_UNFINISHED}{step}"
 
 
 def steps(run: Path) -> list[int]:
@@ -341,28 +363,34 @@ def _first_sound(run: Path, candidates: list[int]) -> int:
     raise errors.CheckpointError(f"there is no checkpoint in {run / FOLDER}.")
 
 
-def _by_merit(run: Path) -> list[int]:
-    """Scored steps, best first, the earliest of equals; then the others, newest first.
+def score(meta: Meta) -> float | None:
+    """What the best checkpoint is chosen by; None where the step was not scored."""
+    name = f"eval_{meta.run['train']['metric_for_best_model']}"
+    if name in meta.metrics and math.isfinite(meta.metrics[name]):
+        return meta.metrics[name]
+    return None
 
-    Steps whose scores are damaged are in no place.
-    """
-    scored, others = [], []
+
+def scores(run: Path) -> dict[int, float | None]:
+    """The score of every step that says it undamaged."""
+    found = {}
     for step in steps(run):
-        try:
-            meta = read_meta(run, step)
-        except errors.CheckpointError:
-            continue
-        name = f"eval_{meta.run['train']['metric_for_best_model']}"
-        if name in meta.metrics and math.isfinite(meta.metrics[name]):
-            scored.append((meta.metrics[name], step))
-        else:
-            others.append(step)
-    return [step for _, step in sorted(scored)] + others
+        with contextlib.suppress(errors.CheckpointError):
+            found[step] = score(read_meta(run, step))
+    return found
 
 
-def _superfluous(run: Path, keep: int) -> list[int]:
-    kept = {*steps(run)[:keep], *_by_merit(run)[:1]}
-    return [step for step in steps(run) if step not in kept]
+def by_merit(scores: Mapping[int, float | None]) -> list[int]:
+    """Scored steps, best first, the earliest of equals; then the others, newest first."""
+    scored = sorted((value, step) for step, value in scores.items() if value is not None)
+    others = sorted((step for step, value in scores.items() if value is None), reverse=True)
+    return [step for _, step in scored] + others
+
+
+def superfluous(saved: Collection[int], scores: Mapping[int, float | None], keep: int) -> list[int]:
+    """The steps that are neither among the latest `keep` nor the best one."""
+    kept = {*sorted(saved, reverse=True)[:keep], *by_merit(scores)[:1]}
+    return [step for step in saved if step not in kept]
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

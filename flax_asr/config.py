@@ -28,7 +28,8 @@ class DataConfig:
         train_splits: the splits trained on.
         eval_splits: scored during training; they choose the best checkpoint.
         test_splits: scored once, at the end, with the best checkpoint.
-        prepared_dir: where decoded audio is kept; by default a folder beside output_dir.
+        prepared_dir: where decoded audio is kept, also gs://BUCKET/PATH; by default a folder beside
+            output_dir.
         text_column: the column of the transcript, where it is not `sentence`.
         min_seconds: shorter clips are left out.
         max_seconds: longer clips are left out.
@@ -201,6 +202,8 @@ class TrainConfig:
         max_bad_updates: so many non-finite updates in a row stop the run.
         compat: `hf-4.17` trains and scores as the Trainer and the speech recognition example of
             transformers 4.17 did (docs/compat.md).
+        on_save_error: whether a run whose folder cannot be written (a full disk) stops, or goes on
+            and tries again at the next save.
     """
 
     num_train_epochs: float = 3.0
@@ -218,6 +221,7 @@ class TrainConfig:
     metric_for_best_model: Literal["cer", "wer", "loss"] = "cer"
     max_bad_updates: int = 10
     compat: Literal["hf-4.17"] | None = None
+    on_save_error: Literal["stop", "continue"] = "stop"
 
     def __post_init__(self):
         _above("train.num_train_epochs", self.num_train_epochs, 0)
@@ -240,7 +244,7 @@ class Config:
 
     Attributes:
         seed: of the batch order, dropout, masks and fresh weights.
-        output_dir: the run folder.
+        output_dir: the run folder, also gs://BUCKET/PATH.
     """
 
     seed: int = 42

@@ -27,6 +27,10 @@ class CheckpointError(FlaxAsrError):
     """A run folder or a checkpoint cannot be used."""
 
 
+class StoreError(FlaxAsrError):
+    """A bucket cannot be read or written."""
+
+
 class TrainingError(FlaxAsrError):
     """A run cannot go on: its numbers are bad."""
 

@@ -269,14 +269,12 @@ def _lines(path: Path | None) -> Iterator[TextIO | None]:
         return
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # A transcript may hold half a surrogate pair: written as it came.
-        file = unfinished.open("w", encoding="utf-8", errors="surrogatepass")
+        with unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file:
+            yield file
+        unfinished.replace(path)
     except OSError as error:
-        raise errors.DataError(f"{path} cannot be written: {error.strerror}.") from error
-    with file:
-        yield file
-    unfinished.replace(path)
+        raise errors.CheckpointError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def _summary(
@@ -430,6 +428,7 @@ def _score_splits(
     shapes = experiment.shapes(cfg, loaded.config, list(sets.values()))
     forward = compiled(loaded, cfg, shapes, devices)
     folder = Path(predictions) if predictions is not None else loaded.run or Path()
+    folder.mkdir(parents=True, exist_ok=True)
     rows = devices.count * cfg.train.per_device_eval_batch_size
     people = results.people(json_file) if hosts.is_first else io.StringIO()
     with results.writer(json_file if hosts.is_first else None) as write:

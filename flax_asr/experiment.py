@@ -16,7 +16,19 @@ import optax
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import checkpoint, compat, config, errors, lineage, optim, step, text, vocabulary
+from flax_asr import (
+    checkpoint,
+    compat,
+    config,
+    copies,
+    errors,
+    lineage,
+    optim,
+    step,
+    store,
+    text,
+    vocabulary,
+)
 from flax_asr.data import buckets, examples, loader, prepare
 from flax_asr.models import configuration, pretrained, wav2vec2, weights
 
@@ -86,6 +98,8 @@ def origin(model: config.ModelConfig) -> Origin:
 
 def _pretrained_folder(name: str) -> tuple[Path, str | None]:
     """A model's folder and its commit on the hub; of a run, its export."""
+    if store.is_remote(name):
+        name = str(copies.pretrained(name))
     run = Path(name)
     if not checkpoint.is_run(run):
         return weights.resolve(name)

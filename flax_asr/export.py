@@ -22,8 +22,10 @@ from flax_asr import (
     card,
     checkpoint,
     config,
+    copies,
     errors,
     lineage,
+    store,
     terminal,
     torch_logits,
     vocabulary,
@@ -62,7 +64,7 @@ def command(run: str, out: str, step: int | None = None) -> None:
         CheckpointError: there is no such run or step.
         ModelError: the folder holds something else, or does not pass its verification.
     """
-    folder = Path(run)
+    folder = copies.model(run, step) if store.is_remote(run) else Path(run)
     if not checkpoint.is_run(folder):
         raise errors.CheckpointError(
             f"{run} is not a run folder with checkpoints: give the output_dir of `flax-asr train`."

@@ -9,7 +9,18 @@ from typing import Any
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, checkpoint, config, errors, experiment, lineage, step, vocabulary
+from flax_asr import (
+    audio,
+    checkpoint,
+    config,
+    copies,
+    errors,
+    experiment,
+    lineage,
+    step,
+    store,
+    vocabulary,
+)
 from flax_asr.models import convert, wav2vec2, weights
 
 _OPTIONS = (
@@ -35,7 +46,7 @@ class LoadedModel:
         facts: data and origin, as far as they are known; for reports.
         name: as the user gave it.
         revision: the commit of a hub model.
-        run: the run folder that it comes from, if any.
+        run: the run folder that it comes from, if any on this machine.
     """
 
     config: Wav2Vec2Config
@@ -77,7 +88,7 @@ def load(model: str) -> LoadedModel:
     Raises:
         ModelError, CheckpointError: it is none of these, or damaged, or has no head.
     """
-    folder = Path(model).expanduser()
+    folder = copies.model(model) if store.is_remote(model) else Path(model).expanduser()
     if checkpoint.is_run(folder):
         return _from_checkpoint(model, folder, None)
     if folder.name.isdigit() and folder.parent.name == checkpoint.FOLDER:
@@ -87,7 +98,7 @@ def load(model: str) -> LoadedModel:
             f"{model} is no model: it has neither config.json, as a Hugging Face folder has, nor"
             f" config.yaml and {checkpoint.FOLDER}/, as a run has."
         )
-    return _from_hugging_face(model)
+    return _from_hugging_face(model, str(folder) if store.is_remote(model) else model)
 
 
 def configure(loaded: LoadedModel, overrides: Sequence[str]) -> config.Config:
@@ -113,7 +124,8 @@ def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedMo
     saved = checkpoint.load_model(run, step_number)
     settings = dict(saved.meta.run)
     # The folder may have been moved since.
-    settings["output_dir"] = str(run)
+    remote = store.is_remote(model)
+    settings["output_dir"] = model.partition(f"/{checkpoint.FOLDER}/")[0] if remote else str(run)
     settings["text"] = settings["text"] | {"normalization": saved.normalization}
     return LoadedModel(
         config=saved.model_config,
@@ -124,12 +136,12 @@ def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedMo
         settings=settings,
         facts=saved.meta.facts | {"step": saved.step},
         name=model,
-        run=run,
+        run=None if remote else run,
     )
 
 
-def _from_hugging_face(model: str) -> LoadedModel:
-    origin = experiment.origin(config.ModelConfig(pretrained=model))
+def _from_hugging_face(model: str, place: str) -> LoadedModel:
+    origin = experiment.origin(config.ModelConfig(pretrained=place))
     _check_sampling_rate(origin.folder)
     if origin.vocabulary is None:
         raise errors.ModelError(
@@ -144,7 +156,7 @@ def _from_hugging_face(model: str) -> LoadedModel:
     params = convert.params_from_torch(weights.read(origin.folder), origin.model_config, head=True)
     facts = _read_facts(origin.folder)
     settings: dict[str, Any] = {
-        "output_dir": str(_place(model, origin.folder)),
+        "output_dir": str(_place(place, origin.folder)),
         # What PyTorch computes in unless told otherwise.
         "train": {"mixed_precision": "fp32"},
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from flax_asr import (
     evaluate,
     export,
     learning,
+    mirror,
     multihost,
     parallel,
     progress,
@@ -24,6 +26,7 @@ from flax_asr import (
     runlog,
     step,
     stopping,
+    store,
     window,
 )
 from flax_asr.data import buckets, loader, prepare
@@ -48,16 +51,18 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
     cluster.join()
     devices = parallel.Devices()
     cfg = run_folder.resolve(asked, devices.count)
-    folder = Path(cfg.output_dir)
+    folder = store.local_folder(cfg.output_dir, kind="runs")
     with (
         multihost.Hosts() as hosts,
         hosts.first_only(run_folder.owned(folder)),
         stopping.Stop(hosts.leave) as stop,
+        contextlib.closing(mirror.attached(cfg, folder, restart, hosts.count)) as mirrored,
     ):
         hosts.agree("configuration", run_folder.same_on_all_hosts(cfg))
         past = _resume_point(hosts, folder, cfg, restart)
         if past is not None and hosts.decided(lambda: run_folder.is_finished(folder, past, cfg)):
-            logger.info("%s is finished: %d updates. Nothing to do.", folder, past.step)
+            mirrored.wait()
+            logger.info("%s is finished: %d updates. Nothing to do.", cfg.output_dir, past.step)
             return
         hosts.work_ahead(prepare.prepared_folder(cfg), lambda: prepare.prepare(cfg))
         made = assembly.Assembly(cfg, devices, past)
@@ -67,12 +72,13 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
             run_folder.record(folder, cfg)
         for warning in made.warnings():
             logger.warning("warning: %s", warning)
-        programs = made.compile(folder / "compilation_cache")
-        with contextlib.closing(Run(made, programs, folder, stop, hosts)) as run:
+        programs = made.compile(folder / mirror.COMPILED)
+        with contextlib.closing(Run(made, programs, folder, stop, hosts, mirrored)) as run:
             with stop.deferred():
                 run.train()
             stop.obey()
             run.finish()
+        mirrored.wait()
 
 
 def _resume_point(
@@ -117,8 +123,10 @@ class Run:
         folder: Path,
         stop: stopping.Stop,
         hosts: multihost.Hosts,
+        mirrored: mirror.Mirror | mirror.Nowhere,
     ):
         self.made, self.programs, self.folder, self.hosts = made, programs, folder, hosts
+        self.mirrored = mirrored
         self.stop = multihost.SharedStop(hosts, stop)
         self.cfg, self.devices, past = made.cfg.train, made.devices, made.past
         if past is None:
@@ -133,6 +141,7 @@ class Run:
         writes, kept = hosts.is_first, 0 if past is None else past.log_events
         self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit, writes)
         self.log = runlog.RunLog(folder, kept, self.step, writes)
+        self.failed_saves = self.log.last("failed_saves", 0)
         self.watch = learning.Watch(made.expected, made.fresh_head, made.updates, self.log.events)
         if not self.log.events:
             self._log(self.watch.expectations())
@@ -157,8 +166,10 @@ class Run:
             self._updates()
         self.checkpoints.wait()
         if self.stop.asked_by_any():
+            self.mirrored.wait()
             raise errors.Interrupted(
-                f"stopped after update {self.step}; everything is saved in {self.folder}."
+                f"stopped after update {self.step}; everything is saved in"
+                f" {self.made.cfg.output_dir}."
                 " Run the same command to go on."
             )
 
@@ -188,10 +199,12 @@ class Run:
                 if due or self.stop.asked:
                     self._count(previous, bar)
                     previous = None
+                    self._notice_failed_saves()
                     if self._due(self.cfg.logging_steps):
                         figures = self.window.close(batches.wait_seconds)
                         figures |= self.watch.look(self.step, figures)
-                        self._log(figures | {"compilations": compilations.count})
+                        figures |= {"compilations": compilations.count}
+                        self._log(figures | {"failed_saves": self.failed_saves})
                     if self._score_and_save() or self.step == self.made.updates:
                         return
 
@@ -220,7 +233,34 @@ class Run:
 
     def _log(self, figures: dict[str, float]) -> None:
         epoch = round(self.made.plan.epoch(self.step), 2)
-        self.log.append({"step": self.step, "epoch": epoch, **figures})
+        with self._saving():
+            self.log.append({"step": self.step, "epoch": epoch, **figures})
+
+    def _notice_failed_saves(self) -> None:
+        """Of those that went on beside the updates."""
+        for place in (self.checkpoints, self.mirrored):
+            with self._saving():
+                place.check()
+
+    @contextlib.contextmanager
+    def _saving(self, must: bool = False) -> Iterator[None]:
+        """What cannot be written inside stops the run, or is counted, as configured.
+
+        Args:
+            must: it stops the run in any case.
+        """
+        try:
+            yield
+        except (errors.CheckpointError, errors.StoreError) as error:
+            if must or self.cfg.on_save_error == "stop":
+                raise
+            self.failed_saves += 1
+            logger.warning(
+                "warning: step %d: %s train.on_save_error is continue: the run goes on, and tries"
+                " again at the next save.",
+                self.step,
+                error,
+            )
 
     def _score_and_save(self) -> bool:
         """Scores and saves what is due after this update; the best so far is always saved.
@@ -234,7 +274,8 @@ class Run:
         with self.window.paused():
             if self.made.scores("eval") and self._due(self.cfg.eval_steps):
                 # What is asked for during the evaluation is done after the next start.
-                with contextlib.suppress(_Asked):
+                # Several hosts score together: none of them can leave.
+                with contextlib.suppress(_Asked), self._saving(must=self.hosts.count > 1):
                     metrics = self._score("eval")
                     improved = metrics[best] < self.log.best(best)
                     self._log(metrics | self.made.weights_scored())
@@ -247,7 +288,11 @@ class Run:
                     window=self.window.as_json(),
                     log_events=len(self.log.events),
                 )
-                self.checkpoints.save(self.state, meta)
+                with self._saving():
+                    self.checkpoints.wait()
+                with self._saving(must=asked or self.step == self.made.updates):
+                    self.log.flush()
+                    self.checkpoints.save(self.state, meta)
         return asked
 
     def _score(self, which: str) -> dict[str, float | str]:
@@ -316,9 +361,18 @@ class Run:
         if self.hosts.is_first:
             target = self.folder / run_folder.EXPORT
             export.write_folder(target, saved, self.made.cfg, saved.meta.facts)
+            self._write_card(saved)
+
+    def _write_card(self, saved: checkpoint.SavedModel) -> None:
+        try:
             curves.draw(self.folder)
             card.write(self.folder, saved)
             run_folder.mark_finished(self.folder, self.step)
+        except OSError as error:
+            raise errors.CheckpointError(
+                f"cannot write in {self.folder}: {error.strerror}. Make room or mend the folder,"
+                " then run the same command again: it finishes from the checkpoints."
+            ) from error
 
     def _best(self) -> checkpoint.SavedModel:
         """The best checkpoint, as the first host sees it."""

@@ -29,7 +29,7 @@ FREE_TO_CHANGE = frozenset(
     "output_dir data.source data.num_workers data.prepared_dir model.attention model.remat_policy"
     " train.gradient_checkpointing train.logging_steps train.eval_steps train.save_steps"
     " train.save_total_limit train.per_device_train_batch_size train.per_device_eval_batch_size"
-    " train.max_bad_updates".split()
+    " train.max_bad_updates train.on_save_error".split()
 )
 """Where and how fast, not what. That a moved source holds the same clips, `check_data` sees to."""
 
@@ -98,7 +98,7 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> checkpoin
             " to begin again (what is there is kept under a dated name)."
         )
     changes = differences(config.load(folder / CONFIG), asked)
-    _refuse_meaningful(folder, changes)
+    _refuse_meaningful(asked.output_dir, changes)
     step = checkpoint.newest_sound(folder)
     for name, (a, b) in changes.items():
         logger.info("going on with %s %r (was %r)", name, b, a)
@@ -130,7 +130,7 @@ def _every_name(cfg: config.Config) -> dict[str, Any]:
     return named
 
 
-def _refuse_meaningful(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> None:
+def _refuse_meaningful(folder: str, changes: Mapping[str, tuple[Any, Any]]) -> None:
     refused = {
         name: (old, new)
         for name, (old, new) in changes.items()
@@ -157,13 +157,17 @@ def put_aside(folder: Path) -> None:
     old = [path for path in folder.iterdir() if path.name != LOCK]
     if not old:
         return
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    target = folder.with_name(f"{folder.name}-{stamp}")
+    target = folder.with_name(dated(folder.name))
     target.mkdir()
     # A kill in between must not leave checkpoints that look like those of the new run.
     for path in sorted(old, key=lambda p: (p.name == CONFIG, p.name != checkpoint.FOLDER)):
         path.rename(target / path.name)
     logger.info("the old run is kept in %s", target)
+
+
+def dated(name: str) -> str:
+    """The name under which an old run is kept."""
+    return f"{name}-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S-%f')}"
 
 
 def sweep(folder: Path) -> None:

@@ -1,9 +1,11 @@
 """log.jsonl: one JSON object for each logging event; TensorBoard too where it is installed."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,26 +26,17 @@ class RunLog:
 
     Attributes:
         events: all of them, oldest first.
+
+    Raises:
+        CheckpointError: it cannot be written.
     """
 
     def __init__(self, run: Path, keep: int, after: int, writes: bool = True):
-        self._path, self._writes = run / FILE, writes
+        self._path = run / FILE
+        self._writes, self._complete = writes, not writes
         self.events = read(run)[:keep]
-        self._board = None
-        if not writes:
-            return
-        unfinished = self._path.with_name(f".{FILE}.unfinished")
-        self._write(unfinished, "w", self.events)
-        unfinished.replace(self._path)
-        if importlib.util.find_spec("tensorboardX") is not None:
-            from tensorboardX import SummaryWriter
-
-            # The suffix keeps two starts within a second from sharing a file.
-            self._board = SummaryWriter(
-                str(run / "tensorboard"),
-                purge_step=after + 1,
-                filename_suffix=f".after-{after}",
-            )
+        self.flush()
+        self._board = _board(run, after) if writes else None
 
     def append(self, event: dict[str, Any]) -> None:
         """Writes one event; it is on the disk when this returns.
@@ -51,20 +44,29 @@ class RunLog:
         Figures that are not finite are left out: JSON has no word for them.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: it cannot be written. It is kept, and written by the next `append` or
+                `flush` that can.
         """
         finite = {
             name: value
             for name, value in event.items()
             if not isinstance(value, float) or math.isfinite(value)
         }
-        if self._writes:
-            self._write(self._path, "a", [finite])
         self.events.append(finite)
+        if self._writes:
+            appends = self._complete and self._path.exists()
+            self._write([finite] if appends else self.events, anew=not appends)
         if self._board is not None:
-            for name, value in finite.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(name, value, event["step"])
+            self._board.add(finite)
+
+    def flush(self) -> None:
+        """Writes what could not be written before, if anything.
+
+        Raises:
+            CheckpointError: it still cannot.
+        """
+        if not self._complete:
+            self._write(self.events, anew=True)
 
     def evaluated(self, step: int) -> bool:
         """Whether it has the scores of this step."""
@@ -74,22 +76,67 @@ class RunLog:
         """The lowest `name` that it has, infinity where it has none."""
         return min((e[name] for e in self.events if name in e), default=float("inf"))
 
+    def last(self, name: str, otherwise: int) -> int:
+        """The newest `name` that it has, `otherwise` where it has none."""
+        return next((e[name] for e in reversed(self.events) if name in e), otherwise)
+
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
 
-    def _write(self, path: Path, mode: str, events: Iterable[dict[str, Any]]) -> None:
+    def _write(self, events: Iterable[dict[str, Any]], anew: bool) -> None:
+        path = self._path.with_name(f".{FILE}.unfinished") if anew else self._path
+        # Until it has worked, a part may be there: then the whole file is written anew.
+        self._complete = False
         try:
-            with open(path, mode, encoding="utf-8") as file:
+            with open(path, "w" if anew else "a", encoding="utf-8") as file:
                 for event in events:
                     file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+            path.replace(self._path)
         except OSError as error:
             raise errors.CheckpointError(
-                f"cannot write {path}: {error.strerror}. Make room or mend the folder, then run the"
-                " same command again: it goes on from the newest checkpoint."
+                f"cannot write {self._path}: {error.strerror}. Make room or mend the folder, then"
+                " run the same command again: it goes on from the newest checkpoint."
             ) from error
+        self._complete = True
+
+
+class _Board:
+    """Scalars for TensorBoard, given up where they cannot be written: log.jsonl has them too."""
+
+    def __init__(self, run: Path, after: int):
+        from tensorboardX import SummaryWriter
+
+        before = set(threading.enumerate())
+        # The suffix keeps two starts within a second from sharing a file.
+        self._writer = SummaryWriter(
+            str(run / "tensorboard"), purge_step=after + 1, filename_suffix=f".after-{after}"
+        )
+        started = set(threading.enumerate()) - before
+        self._threads = [t for t in started if type(t).__module__.startswith("tensorboardX")]
+
+    def add(self, event: dict[str, Any]) -> None:
+        for name, value in event.items():
+            # Its thread dies of a full disk; the queue to a dead one fills up and then blocks.
+            if name != "step" and isinstance(value, (int, float)) and self._lives():
+                self._writer.add_scalar(name, value, event["step"])
+
+    def close(self) -> None:
+        if self._lives():
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+    def _lives(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+
+def _board(run: Path, after: int) -> _Board | None:
+    if importlib.util.find_spec("tensorboardX") is not None:
+        with contextlib.suppress(OSError):
+            return _Board(run, after)
+    return None
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -37,3 +37,24 @@ def place(tmp_path_factory):
 def whole(place):
     """An uninterrupted run; not to be changed."""
     return place.folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    """The environment of processes that see an emulated bucket."""
+    import small_bucket
+
+    with small_bucket.running() as environment:
+        yield environment
+
+
+@pytest.fixture
+def url(emulator, monkeypatch, tmp_path):
+    """A place in that bucket where nothing is yet; this process sees it, and waits little."""
+    import small_bucket
+
+    small_bucket.hasten(monkeypatch.setattr)
+    for name, value in emulator.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return f"gs://{small_bucket.NAME}/{tmp_path.name}/run"

@@ -77,7 +77,7 @@ def corpus(folder: pathlib.Path) -> pathlib.Path:
     return folder / "cv-corpus-1"
 
 
-def command(source: pathlib.Path, folder: pathlib.Path, *more: str) -> list[str]:
+def command(source: pathlib.Path, folder: pathlib.Path | str, *more: str) -> list[str]:
     """Arguments of `flax-asr`; options in `more` take the place of those here."""
     options = {
         "output_dir": folder,
@@ -185,6 +185,10 @@ def _main(
     share_compiled(cache)
     if not in_pytorch:
         without_torch()
+    if "STORAGE_EMULATOR_HOST" in environment:
+        import small_bucket
+
+        small_bucket.hasten()
     status = __main__.main(arguments)
     atexit._run_exitfuncs()  # as the interpreter does, and multiprocessing does not
     sys.exit(status)

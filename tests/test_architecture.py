@@ -14,14 +14,15 @@ PACKAGE = pathlib.Path(flax_asr.__file__).parent
 
 # From the ground up. A module may import from its own layer and from those below.
 LAYERS = (
-    "errors options config languages mp3 progress runlog results stopping seals terminal chips hlo",
+    "errors options config languages mp3 progress runlog results stopping seals terminal store"
+    " lease chips hlo",
     "metrics alignment vocabulary text tables compat lineage",
     "audio clips archives hub common_voice curves data",
     "survey findings consultation host torch_logits",
     "ctc optim models flops forecast learning",
     "step",
-    "cluster multihost parallel checkpoint run_folder window card experiment",
-    "assembly workload outlook trial",
+    "cluster multihost parallel checkpoint run_folder copies window card experiment",
+    "assembly workload outlook trial mirror",
     "loading evaluate transcribe export",
     "loop plan doctor",
     "__main__",
@@ -147,6 +148,7 @@ def _named(module: str, word: str) -> bool:
         ("librosa", "audio"),
         ("datasets", "hub"),
         ("tensorboardX", "runlog"),
+        ("gcsfs", "store"),
     ],
 )
 def test_one_file_only_names_it(word, home):
@@ -162,7 +164,7 @@ def test_no_file_under_data_names_jax():
 
 
 def test_torch_and_other_heavy_libraries_load_inside_functions():
-    heavy = {"torch", "librosa", "datasets", "tensorboardX", "matplotlib"}
+    heavy = {"torch", "librosa", "datasets", "tensorboardX", "matplotlib", "gcsfs"}
     assert {m for m in FILES if heavy & set(map(_root, _when_loaded(m)))} == set()
 
 

@@ -1,6 +1,8 @@
 """Whole runs of the command line: what they leave, and what stopping them at any moment costs."""
 
+import errno
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -14,7 +16,17 @@ import safetensors.numpy
 import small_training
 import soundfile
 
-from flax_asr import __main__, checkpoint, evaluate, export, parallel, runlog, stopping
+from flax_asr import (
+    __main__,
+    checkpoint,
+    evaluate,
+    export,
+    loop,
+    parallel,
+    runlog,
+    seals,
+    stopping,
+)
 
 RUN_FILES = {
     "config.yaml",
@@ -33,6 +45,7 @@ RUN_FILES = {
 LOGGED = (
     "step epoch loss learning_rate grad_norm loss_scale skipped_steps infeasible_clips"
     " blank_fraction padding audio_seconds_per_second data_wait_seconds time phase compilations"
+    " failed_saves"
 ).split()
 EXPECTED = "step epoch expected_first_loss plateau_loss unigram_entropy".split()
 SCORED = (
@@ -349,6 +362,80 @@ def test_with_every_knob_turned_a_stop_changes_nothing(here, place, tmp_path, mo
     for name, same in {"average": True, "trainable": False}.items():
         kernel = best[f"{name}/lm_head/kernel"]
         assert (exported["lm_head.weight"].T.tobytes() == kernel) == same
+
+
+def no_room(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk_in_mid_run_stops_it_or_costs_one_checkpoint(
+    here, whole, tmp_path, monkeypatch, capsys, caplog, policy
+):
+    run, write, score_and_save = tmp_path / "run", seals.write, loop.Run._score_and_save
+
+    def full_at_6(folder):
+        (no_room if folder.name.endswith("-6") else write)(folder)
+
+    def published(training):
+        try:
+            return score_and_save(training)
+        finally:
+            if training.checkpoints._publishing is not None:
+                training.checkpoints._publishing.join()
+
+    monkeypatch.setattr(seals, "write", full_at_6)
+    monkeypatch.setattr(loop.Run, "_score_and_save", published)
+    status = here(run, f"--train.on_save_error={policy}")
+    message = capsys.readouterr().err + caplog.text
+    assert "No space left on device. Make room or mend the folder" in message
+    assert "Checkpoints there: 4, 3." in message
+    if policy == "stop":
+        assert status == 2
+        assert checkpoint.steps(run) == [4, 3]
+        monkeypatch.setattr(seals, "write", write)
+        assert here(run) == 0
+        small_training.assert_same(run, whole)
+    else:
+        assert status == 0
+        assert "the run goes on" in message
+        assert checkpoint.steps(run) == [8, 4]
+        assert small_training.state(run, 8) == small_training.state(whole, 8)
+        counts = [e["failed_saves"] for e in runlog.read(run) if "failed_saves" in e]
+        assert counts == [0, 0, 0, 1]
+        everything = [event | {"failed_saves": 0} for event in small_training.log(run)]
+        assert everything == [event | {"failed_saves": 0} for event in small_training.log(whole)]
+
+
+def test_a_folder_that_vanishes_for_a_while_costs_what_was_to_be_written_then(
+    here, tmp_path, monkeypatch
+):
+    run, score_and_save = tmp_path / "run", loop.Run._score_and_save
+
+    def away_from_3_to_6(training):
+        if training.step == 6:
+            run.with_name("away").rename(run)
+        try:
+            return score_and_save(training)
+        finally:
+            if training.step == 3:
+                training.checkpoints.wait()
+                run.rename(run.with_name("away"))
+
+    monkeypatch.setattr(loop.Run, "_score_and_save", away_from_3_to_6)
+    assert here(run, "--train.on_save_error=continue") == 0
+    assert checkpoint.steps(run) == [8, 6]
+    events = runlog.read(run)
+    assert [event["step"] for event in events if "loss" in event] == [2, 4, 6, 8]
+    assert [event["failed_saves"] for event in events if "loss" in event] == [0, 0, 2, 3]
+    assert [event["step"] for event in events if "eval_cer" in event] == [8]
+
+
+def test_the_last_save_must_succeed(here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(seals, "write", no_room)
+    options = ("--train.on_save_error=continue", "--data.eval_splits=[]", "--data.test_splits=[]")
+    assert here(tmp_path / "run", *options) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -117,3 +117,35 @@ def test_a_log_that_is_not_written_remembers_the_same(tmp_path):
     other.append({"step": 2, "eval_cer": 0.25, "loss": float("nan")})
     assert other.events == log.events
     assert len(lines(tmp_path)) == 2
+
+
+def test_what_could_not_be_written_comes_with_the_next_event(tmp_path):
+    log = runlog.RunLog(tmp_path, 0, after=0)
+    log.append({"step": 1})
+    away = tmp_path.rename(tmp_path.with_name("away"))
+    for step in (2, 3):
+        with pytest.raises(errors.CheckpointError, match=r"cannot write .*log\.jsonl"):
+            log.append({"step": step})
+    away.rename(tmp_path)
+    assert len(log.events) == 3
+    log.flush()
+    assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    (tmp_path / runlog.FILE).unlink()
+    log.append({"step": 4})
+    assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".unfinished"] == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_board_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
+    board = pytest.importorskip("tensorboardX.event_file_writer")
+
+    def full(writer, event):
+        raise OSError(28, "No space left on device")
+
+    log = runlog.RunLog(tmp_path, 0, after=0)
+    monkeypatch.setattr(board.EventsWriter, "write_event", full)
+    for step in range(40):  # more than its queue holds
+        log.append({"step": step, "loss": 1.0})
+    log.close()
+    assert len(log.events) == 40

@@ -14,12 +14,12 @@ import logging
 import os
 import sys
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_asr import common_voice, compat, config, errors, progress, terminal
-from flax_asr.data import decoding, pool, shards
+from flax_asr import common_voice, compat, config, errors, progress, store, terminal
+from flax_asr.data import decoding, pool, remote, shards
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +31,20 @@ _FINGERPRINTED_BYTES = 512 * 2**20
 def prepared_folder(cfg: config.Config) -> Path:
     """Where the configuration's prepared splits lie.
 
-    `data.prepared_dir`, or a folder beside output_dir whose name depends on what the content
-    depends on: source, language, text column, bounds, trimming; not on vocabulary or
-    normalisation. For an output_dir in a bucket it is under ~/.cache/flax_asr, as memory maps need
-    a local disk.
+    `data.prepared_dir` (of one in a bucket the local copy), or a folder beside output_dir whose
+    name depends on what the content depends on: source, language, text column, bounds, trimming;
+    not on vocabulary or normalisation. For an output_dir in a bucket it is in the user's cache
+    folder, as memory maps need a local disk.
     """
     if cfg.data.prepared_dir is not None:
-        return Path(cfg.data.prepared_dir)
+        return store.local_folder(cfg.data.prepared_dir, kind="prepared")
     cfg.require("output_dir", "data.source", "data.language")
     source = cfg.data.source
     is_path = not source.startswith(("parquet:", "hf:"))
     content = _settings(cfg) | {"source": os.path.abspath(source) if is_path else source}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-    if "://" in cfg.output_dir:
-        parent = Path.home() / ".cache" / "flax_asr"
+    if store.is_remote(cfg.output_dir):
+        parent = store.cache_folder()
     else:
         parent = Path(cfg.output_dir).parent
     return parent / f"prepared-{key}"
@@ -70,6 +70,10 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
     data = cfg.data
     splits = dict.fromkeys([*data.train_splits, *data.eval_splits, *data.test_splits])
     folders = {split: folder / urllib.parse.quote(split, safe="") for split in splits}
+    there = _in_bucket(cfg, folders)
+    for split, url in there.items():
+        with _alone_in(folders[split]):
+            remote.fetch(url, folders[split])
     missing = [split for split in splits if not shards.is_finished(folders[split])]
     if missing:
         cfg.require("data.source", "data.language")
@@ -90,7 +94,17 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
         _check_settings(prepared[split], settings)
         if split in missing:
             logger.info("%s", report(prepared[split]))
+        if split in there:
+            remote.send(folders[split], there[split])
     return prepared
+
+
+def _in_bucket(cfg: config.Config, folders: Mapping[str, Path]) -> dict[str, str]:
+    """The URL of every split, where `data.prepared_dir` is one."""
+    place = cfg.data.prepared_dir
+    if place is None or not store.is_remote(place):
+        return {}
+    return {split: f"{place.rstrip('/')}/{folder.name}" for split, folder in folders.items()}
 
 
 def command(cfg: config.Config) -> None:

@@ -29,6 +29,7 @@ from jaxtyping import Float32, Int16, Int32, Int64
 from flax_asr import audio, errors
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 SHARD_BYTES = 256 * 2**20
 _PCM = np.dtype("<i2")
 _INDEX = {"samples": np.int32, "gains": np.float32, "shards": np.int32, "offsets": np.int64}
@@ -171,10 +172,10 @@ class ShardWriter:
         manifest["checksum"] = _checksum(manifest)
         for name in files:
             _sync(self.folder / name)
-        unfinished = self.folder / "manifest.json.tmp"
+        unfinished = self.folder / f"{MANIFEST}.tmp"
         unfinished.write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
         _sync(unfinished)
-        unfinished.replace(self.folder / "manifest.json")
+        unfinished.replace(self.folder / MANIFEST)
         _sync(self.folder)
         self._journal_path.unlink()
 
@@ -345,11 +346,11 @@ class PreparedSplit:
 
 def is_finished(folder: str | os.PathLike) -> bool:
     """Whether the folder has a manifest, sound or not."""
-    return (Path(folder) / "manifest.json").exists()
+    return (Path(folder) / MANIFEST).exists()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError as error:

@@ -12,7 +12,10 @@ from flax_asr import config, errors, terminal
 USER_ERROR, INTERRUPTED = errors.STATUS, 75
 
 OWN_OPTIONS = frozenset(
-    "--config --model --json --restart --legacy --step --topology --help --version".split()
+    (
+        "--config --model --json --restart --legacy --step --topology --spectrograms --help"
+        " --version"
+    ).split()
 )
 
 COMMANDS = {
@@ -105,7 +108,7 @@ def _run(known: argparse.Namespace, options: list[str]) -> int:
     else:
         from flax_asr import doctor
 
-        doctor.command(config.load(known.config, options), known.json)
+        doctor.command(config.load(known.config, options), known.json, known.spectrograms)
     return 0
 
 
@@ -155,6 +158,10 @@ def _add_own(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("run", metavar="RUN")
         command.add_argument("out", metavar="OUT")
         command.add_argument("--step", type=int, help="which checkpoint; by default the best one")
+    elif name == "doctor":
+        command.add_argument(
+            "--spectrograms", metavar="FOLDER", help="pictures of the most suspect training clips"
+        )
     elif name == "plan":
         command.add_argument("--topology", required=True, help="for example v5e:2x4")
 

@@ -238,3 +238,15 @@ def trim_silence(
     _, (start, end) = librosa.effects.trim(samples, top_db=below_peak_db)
     margin = SAMPLE_RATE_HZ // 10
     return samples[max(0, start - margin) : end + margin] if end > start else samples
+
+
+def mel_decibels(
+    samples: Float32[np.ndarray, " samples"],
+) -> Float32[np.ndarray, "bands frames"]:
+    """80 mel bands every 10 ms, in decibels below the loudest value, -80 at the least."""
+    import librosa
+
+    power = librosa.feature.melspectrogram(
+        y=samples, sr=SAMPLE_RATE_HZ, n_fft=400, hop_length=160, n_mels=80
+    )
+    return librosa.power_to_db(power, ref=np.max, top_db=80.0)

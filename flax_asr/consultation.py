@@ -68,8 +68,10 @@ def _splits(facts: Mapping[str, Any]) -> Iterator[str]:
     for clip in facts.get("suspects", ()):
         yield (
             f"suspect: {ascii(clip['id'])[1:-1]} has {clip['tokens']} characters in"
-            f" {clip['seconds']} s"
+            f" {clip['seconds']} s, {clip['times_usual']:.2g} times as long as usual"
         )
+    for path in facts.get("spectrograms", ()):
+        yield f"spectrogram: {path}"
 
 
 def _durations(facts: Mapping[str, Any]) -> Iterator[str]:

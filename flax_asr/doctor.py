@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,34 +25,41 @@ from flax_asr import (
     findings,
     forecast,
     host,
-    optim,
+    prognosis,
     results,
-    run_folder,
+    spectrograms,
     survey,
+    suspects,
     terminal,
     trial,
     vocabulary,
     workload,
 )
-from flax_asr.data import buckets, pool
+from flax_asr.data import buckets, examples, pool
 from flax_asr.models import wav2vec2
 
 READ_SECONDS = 12.0
 HEAR_SECONDS = 12.0
 TRIAL_SECONDS = 25.0
-CHEAP_LAYERS = 2
 _MOST_REPORTED = 20_000
 
 
-def command(cfg: config.Config, json_file: str | None) -> None:
+def command(cfg: config.Config, json_file: str | None, pictures: str | None = None) -> None:
     """Prints what was found; with `json_file` writes it as one object too.
+
+    Args:
+        cfg: the run.
+        json_file: "-" is standard output.
+        pictures: a folder for spectrograms of the most suspect training clips.
 
     Raises:
         ConfigError: the run cannot work, or an option that is needed is not there.
     """
     cfg.require("output_dir", "data.source", "data.language")
+    if pictures is not None:
+        spectrograms.draw(Path(pictures), [])  # a folder that cannot be written: now, not later
     with results.writer(json_file) as write:
-        found = Examination(cfg)
+        found = Examination(cfg, pictures)
         found.examine()
         shown = consultation.report(found.facts, found.findings)
         terminal.show(shown, results.people(json_file))
@@ -71,8 +79,9 @@ class Examination:
         findings: what is worth saying, the dearest first.
     """
 
-    def __init__(self, cfg: config.Config):
+    def __init__(self, cfg: config.Config, pictures: str | None = None):
         self.cfg = cfg
+        self.pictures = pictures
         self.facts: dict[str, Any] = {}
         self.findings: list[findings.Finding] = []
 
@@ -93,6 +102,7 @@ class Examination:
             splits = survey.look(self.cfg, read_seconds=READ_SECONDS, hear_seconds=HEAR_SECONDS)
             self._splits(splits)
             corpus = self._corpus(start, splits)
+            self._suspects(corpus.train, [splits[name] for name in self.cfg.data.train_splits])
         asked = None
         if corpus is not None:
             start = _sized(start, corpus.vocabulary)
@@ -102,7 +112,20 @@ class Examination:
         devices, timed = self._trial(asked)
         if corpus is not None and asked is not None and devices is not None:
             with self._noting("batches"):
-                self._run(start, corpus, splits, asked, devices, timed)
+                seen = prognosis.Seen(
+                    start=start,
+                    corpus=corpus,
+                    splits=splits,
+                    shapes=tuple(shape["samples"] for shape in self.facts["shapes"]),
+                    asked=asked,
+                    devices=devices,
+                    timed=timed,
+                    fresh_head=self.facts["losses"]["fresh_head"],
+                    machine=self.facts["machine"],
+                )
+                ahead = prognosis.Prognosis(self.cfg, seen)
+                self.facts |= ahead.facts
+                self.findings += ahead.findings
         self.findings = findings.ordered(self.findings)
 
     @contextlib.contextmanager
@@ -187,6 +210,15 @@ class Examination:
             strange = corpus.vocabulary.lacks(data.references)
             self.findings += findings.unknown(name, strange, sum(said.values()))
 
+    def _suspects(self, train: examples.Examples, splits: Sequence[survey.Split]) -> None:
+        oddest = suspects.oddest(train)
+        self.facts["suspects"] = [dataclasses.asdict(clip) for clip in oddest if clip.is_suspect]
+        if self.pictures is not None:
+            heard = suspects.audible(oddest, splits)
+            recordings = ((clip.id, clip.describe(), samples) for clip, samples in heard)
+            drawn = spectrograms.draw(Path(self.pictures), recordings)
+            self.facts["spectrograms"] = [str(path) for path in drawn]
+
     def _shapes(self, start: experiment.Origin, corpus: experiment.Corpus) -> trial.Asked:
         cfg = self.cfg
         train = corpus.train
@@ -210,7 +242,6 @@ class Examination:
             "clips": forecast.histogram(lengths, edges),
             "mean": float(lengths.mean()),
         }
-        self.facts["suspects"] = survey.suspects(train)
         expected = forecast.losses(train, start.model_config, corpus.vocabulary.size)
         kept = start.vocabulary == corpus.vocabulary and not cfg.model.reset_head
         self.facts["losses"] = dataclasses.asdict(expected) | {
@@ -263,143 +294,9 @@ class Examination:
             )
         return devices, timed
 
-    def _run(
-        self,
-        start: experiment.Origin,
-        corpus: experiment.Corpus,
-        splits: dict[str, survey.Split],
-        asked: trial.Asked,
-        devices: trial.Machine,
-        timed: trial.Timed | pool.Failure | None,
-    ) -> None:
-        cfg = run_folder.resolve(self.cfg, devices.count)
-        rows = devices.count * cfg.train.per_device_train_batch_size
-        shapes = [shape["samples"] for shape in self.facts["shapes"]]
-        plan = experiment.train_plan(cfg, corpus.train, shapes, rows)
-        train = [splits[name] for name in cfg.data.train_splits]
-        usable = survey.usable(corpus.train, train, cfg.data.max_train_clips)
-        updates_per_epoch = buckets.updates_per_epoch(
-            usable, plan.group_rows, plan.groups_per_update, plan.leaks
-        )
-        updates = experiment.total_updates(cfg.train, updates_per_epoch)
-        self.facts["batches"] = {
-            "train_clips": usable,
-            "train_hours": usable * self.facts["durations"]["mean_seconds"] / 3600,
-            "global_batch_size": cfg.train.global_batch_size,
-            "micro_batches_an_update": plan.groups_per_update,
-            "padding": plan.padding,
-            "updates_per_epoch": updates_per_epoch,
-            "updates": updates,
-            "epochs": updates / updates_per_epoch,
-        }
-        fresh = self.facts["losses"]["fresh_head"]
-        self.findings += findings.batches(
-            cfg, plan.padding, start.model_config.feat_extract_norm == "group"
-        )
-        self.findings += findings.schedule(cfg, updates, fresh)
-        self.findings += findings.precision(cfg.train.mixed_precision, devices.platform)
-        self._time(cfg, start, corpus, splits, asked, devices, timed)
-        self._room(cfg, start, splits, devices, timed)
-
-    def _time(self, cfg, start, corpus, splits, asked, devices, timed) -> None:
-        batches = self.facts["batches"]
-        scored = 0.0
-        if corpus.eval is not None:
-            clips = survey.usable(
-                corpus.eval, [splits[n] for n in cfg.data.eval_splits], cfg.data.max_eval_clips
-            )
-            scored = clips * float(corpus.eval.samples.mean())
-        work = forecast.Work(
-            model_config=start.model_config,
-            model=cfg.model,
-            trained_samples=batches["updates"]
-            * cfg.train.global_batch_size
-            * float(corpus.train.samples.mean())
-            / (1 - batches["padding"]),
-            scored_samples=scored
-            * math.ceil(batches["updates"] / cfg.train.eval_steps)
-            / (1 - batches["padding"]),
-            updates=batches["updates"],
-        )
-        rows = devices.count * cfg.train.per_device_train_batch_size
-        if isinstance(timed, trial.Timed):
-            seconds = work.measured(
-                asked.samples,
-                rows * asked.samples / timed.accumulate_seconds,
-                timed.update_seconds,
-            )
-        else:
-            # A second device of a CPU is the same CPU.
-            count = 1 if devices.platform == "cpu" else devices.count
-            seconds = work.at_least(asked.samples, devices.flops_per_second * count)
-        cheap = None
-        layers = start.model_config.num_hidden_layers
-        if cfg.model.trainable_layers is None and layers > CHEAP_LAYERS:
-            cheap = seconds * work.share_with(CHEAP_LAYERS, asked.samples)
-        self.facts["time"] = {
-            "measured": isinstance(timed, trial.Timed),
-            "update_on_samples": asked.samples,
-            "whole_model": isinstance(timed, trial.Timed) and timed.layers == layers,
-            "trial": timed._asdict() if timed is not None else None,
-            "seconds": seconds,
-            "days": seconds / 86400,
-            "cheap_trainable_layers": CHEAP_LAYERS if cheap is not None else None,
-            "cheap_days": cheap / 86400 if cheap is not None else None,
-        }
-        self.findings += findings.duration(
-            seconds / 86400,
-            (CHEAP_LAYERS, cheap / 86400) if cheap is not None else None,
-            least=not isinstance(timed, trial.Timed),
-        )
-
-    def _room(self, cfg, start, splits, devices, timed) -> None:
-        objective = experiment.objective(cfg, start)
-        optimiser = optim.adamw(cfg.optim, optim.schedule(cfg.optim, 1))
-        state = jax.eval_shape(
-            lambda params: experiment.fresh_state(cfg, params, optimiser),
-            experiment.parameter_shapes(objective),
-        )
-        weights = _bytes((state.trainable, state.frozen))
-        checkpoint, gradients = _bytes(state), _bytes(state.trainable)
-        kept = checkpoint * (cfg.train.save_total_limit + 1)
-        prepared = 0
-        if not survey.is_prepared(cfg):
-            prepared = sum(
-                round(split.seconds * audio.SAMPLE_RATE_HZ * 2) for split in splits.values()
-            )
-        temporary = timed.temporary_bytes if isinstance(timed, trial.Timed) else 0
-        per_device = checkpoint + gradients + temporary
-        self.facts["room"] = {
-            "parameters": weights // 4,
-            "trained_parameters": gradients // 4,
-            "checkpoint_bytes": checkpoint,
-            "checkpoints_bytes": kept,
-            "export_bytes": weights,
-            "prepared_bytes": prepared,
-            "device_bytes": per_device,
-        }
-        disk, memory = self.facts["machine"]["disk"], self.facts["machine"]["memory_bytes"]
-        need = {"output_dir": kept + weights, "prepared": prepared}
-        if disk["output_dir"]["device"] == disk["prepared"]["device"]:
-            need = {"output_dir": kept + weights + prepared}
-        for name, count in need.items():
-            free = disk[name]["free_bytes"]
-            self.findings += findings.room(count, free, f"disk of {disk[name]['path']}", True)
-        if devices.memory_bytes is not None:
-            self.findings += findings.room(
-                per_device, devices.memory_bytes, "memory of a device", True
-            )
-        elif devices.platform == "cpu":
-            self.findings += findings.room(per_device, memory, "memory of this machine", True)
-
 
 def _sized(start: experiment.Origin, found: vocabulary.Vocabulary) -> experiment.Origin:
     sizes = {"vocab_size": found.size, "pad_token_id": found.blank}
     return dataclasses.replace(
         start, model_config=Wav2Vec2Config(**(start.model_config.to_dict() | sizes))
     )
-
-
-def _bytes(tree: Any) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

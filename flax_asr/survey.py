@@ -7,9 +7,10 @@ decoded to see whether they can be.
 
 import contextlib
 import dataclasses
+import functools
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Split:
         lengths_from: "prepared", "clip_durations.tsv" or "sample".
         complete: whether all clips were read in the time there was.
         audio_keys: clip id -> digest of the decoded audio.
+        listen: clip id -> its audio at 16 kHz, None where it cannot be had.
     """
 
     split: str
@@ -57,6 +59,7 @@ class Split:
     lengths_from: str
     complete: bool
     audio_keys: Mapping[str, str]
+    listen: Callable[[str], Float32[np.ndarray, " samples"] | None]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -171,7 +174,28 @@ def _prepared(folder: Path) -> Split:
         lengths_from="prepared",
         complete=True,
         audio_keys={},
+        listen=functools.partial(_prepared_audio, found),
     )
+
+
+def _prepared_audio(
+    found: shards.PreparedSplit, clip: str
+) -> Float32[np.ndarray, " samples"] | None:
+    if clip not in found.ids:
+        return None
+    row = found.ids.index(clip)
+    return found.audio(row) * found.gains[row]
+
+
+def _source_audio(
+    found: "_Listed", longest: float, clip_id: str
+) -> Float32[np.ndarray, " samples"] | None:
+    for clip in found.audible():
+        if clip.id == clip_id:
+            source = clip.audio if clip.audio_bytes is None else clip.audio_bytes
+            with contextlib.suppress(errors.AudioError):
+                return audio.decode(source, max_seconds=longest)
+    return None
 
 
 def _durations(source: common_voice.Source) -> dict[str, int]:
@@ -319,6 +343,7 @@ def _judge(
         lengths_from="clip_durations.tsv" if durations else "sample",
         complete=found.complete,
         audio_keys=keys,
+        listen=functools.partial(_source_audio, found, cfg.data.max_seconds),
     )
 
 
@@ -371,18 +396,3 @@ def usable(data: examples.Examples, splits: Sequence[Split], most: int | None) -
         judged += (known + len(split.left_out)) * min(known, MOST_ROWS) / known
     clips = round(data.clips_available * sum(map(len, splits)) / judged)
     return min(clips, most) if most is not None else clips
-
-
-def suspects(data: examples.Examples, most: int = 5) -> list[dict[str, Any]]:
-    """Clips with far too little audio for their text: probably another sentence, or cut."""
-    rates = data.samples / audio.SAMPLE_RATE_HZ / data.label_lengths
-    rows = np.argsort(rates)[:most]
-    return [
-        {
-            "id": data.ids[row],
-            "seconds": round(int(data.samples[row]) / audio.SAMPLE_RATE_HZ, 3),
-            "tokens": int(data.label_lengths[row]),
-        }
-        for row in rows.tolist()
-        if rates[row] < np.median(rates) / 4
-    ]

@@ -8,6 +8,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -16,14 +17,17 @@ from transformers import Wav2Vec2Config
 from flax_asr import (
     __main__,
     assembly,
+    audio,
     config,
     consultation,
     ctc,
     doctor,
+    errors,
     findings,
     forecast,
     host,
     parallel,
+    spectrograms,
     survey,
     trial,
 )
@@ -58,9 +62,9 @@ def _release(folder: pathlib.Path, **splits: list[tuple]) -> pathlib.Path:
         for number, (name, speaker, sentence, seconds) in enumerate(clips):
             rows.append(f"{speaker}\t{name}.wav\t{sentence}")
             rng = np.random.default_rng([number, len(split)])
-            audio = rng.normal(0, 0.1, round(seconds * 16_000))
+            noise = rng.normal(0, 0.1, round(seconds * 16_000))
             if seconds:
-                soundfile.write(language / "clips" / f"{name}.wav", audio, 16_000)
+                soundfile.write(language / "clips" / f"{name}.wav", noise, 16_000)
         (language / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return language
 
@@ -118,6 +122,8 @@ def faulty(tmp_path):
     train[5] = ("mute", "train speaker 2", " ", 1)
     train[6] = ("quick", "train speaker 0", "llawer gormod o eiriau " * 6, 0.4)
     train[7] = ("marks", "train speaker 0", "?!", 1)
+    train[8] = ("again", "train speaker 2", "yr un sain eto", 1)
+    train[9] = ("train0", "train speaker 1", "yr un clip eto", 1)
     test = _sound("test", 5)
     test[0] = ("test0", "train speaker 1", "un dau tri test", 1)
     test[1] = ("test1", "test speaker 1", train[0][2], 1)
@@ -126,6 +132,7 @@ def faulty(tmp_path):
     source = _release(tmp_path, train=train, dev=_sound("dev", 4), test=test)
     (source / "clips" / "html.wav").write_text("<html>not found</html>")
     shutil.copy(source / "clips" / "train1.wav", source / "clips" / "twin.wav")
+    shutil.copy(source / "clips" / "train2.wav", source / "clips" / "again.wav")
     return source
 
 
@@ -135,7 +142,10 @@ def test_every_planted_fault_is_found(faulty, tmp_path, no_trial):
         "damaged": 1,
         "missing": 1,
         "empty_transcript": 1,
+        "same_audio": 1,
+        "duplicate": 1,
     }
+    assert "again.wav as train2.wav" in found["same_audio"].message
     assert found["damaged"].cost == found["missing"].cost
     assert "html.wav" in found["damaged"].message
     shared = examination.facts["shared_with_train"]
@@ -173,6 +183,56 @@ def test_nothing_is_written(faulty, tmp_path, no_trial):
     before = sorted(tmp_path.rglob("*"))
     _examined(_config(tmp_path, faulty))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def _odd(tmp_path: pathlib.Path) -> pathlib.Path:
+    train = _sound("train", 12)
+    train[4] = ("long", "train speaker 1", "un", 6)
+    train[5] = ("$x^2", "train speaker 2", "llawer o eiriau mewn dim o amser a mwy eto", 1)
+    return _release(tmp_path, train=train, dev=_sound("dev", 4))
+
+
+def test_clips_that_do_not_go_with_their_text_are_suspect(tmp_path, no_trial):
+    cfg = _config(tmp_path, _odd(tmp_path), data={"test_splits": []})
+    before, _ = _examined(cfg)
+    (suspect,) = before.facts["suspects"]
+    assert suspect["id"] == "long.wav"
+    assert (suspect["seconds"], suspect["tokens"]) == (6, 2)
+    assert suspect["times_usual"] > 4
+    assert "suspect: long.wav has 2 characters in 6.0 s" in consultation.report(before.facts, [])
+
+
+def test_the_oddest_clips_are_drawn_from_source_and_prepared_data_alike(tmp_path, no_trial):
+    cfg = _config(tmp_path, _odd(tmp_path), data={"test_splits": []})
+    drawn = []
+    for folder in ("before", "after"):
+        examination = doctor.Examination(cfg, str(tmp_path / folder))
+        examination.examine()
+        paths = [pathlib.Path(path) for path in examination.facts["spectrograms"]]
+        assert sorted(paths) == sorted((tmp_path / folder).iterdir())
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+        drawn.append([path.name for path in paths])
+        prepare.prepare(cfg)
+    assert drawn[0] == drawn[1]
+    assert drawn[0][0] == "01-long.wav.png"
+    assert len(drawn[0]) == 8
+
+
+def test_a_spectrogram_has_a_tone_in_its_band_and_stays_in_its_folder(tmp_path):
+    time = np.arange(16_000) / 16_000
+    tone = np.where(time < 0.5, 0.1 * np.sin(2 * np.pi * 1000 * time), 0).astype(np.float32)
+    found = audio.mel_decibels(tone)
+    centres = librosa.mel_frequencies(82, fmax=8000)[1:-1]
+    assert abs(centres[found[:, 25].argmax()] - 1000) < 50
+    assert found[:, 25].max() == pytest.approx(0, abs=0.5)
+    assert found[:, 75].max() == -80
+    clip = "../" * 40 + "a\x1b\0.wav"
+    (path,) = spectrograms.draw(tmp_path / "pictures", [(clip, "said", tone)])
+    assert path.parent == tmp_path / "pictures"
+    assert path.is_file()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.ConfigError, match="file cannot be written"):
+        spectrograms.draw(tmp_path / "file", [])
 
 
 # The forecast is what comes

@@ -20,6 +20,10 @@ FACTS = {
 }
 
 
+MOST_BYTES = 256 * 2**20
+"""Larger contents are no clips: ten minutes of the densest MP3 take 24 MB, of 48 kHz WAV 60 MB."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Clip:
     """One recording and what is known of it. Unknown facts are empty strings.

@@ -17,8 +17,6 @@ Source = clips.Source
 
 # Tables of a release that are no splits.
 _NO_SPLITS = ("reported", "clip_durations", "validated_sentences", "unvalidated_sentences")
-# Ten minutes of the densest MP3 take 24 MB, of 48 kHz WAV 60 MB.
-_MOST_CLIP_BYTES = 256 * 2**20
 _FORMS = (
     "a release folder, its .tar.gz, parquet:GLOB, hf:NAME[:CONFIG], or a .csv, .tsv or .jsonl "
     "manifest with the columns path and sentence"
@@ -165,7 +163,7 @@ def _archive_clips(
             if not found or id not in wanted:
                 continue
             same = wanted.pop(id)
-            if size > _MOST_CLIP_BYTES:
+            if size > clips.MOST_BYTES:
                 why = f"{size} bytes are no clip"
                 refused.extend(dataclasses.replace(clip, refused=why) for clip in same)
             else:

@@ -159,7 +159,7 @@ def _preprocessor(folder: Path | None) -> dict[str, Any]:
         return defaults
     try:
         return defaults | json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise errors.ModelError(f"{path} cannot be read: {error}") from error
 
 

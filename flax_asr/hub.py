@@ -95,6 +95,8 @@ def _record(row: Mapping[str, Any], column: str, folder: pathlib.Path | None) ->
     if not isinstance(audio, Mapping):
         is_path = isinstance(audio, str)
         audio = {"bytes": None if is_path else audio, "path": audio if is_path else None}
+    if not {"bytes", "path"} <= audio.keys():
+        return clips.from_row(row, "", column, refused="its audio is neither bytes nor a path")
     content, path = audio["bytes"], audio["path"]
     named = path or row.get("path")
     id = named if isinstance(named, str) else ""
@@ -159,7 +161,12 @@ def _hub_clips(name: str, split: str, table: Any, column: str) -> Iterator[clips
             clip = unique(_record(row, column, None))
             if clip.audio is not None and "://" in clip.audio:
                 with fsspec.open(clip.audio, "rb") as stream:
-                    clip = dataclasses.replace(clip, audio=None, audio_bytes=stream.read())
+                    content = stream.read(clips.MOST_BYTES + 1)
+                clip = dataclasses.replace(clip, audio=None, audio_bytes=content)
+                if len(content) > clips.MOST_BYTES:
+                    clip = dataclasses.replace(
+                        clip, audio_bytes=None, refused=f"over {clips.MOST_BYTES} bytes are no clip"
+                    )
             yield clip
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise errors.DataError(f"{name}, split {split}: reading stopped: {error}") from None

@@ -142,6 +142,7 @@ def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedMo
 
 def _from_hugging_face(model: str, place: str) -> LoadedModel:
     origin = experiment.origin(config.ModelConfig(pretrained=place))
+    wav2vec2.check(origin.model_config)
     _check_sampling_rate(origin.folder)
     if origin.vocabulary is None:
         raise errors.ModelError(

@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 from flax_asr import errors
 
+_MOST_CHARACTERS = 2**18
+_DEEPEST = 32
+
 TRAINER_NAMES = {
     "fp16": "train.mixed_precision fp16",
     "bf16": "train.mixed_precision bf16",
@@ -90,6 +93,7 @@ def read_yaml(path: str | os.PathLike) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise errors.ConfigError(f"cannot read the configuration {path}: {error}") from error
     try:
+        _check_form(path, text)
         values = _yaml().load(text)
     except YAMLError as error:
         raise errors.ConfigError(f"{path} is not valid YAML: {_first_lines(error)}") from error
@@ -98,6 +102,24 @@ def read_yaml(path: str | os.PathLike) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise errors.ConfigError(f"{path}: expected `section:` lines, found {_kind(values)}.")
     return values
+
+
+def _check_form(path: str | os.PathLike, text: str) -> None:
+    """Refuses what a few lines could take all memory or days with: a stranger's run has a file."""
+    from ruamel.yaml import tokens
+
+    if len(text) > _MOST_CHARACTERS:
+        raise errors.ConfigError(f"{path}: {len(text)} characters are no configuration.")
+    depth = 0
+    for token in _yaml().scan(text):
+        name = type(token).__name__
+        depth += name.endswith("StartToken") - name.endswith("EndToken")
+        if isinstance(token, tokens.AliasToken):
+            raise errors.ConfigError(f"{path} has aliases (*name): write the values out.")
+        if depth > _DEEPEST:
+            raise errors.ConfigError(
+                f"{path} is no configuration: its values are nested too deeply."
+            )
 
 
 def _first_lines(error: Exception) -> str:

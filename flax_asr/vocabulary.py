@@ -239,8 +239,8 @@ class Vocabulary:
         if any(isinstance(value, dict) for value in places.values()):
             places = _one_language(places, target_lang or settings.get("target_lang"), file)
         places = dict(places) | added
-        for place, token in dict(settings.get("added_tokens_decoder", {})).items():
-            places.setdefault(_content(token), int(place))
+        for place, token in _numbered(settings, folder):
+            places.setdefault(_content(token), place)
         names = _special_names(settings, special, places)
         for name in names.values():
             if name is not None and name not in places:
@@ -282,14 +282,24 @@ def _read_object(file: pathlib.Path) -> dict | None:
     return content
 
 
+def _numbered(settings: dict, folder: pathlib.Path) -> list[tuple[int, object]]:
+    """The tokens that tokenizer_config.json adds, with their ids."""
+    added = settings.get("added_tokens_decoder", {})
+    if not isinstance(added, dict) or not all(re.fullmatch(r"\d{1,9}", key) for key in added):
+        raise errors.ModelError(
+            f"{folder}: added_tokens_decoder in tokenizer_config.json is no map"
+        )
+    return [(int(key), token) for key, token in added.items()]
+
+
 def _content(token: object) -> str:
     """A token as text; newer folders write it as an object with flags."""
-    return str(token["content"] if isinstance(token, dict) else token)
+    return str(token.get("content") if isinstance(token, dict) else token)
 
 
 def _one_language(nested: dict, language: str | None, file: pathlib.Path) -> dict:
     known = sorted(name for name, value in nested.items() if isinstance(value, dict))
-    if language is None or not isinstance(nested.get(language), dict):
+    if language not in known:
         asked = "none is chosen" if language is None else f"{language!r} is not among them"
         raise errors.ModelError(
             f"{file}: a vocabulary for each of {len(known)} languages, and {asked}: "

@@ -9,13 +9,14 @@ import pathlib
 import tarfile
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from flax_asr import archives
+from flax_asr import archives, clips, hub
 from flax_asr.common_voice import Clip, open_source
 from flax_asr.errors import DataError
 
@@ -384,6 +385,28 @@ def test_audio_in_parquet_may_be_bytes_or_a_path_and_names_stay_unique(tmp_path)
     pq.write_table(pa.table({"audio": [b"z"], "sentence": ["1"]}), tmp_path / "train.parquet")
     (clip,) = open_source(f"parquet:{tmp_path}/train.parquet", language="en").read("train")
     assert (clip.id, clip.audio_bytes) == ("train-0", b"z")
+
+
+def test_audio_of_another_form_is_refused_by_row(tmp_path):
+    rows = [{"audio": {"array": [0.0], "sampling_rate": 16_000}, "sentence": "1"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    (clip,) = open_source(f"parquet:{tmp_path}/train.parquet", language="en").read("train")
+    assert clip.refused == "its audio is neither bytes nor a path"
+
+
+def test_a_remote_recording_that_is_too_large_is_refused_by_row(monkeypatch):
+    monkeypatch.setattr(clips, "MOST_BYTES", 100)
+    for name, size in (("small", 100), ("large", 101)):
+        with fsspec.open(f"memory://{name}.wav", "wb") as file:
+            file.write(bytes(size))
+    rows = [
+        {"audio": {"bytes": None, "path": f"memory://{name}.wav"}, "sentence": name}
+        for name in ("small", "large")
+    ]
+    small, large = hub._hub_clips("hf:x", "train", rows, "sentence")
+    assert (small.audio, small.audio_bytes, small.refused) == (None, bytes(100), "")
+    assert (large.audio, large.audio_bytes) == (None, None)
+    assert large.refused == "over 100 bytes are no clip"
 
 
 def test_wrong_parquet_is_refused(tmp_path):

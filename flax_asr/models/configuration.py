@@ -15,11 +15,22 @@ if TYPE_CHECKING:
     from transformers import Wav2Vec2Config
 
 
+# What a config.json can ask of PyTorch's loader: a type, kernels or code from elsewhere. It means
+# nothing here, and would go on into what we export.
+_NOT_OURS = frozenset(
+    "dtype torch_dtype quantization_config auto_map custom_pipelines num_labels id2label label2id"
+    " attn_implementation _attn_implementation _attn_implementation_internal"
+    " experts_implementation _experts_implementation rope_scaling rope_parameters".split()
+)
+_MOST_LAYERS = 1000
+_LARGEST = 2**24  # of every other whole number
+
+
 def read(folder: Path) -> "Wav2Vec2Config":
-    """A folder's config.json.
+    """A folder's config.json, without what is for PyTorch's loader only.
 
     Raises:
-        ModelError: there is none, or it is not one of wav2vec 2.0.
+        ModelError: there is none, it is not one of wav2vec 2.0, or its sizes are absurd.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Wav2Vec2Config
@@ -30,6 +41,13 @@ def read(folder: Path) -> "Wav2Vec2Config":
         raise errors.ModelError(
             f"{folder} holds a model of type {kind!r}; only 'wav2vec2' is supported."
         )
+    content = {key: value for key, value in content.items() if key not in _NOT_OURS}
+    for key, value in content.items():
+        # Before anything is made of such a size.
+        for size in value if isinstance(value, list) else [value]:
+            most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
+            if isinstance(size, int) and abs(size) > most:
+                raise errors.ModelError(f"{folder / 'config.json'}: {key} is {size!r:.40}.")
     try:
         return Wav2Vec2Config(**content)
     except (StrictDataclassError, TypeError, ValueError) as error:

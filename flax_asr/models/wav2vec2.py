@@ -75,6 +75,12 @@ def check(config: layers.Wav2Vec2Config) -> None:
         refuse("add_adapter", "asks for convolutions after the encoder, which are not supported")
     if config.adapter_attn_dim is not None:
         refuse("adapter_attn_dim", "asks for attention adapters (MMS), which are not supported")
+    for key in ("hidden_size", "num_attention_heads", "num_conv_pos_embedding_groups"):
+        if getattr(config, key) < 1:
+            refuse(key, "is not positive")
+    for key in ("conv_dim", "conv_kernel", "conv_stride"):
+        if any(size < 1 for size in getattr(config, key)):
+            refuse(key, "has a size that is not positive")
     if config.hidden_size % config.num_attention_heads:
         refuse("num_attention_heads", f"does not divide hidden_size {config.hidden_size}")
     if config.hidden_size % config.num_conv_pos_embedding_groups:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import pathlib
+import types
+import typing
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flax_asr import config, errors, options
@@ -120,27 +122,75 @@ def test_every_option_is_explained():
     assert all(f"--{name} " in listed for name in config.option_types())
 
 
-_texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
+_texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+_values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | _texts
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    source=st.none() | _texts,
-    splits=st.lists(_texts, max_size=3),
-    rate=st.floats(1e-12, 1.0),
-    overrides=st.dictionaries(_texts, st.integers() | _texts | st.booleans(), max_size=3),
-)
-def test_what_is_written_loads_back_equal(tmp_path_factory, seed, source, splits, rate, overrides):
-    cfg = config.Config(
-        seed=seed,
-        data=config.DataConfig(source=source, train_splits=tuple(splits)),
-        optim=config.OptimConfig(learning_rate=rate),
-        model=config.ModelConfig(config=overrides),
-    )
+def _of_kind(kind) -> st.SearchStrategy:
+    """Values that an option of this type may have."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return st.one_of(*(_of_kind(member) for member in typing.get_args(kind)))
+    if kind is types.NoneType:
+        return st.none()
+    if typing.get_origin(kind) is typing.Literal:
+        return st.sampled_from(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return st.lists(_of_kind(typing.get_args(kind)[0]), max_size=3).map(tuple)
+    if kind == dict[str, typing.Any]:
+        return st.dictionaries(_texts, _values | st.lists(_values, max_size=2), max_size=3)
+    return {
+        bool: st.booleans(),
+        str: _texts,
+        float: st.floats(0, 1, exclude_max=True) | st.floats(1e-300, 1e300),
+        int: st.integers(0, 2**60),
+    }[kind]
+
+
+def _build(sections: dict) -> config.Config | None:
+    """None where a value is out of its range, or two options exclude each other."""
+    try:
+        return config.build(sections)
+    except errors.ConfigError:
+        return None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_configuration_loads_back_equal(tmp_path_factory, data):
+    kinds = config.option_types()
+    names = data.draw(st.sets(st.sampled_from(sorted(kinds)), max_size=12))
+    sections: dict = {}
+    for name in sorted(names):
+        section, _, key = name.rpartition(".")
+        value = data.draw(_of_kind(kinds[name]), label=name)
+        if _build({section: {key: value}} if section else {key: value}) is not None:
+            place = sections.setdefault(section, {}) if section else sections
+            place[key] = value
+    cfg = _build(sections)
+    assume(cfg is not None)
     path = tmp_path_factory.mktemp("config") / "c.yaml"
     config.save(cfg, path)
     assert config.load(path) == cfg
+    assert config.build(config.as_dict(cfg)) == cfg
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["", "data", "text", "model", "optim", "train"]),
+    st.text(st.characters(codec="ascii", categories=["Ll", "Nd"], include_characters="_-")),
+)
+def test_any_unknown_key_is_named(section, key):
+    name = f"{section}.{key}" if section else key
+    if name in config.option_types() or key in ("data", "text", "model", "optim", "train"):
+        return
+    for read in (
+        lambda: config.build({section: {key: 1}} if section else {key: 1}),
+        lambda: config.load(None, [f"--{name}=1"]),
+    ):
+        with pytest.raises(errors.ConfigError) as caught:
+            read()
+        assert "there is no option" in str(caught.value)
+        assert name.partition(".")[0] in str(caught.value)
 
 
 def test_a_configuration_is_frozen():

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hypothesis_numpy
 
 from flax_asr import ctc
 
@@ -162,6 +165,28 @@ def test_loss_and_gradient_equal_the_sum_over_all_alignments(case, forbidden):
 
     zeroed, _ = ours(logits, [frames], labels, [len(target)], blank=blank, zero_infinity=True)
     assert zeroed == (loss if np.isfinite(expected_loss) else 0)
+
+
+LOGIT = st.floats(-20, 20) | st.just(-np.inf)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hypothesis_numpy.arrays(np.float64, (1, 5, 3), elements=LOGIT),
+    st.integers(0, 5),
+    st.lists(st.integers(-1, 3), max_size=3),
+    st.integers(0, 2),
+)
+def test_any_clip_costs_what_the_sum_over_all_its_alignments_says(logits, frames, target, blank):
+    if np.isneginf(logits[0, :frames]).all(axis=-1).any():  # a frame that says nothing at all
+        expected_loss, expected = np.inf, np.zeros((frames, 3))
+    else:
+        expected_loss, expected = every_alignment(logits[0, :frames], target, blank)
+    labels = np.array([[*target, 1, 1, 1][:3]])
+    loss, gradient = ours(logits, [frames], labels, [len(target)], blank=blank)
+    np.testing.assert_allclose(loss, [expected_loss], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(gradient[0, :frames], expected, rtol=0, atol=1e-10)
+    assert (gradient[0, frames:] == 0).all()
 
 
 @pytest.mark.parametrize("zero_infinity", [False, True])

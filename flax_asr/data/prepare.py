@@ -177,8 +177,13 @@ def _check_settings(split: shards.PreparedSplit, settings: dict[str, Any]) -> No
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Waits until no other process prepares this folder; a lock ends with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise errors.DataError(
+            f"{folder} cannot be made: {error.strerror}. Name another data.prepared_dir."
+        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,11 +238,13 @@ def _prepare_split(
                 )
             writer.finish(source=source.name, release=source.release, split=split)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = f"No space is left for {folder}: make room"
+        else:
+            why = f"The preparation in {folder} stopped ({error}): mend that"
         raise errors.DataError(
-            f"No space is left for {folder}. Make room, or name another data.prepared_dir; in the"
-            " same folder, preparation goes on where it stopped."
+            f"{why}, or name another data.prepared_dir; in the same folder, preparation goes on"
+            " where it stopped."
         ) from error
 
 

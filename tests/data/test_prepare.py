@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -205,6 +206,58 @@ def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
     assert contents(train.folder) == contents(whole["train"].folder)
 
 
+def prepare_slowly(cfg: config.Config, clip_seconds: float) -> None:
+    """In a process of its own: every clip is handed to the system, and takes its time."""
+    prepare._FLUSH_CLIPS = 1
+    record = prepare._record
+
+    def slow_record(*arguments):
+        record(*arguments)
+        time.sleep(clip_seconds)
+
+    prepare._record = slow_record
+    prepare.prepare(cfg)
+
+
+def start_slowly(cfg: config.Config, clip_seconds: float = 0.0) -> multiprocessing.Process:
+    process = multiprocessing.get_context("spawn").Process(
+        target=prepare_slowly, args=(cfg, clip_seconds)
+    )
+    process.start()
+    return process
+
+
+def test_kills_in_the_middle_change_nothing(release, tmp_path):
+    only = {"eval_splits": (), "test_splits": ()}
+    cfg = configuration(release, tmp_path / "run", **only)
+    journal = prepare.prepared_folder(cfg) / "train" / "journal.jsonl"
+    for clips in (3, 8):
+        process = start_slowly(cfg, clip_seconds=0.2)
+        while process.is_alive() and not (
+            journal.exists() and journal.read_bytes().count(b"\n") > clips
+        ):
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        assert not shards.is_finished(journal.parent)
+        with open(journal, "ab") as file:
+            file.write(b'{"id": "half a li')  # where another kill could have hit
+    train = prepare.prepare(cfg)["train"]
+    whole = prepare.prepare(
+        configuration(release, tmp_path / "run", prepared_dir=str(tmp_path / "whole"), **only)
+    )["train"]
+    assert contents(train.folder) == contents(whole.folder)
+
+
+def test_two_at_once_in_one_folder_end_alike(release, tmp_path):
+    cfg = configuration(release, tmp_path / "run", eval_splits=(), test_splits=())
+    processes = [start_slowly(cfg, clip_seconds=0.05) for _ in range(2)]
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
+    assert len(prepare.prepare(cfg, verify=True)["train"]) == 12
+
+
 def test_a_source_that_changed_in_between_is_refused(release, tmp_path, monkeypatch):
     cfg = configuration(release, tmp_path / "run", eval_splits=(), test_splits=())
     folder = prepare.prepared_folder(cfg) / "train"
@@ -317,6 +370,26 @@ def test_a_full_disk_is_reported_and_what_is_done_is_kept(release, tmp_path, mon
         )
     ) as writer:
         assert len(writer.done) == 5
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_clip(release, tmp_path, monkeypatch):
+    cfg = configuration(release, tmp_path / "run", eval_splits=(), test_splits=())
+    folder = prepare.prepared_folder(cfg) / "train"
+    folder.mkdir(parents=True)
+    (folder / "clips.jsonl").symlink_to("/dev/full")  # the system itself says that it is full
+    with pytest.raises(errors.DataError, match="No space is left"):
+        prepare.prepare(cfg)
+    assert not shards.is_finished(folder)
+    (folder / "clips.jsonl").unlink()
+    monkeypatch.setattr(prepare, "_record", None)  # everything is there already
+    assert len(prepare.prepare(cfg, verify=True)["train"]) == 12
+
+
+def test_a_folder_that_cannot_be_made_is_refused(release, tmp_path):
+    (tmp_path / "file").write_text("")
+    cfg = configuration(release, tmp_path / "run", prepared_dir=str(tmp_path / "file" / "here"))
+    with pytest.raises(errors.DataError, match=r"file/here/train cannot be made: Not a directory"):
+        prepare.prepare(cfg)
 
 
 def test_dev_and_validation_are_two_names_of_one_split(release, tmp_path):

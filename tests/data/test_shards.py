@@ -6,6 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hypothesis_numpy
 from small_splits import add, noise, write_split
 
 from flax_asr import errors
@@ -36,6 +39,48 @@ def test_clips_come_back_as_they_were_added(tmp_path):
         np.testing.assert_array_equal(split.audio(row), noise(4000 + 1000 * row, row))
         with pytest.raises(ValueError, match="read-only"):
             split.audio(row)[0] = 1
+
+
+CLIP = st.tuples(
+    st.builds(ClipFacts, *[st.text(max_size=8)] * 6),
+    hypothesis_numpy.arrays(np.int16, st.integers(1, 40)),
+    st.floats(2**-20, 8, width=32),
+)
+LEFT_OUT = st.tuples(st.text(max_size=8), st.builds(LeftOut, *[st.text(max_size=8)] * 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(CLIP, min_size=1, max_size=6), st.lists(LEFT_OUT, max_size=3), st.data())
+def test_any_samples_and_any_text_come_back_even_over_an_interruption(
+    tmp_path_factory, clips, left_out, data
+):
+    folder = tmp_path_factory.mktemp("split")
+    shard_bytes = data.draw(st.integers(1, 200))
+    stop = data.draw(st.integers(0, len(clips)))
+    for some in (clips[:stop], clips[stop:]):
+        with ShardWriter(folder, shard_bytes=shard_bytes) as writer:
+            for facts, pcm, gain in some:
+                add(writer, facts, pcm, gain)
+    with ShardWriter(folder, shard_bytes=shard_bytes) as writer:
+        assert writer.done == [(facts.id, facts.sentence) for facts, _, _ in clips]
+        for sentence, entry in left_out:
+            writer.leave_out(sentence, entry)
+        writer.finish(source="s", release="r", split="train")
+    split = PreparedSplit.open(folder, verify=True)
+    texts = zip(
+        split.ids,
+        split.sentences,
+        split.speakers,
+        split.ages,
+        split.genders,
+        split.accents,
+        strict=True,
+    )
+    assert [ClipFacts(*fields) for fields in texts] == [facts for facts, _, _ in clips]
+    assert split.left_out == [entry for _, entry in left_out]
+    for row, (_, pcm, gain) in enumerate(clips):
+        np.testing.assert_array_equal(split.audio(row), pcm)
+        assert split.gains[row] == np.float32(gain)
 
 
 def test_shards_are_bounded_and_a_long_clip_has_one_of_its_own(tmp_path):

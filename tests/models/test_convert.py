@@ -1,13 +1,17 @@
+import functools
 import logging
+import math
 
 import ml_dtypes
 import numpy as np
 import pytest
 import small_torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flax_asr import errors
-from flax_asr.models import convert
+from flax_asr.models import convert, weights
 
 EMBEDDING = "wav2vec2.masked_spec_embed"
 ORIGINAL = "wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original"
@@ -39,6 +43,39 @@ def test_torch_to_ours_to_torch_is_exact_to_the_bit(architecture, name):
         assert after[key].tobytes() == np.ascontiguousarray(values).tobytes(), key
         assert after[key].shape == values.shape
         assert after[key].flags.c_contiguous
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(list(small_torch.ARCHITECTURES)),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_bits_survive_the_way_through_our_tree_and_a_file(
+    tmp_path_factory, architecture, head, seed
+):
+    config = small_torch.config(architecture)
+    shapes = _shapes(architecture, head)
+    rng = np.random.default_rng(seed)
+    before = {  # NaN with all its payloads, infinities and denormal numbers too
+        name: np.frombuffer(rng.bytes(4 * math.prod(shape)), np.float32).reshape(shape)
+        for name, shape in shapes.items()
+    }
+    folder = tmp_path_factory.mktemp("weights")
+    weights.write(folder, before)
+    params = convert.params_from_torch(weights.read(folder), config, head=head)
+    after = convert.torch_from_params(params, config)
+    assert {name: values.tobytes() for name, values in after.items()} == {
+        name: values.tobytes() for name, values in before.items()
+    }
+    assert {name: values.shape for name, values in after.items()} == shapes
+
+
+@functools.cache
+def _shapes(architecture, head):
+    name = "Wav2Vec2ForCTC" if head else "Wav2Vec2Model"
+    found = _tensors(name, small_torch.config(architecture))
+    return {name: values.shape for name, values in found.items()}
 
 
 def test_kernels_multiply_as_torch_layers_do():

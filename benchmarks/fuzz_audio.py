@@ -98,9 +98,11 @@ def main() -> int:
     )
     for kind, count in sorted(collections.Counter(kind for kind, _ in tables[0]).items()):
         print(f"table, {kind:18s} {refused[kind]} of {count} refused")
+    heard = sum(counts["decoded"] for counts in ends.values())
     failures = sum(isinstance(result, pool.Failure) for run in runs for _, result in run)
     print(
-        f"{len(files)} files twice, {len(tables[0])} tables twice: {failures} crashes and hangs,"
+        f"{len(files)} files twice, {heard} of them heard; {len(tables[0])} tables twice:"
+        f" {failures} crashes and hangs,"
         f" {growth / 1e6:.0f} MB growth, slowest {max(v.seconds for v in verdicts):.2f} s,"
         f" {len(wrong)} surprises"
     )

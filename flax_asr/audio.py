@@ -16,7 +16,7 @@ import soundfile
 import soxr
 from jaxtyping import Float32, Int16
 
-from flax_asr import errors, mp3
+from flax_asr import errors, mp3, ogg
 
 SAMPLE_RATE_HZ = 16_000
 # What `decode` may answer, in the order in which it looks.
@@ -59,7 +59,7 @@ def decode(
 
     Raises:
         errors.AudioError: its `reason` is one of `REASONS`. A cut file is noticed where its
-            header tells what it should hold (MP3, FLAC, WAV), in Ogg it is not.
+            header tells what it should hold (MP3, FLAC, WAV), in Ogg but between two pages.
     """
     longest = LONGEST_SECONDS if max_seconds is None else float(max_seconds)
     if isinstance(source, bytes):
@@ -185,6 +185,11 @@ def _check_length(
                 f"a variable bit rate without a frame count: only {decoded} of {extent.samples} "
                 "samples would be heard; encode it again",
             )
+    if sound.format == "OGG":
+        file.seek(0)
+        missing = ogg.missing_bytes(file.read())
+        if missing:
+            raise errors.AudioError("truncated", f"the last {missing} bytes are missing")
     # libsndfile counts what is there and leaves a note. Streamed files carry 2 or 4 GiB here.
     note = re.search(r"^data : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
     if note and int(note[2]) < int(note[1]) < 2**31 - 2**16:

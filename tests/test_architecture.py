@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(flax_asr.__file__).parent
 
 # From the ground up. A module may import from its own layer and from those below.
 LAYERS = (
-    "errors options config languages mp3 progress runlog results stopping seals terminal store"
+    "errors options config languages mp3 ogg progress runlog results stopping seals terminal store"
     " lease chips hlo",
     "metrics alignment vocabulary text tables compat lineage",
     "audio clips archives hub common_voice curves data",

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 
 import lameenc
 import librosa
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_asr import audio, mp3
+from flax_asr import audio, mp3, ogg
 from flax_asr.errors import AudioError
 
 
@@ -98,13 +99,25 @@ def test_what_is_no_audio_is_named(tmp_path):
 @pytest.mark.parametrize("kept", [0.9, 0.5, 0.3])
 def test_a_cut_file_is_noticed(kept):
     samples = tone(seconds=3)
-    for content in (written(samples, format="MP3"), written(samples)):
+    for content in (written(samples, format=f) for f in ("MP3", "WAV", "OGG")):
         assert refusal(content[: int(len(content) * kept)]) == "truncated"
     flac = written(samples, format="FLAC")
     assert refusal(flac[: int(len(flac) * kept)]) in ("truncated", "damaged")
     plain = lame(samples, 48_000)
     assert len(audio.decode(plain)) >= 48_000
     assert refusal(plain[: int(len(plain) * kept) // 192 * 192 + 100]) == "truncated"
+
+
+def test_an_ogg_file_must_end_with_its_last_page():
+    content = written(tone(16_000), 16_000, format="OGG")
+    assert ogg.missing_bytes(content) == 0
+    assert ogg.missing_bytes(content + b"junk") == 0
+    assert ogg.missing_bytes(b"") == 0
+    pages = [found.start() for found in re.finditer(b"OggS", content)]
+    for end in range(pages[-1] + 27 + content[pages[-1] + 26], len(content)):
+        assert ogg.missing_bytes(content[:end]) == len(content) - end
+    for end in range(pages[-1] + 4, pages[-1] + 27 + content[pages[-1] + 26]):
+        assert ogg.missing_bytes(content[:end]) > 0
 
 
 def test_a_variable_bit_rate_without_a_frame_count_is_refused_not_shortened():

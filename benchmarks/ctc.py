@@ -2,15 +2,14 @@
 
     python benchmarks/ctc.py [--runs 30] [--json FILE]
 
-Prints a table: medians over runs that take turns, ratios of these medians, and the temporary
-memory that the compiler reports (torch reports none). 8 clips of 499 frames, 40 labels each.
+Prints a table: medians of processor time over runs that take turns, ratios of these medians, and
+the temporary memory that the compiler reports (torch reports none). 8 clips of 499 frames, 40
+labels each.
 """
 
 import argparse
 import functools
-import json
 import os
-import statistics
 import time
 
 # Before any of the libraries starts its threads.
@@ -22,6 +21,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+import sidebyside  # noqa: E402
 import torch  # noqa: E402
 
 from flax_asr import ctc  # noqa: E402
@@ -73,14 +73,7 @@ def measure(vocab: int, runs: int) -> dict:
             torch.tensor(labels, dtype=torch.int64),
         ),
     }
-    seconds = {name: [] for name in candidates}
-    for turn in range(runs + 2):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if turn >= 2:  # the first two warm caches and allocators
-                seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    median = sidebyside.medians(candidates, runs, clock=time.process_time)
     return {
         "vocab": vocab,
         **{f"{name}_seconds": round(value, 6) for name, value in median.items()},
@@ -114,9 +107,7 @@ def main():
             flush=True,
         )
     print(f"units: temporary memory in B*T*(N+1)*4 = {MEMORY_UNIT} bytes; goal at most 10")
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in results)
+    sidebyside.write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

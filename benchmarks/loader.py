@@ -6,11 +6,10 @@
 torch's DataLoader and the padding collator of Hugging Face's CTC example. `numpy rows`: the same
 dataset in numpy format, padded with numpy. `ours`: int16 from the memory maps, gain and
 normalisation left to the device. The same rows in the same batches, each way one batch after the
-other as a training loop would, medians over batches; no threads.
+other as a training loop would, medians of processor time over batches; no threads.
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import datasets  # noqa: E402
 import numpy as np  # noqa: E402
+import sidebyside  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
@@ -115,18 +115,16 @@ def main():
             for name, assemble in ways.items():
                 for step in range(arguments.runs):
                     (group,) = plan.update(step)
-                    start = time.perf_counter()
+                    start = time.process_time()
                     assemble(group)
                     if turn > 0:  # the first turn reads the files
-                        seconds[name].append(time.perf_counter() - start)
+                        seconds[name].append(time.process_time() - start)
         median = {name: statistics.median(times) for name, times in seconds.items()}
     print("way          ms a batch  times ours")
     for name, value in median.items():
         print(f"{name:12s} {1e3 * value:10.3f} {value / median['ours']:11.1f}")
-    if arguments.json:
-        result = {name.replace(" ", "_") + "_seconds": value for name, value in median.items()}
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+    result = {name.replace(" ", "_") + "_seconds": value for name, value in median.items()}
+    sidebyside.write_json(arguments.json, [result])
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ No audio is read: lengths decide.
 """
 
 import argparse
-import json
 
 import numpy as np
+import sidebyside
 
 from flax_asr.data import buckets
 
@@ -54,9 +54,7 @@ def main():
     for row in rows:
         row["efficiency"] = round(float(row["efficiency"]), 4)
         print(f"{row['way']:10s} {row['shapes'] or 'any':>6}  {row['efficiency']:12.4f}")
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    sidebyside.write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ libtpu (`pip install '.[tpu]'`), no TPU; takes minutes of every core.
 
 import argparse
 import dataclasses
-import json
 import time
+
+import sidebyside
+import train_step
 
 from flax_asr import chips, config, flops, outlook, parallel, plan, workload
 
@@ -19,12 +21,6 @@ BASELINE_BYTES = 8.1e9
 BASELINE_COMPILE_SECONDS = 173
 SYMBOLS, TOKENS, SAMPLE_RATE_HZ = 4000, 40, 16_000
 
-QUIET = dict.fromkeys(
-    "activation_dropout attention_dropout feat_proj_dropout final_dropout hidden_dropout"
-    " layerdrop mask_time_prob mask_feature_prob".split(),
-    0.0,
-)
-
 
 def configuration(layers: int, rows: int, seconds: float, checkpointing: bool) -> config.Config:
     return config.build(
@@ -32,7 +28,7 @@ def configuration(layers: int, rows: int, seconds: float, checkpointing: bool) -
             "data": {"max_seconds": seconds, "num_buckets": 1, "eval_splits": []},
             "model": {
                 "pretrained": "facebook/wav2vec2-xls-r-300m",
-                "config": {**QUIET, "num_hidden_layers": layers, "vocab_size": SYMBOLS},
+                "config": {**train_step.QUIET, "num_hidden_layers": layers, "vocab_size": SYMBOLS},
             },
             "train": {
                 "per_device_train_batch_size": rows,
@@ -109,9 +105,7 @@ def main():
         if name.endswith(outlook.NO_ESTIMATE)
     }
     print("bounds of ours among them:", {k: round(v) for k, v in bounds.items()})
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(program.as_json()) + "\n" for program in programs)
+    sidebyside.write_json(arguments.json, (program.as_json() for program in programs))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def _channels(
         firsts.append(block[:, 0].copy())
     if not means:
         raise errors.AudioError("damaged", "nothing in it can be decoded")
-    mean = np.concatenate(means)
+    mean = means[0] if len(means) == 1 else np.concatenate(means)
     return mean, np.concatenate(firsts) if firsts else mean
 
 
@@ -225,12 +225,15 @@ def encode_int16(
     The gain makes the loudest sample 32767, so that quiet recordings keep their 16 bits. What was
     16 bits already comes back exactly.
     """
-    scaled = samples.astype(np.float64) * 32768
-    is_16_bits = scaled.min(initial=0) >= -32768 and scaled.max(initial=0) < 32768
-    if is_16_bits and np.array_equal(scaled, np.rint(scaled)):
-        return scaled.astype(np.int16), 1 / 32768
-    gain = float(np.float32(np.abs(samples).max(initial=0) / 32767)) or 1.0
-    integers = np.clip(np.rint(samples.astype(np.float64) / gain), -32767, 32767)
+    low, high = samples.min(initial=0), samples.max(initial=0)
+    if low >= -1 and high < 1:
+        scaled = samples * np.float32(32768)  # a power of two: nothing is rounded
+        if np.array_equal(scaled, np.rint(scaled)):
+            return scaled.astype(np.int16), 1 / 32768
+    gain = float(np.float32(max(-low, high) / 32767)) or 1.0
+    integers = np.divide(samples, gain, dtype=np.float64)
+    np.rint(integers, out=integers)
+    np.clip(integers, -32767, 32767, out=integers)
     return integers.astype(np.int16), gain
 
 

@@ -1,0 +1,120 @@
+"""The train step that the benchmarks time: models, batches, and what a run executes.
+
+Dropouts, layerdrop and SpecAugment are off, so that others can compute the same loss.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from transformers import Wav2Vec2Config
+
+from flax_asr import config, experiment, optim, parallel
+from flax_asr.data import buckets, loader
+
+QUIET = dict.fromkeys(
+    "activation_dropout attention_dropout feat_proj_dropout final_dropout hidden_dropout"
+    " layerdrop mask_time_prob mask_feature_prob".split(),
+    0.0,
+)
+XLS_R_300M = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "conv_bias": True,
+}
+SMALL = {
+    **XLS_R_300M,
+    "conv_dim": [32] * 7,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+"""The same architecture, for a machine that can only say that a script works."""
+
+
+def model_config(**fields: Any) -> Wav2Vec2Config:
+    """A configuration in which nothing is random."""
+    return Wav2Vec2Config(**QUIET | {"pad_token_id": 0, "ctc_loss_reduction": "mean"} | fields)
+
+
+def batch(samples: np.ndarray, padded: int, tokens: int, symbols: int, seed: int) -> loader.Batch:
+    """Noise and labels: clips of so many samples, 4 labels a second as Chinese has."""
+    rng = np.random.default_rng(seed)
+    rows = len(samples)
+    audio = rng.integers(-9000, 9000, (rows, padded)).astype(np.int16)
+    audio[np.arange(padded) >= samples[:, None]] = 0
+    label_lengths = np.clip(samples // 4000, 1, tokens).astype(np.int32)
+    labels = rng.integers(1, symbols, (rows, tokens)).astype(np.int32)
+    labels[np.arange(tokens) >= label_lengths[:, None]] = 0
+    return loader.Batch(
+        audio=audio,
+        gains=np.full(rows, 2.0**-15, np.float32),
+        sample_lengths=samples.astype(np.int32),
+        labels=labels,
+        label_lengths=label_lengths,
+        weights=np.ones(rows, np.float32),
+    )
+
+
+def full_batch(rows: int, seconds: float, symbols: int, seed: int = 0) -> loader.Batch:
+    """A batch without padding."""
+    padded = buckets.smallest_samples(round(seconds * 50))
+    return batch(np.full(rows, padded), padded, padded // 4000, symbols, seed)
+
+
+class Ours:
+    """A run's train step on some devices.
+
+    Attributes:
+        compiled: the compiled `accumulate` of each (rows a device, padded samples, tokens).
+        compiled_update: the compiled `update`.
+        state: parameters, moments and counters.
+    """
+
+    def __init__(
+        self,
+        cfg: config.Config,
+        model: Wav2Vec2Config,
+        params: Any,
+        devices: parallel.Devices | None = None,
+    ):
+        self.devices = parallel.Devices(jax.devices()[:1]) if devices is None else devices
+        objective = experiment.objective(cfg, experiment.Origin(model, None, None, True, True, {}))
+        learning_rate = optim.schedule(cfg.optim, 1000)
+        optimiser = optim.adamw(cfg.optim, learning_rate)
+        fresh = experiment.fresh_state(cfg, params, optimiser)
+        self.state = self.devices.replicate(jax.device_get(fresh))
+        self._sums = self.devices.zero_sums(self.state.trainable)
+        self._accumulate = parallel.accumulate(objective, self.devices)
+        update = parallel.update(optimiser, learning_rate, self.devices)
+        self.compiled: dict[tuple[int, int, int], Any] = {}
+        self.compiled_update = update.lower(self.state, self._sums).compile()
+
+    def compile(self, rows: int, samples: int, tokens: int) -> Any:
+        """Compiles the step for so many rows a device; gives the program."""
+        shapes = self.devices.batch_shapes(rows, samples, tokens)
+        lowered = self._accumulate.lower(self.state, self._sums, shapes)
+        self.compiled[rows, samples, tokens] = lowered.compile()
+        return self.compiled[rows, samples, tokens]
+
+    def start(self, host_batch: loader.Batch) -> Any:
+        """Starts one update of one micro-batch a device; gives its metrics when they are there."""
+        rows = len(host_batch.weights) // self.devices.count
+        (placed,) = self.devices.micro_batches(host_batch, rows)
+        run = self.compiled[rows, host_batch.audio.shape[1], host_batch.labels.shape[1]]
+        sums = run(self.state, self._sums, placed)
+        self.state, self._sums, metrics = self.compiled_update(self.state, sums)
+        return metrics
+
+    def update(self, host_batch: loader.Batch) -> float:
+        """One update from beginning to end; its loss."""
+        metrics = jax.block_until_ready(self.start(host_batch))
+        jax.block_until_ready(self.state)
+        return float(metrics.loss)

@@ -26,8 +26,9 @@ from flax_asr import (
 
 logger = logging.getLogger(__name__)
 
-Programs = dict[tuple[str, int], Callable]
-"""Compiled steps: ("accumulate" or "evaluate", padded samples), and ("update", 0)."""
+Programs = dict[tuple, Callable]
+"""Compiled steps: ("accumulate" or "evaluate", padded samples), ("update", 0), and what
+`parallel.gather_jobs` asks for."""
 
 
 class Assembly:
@@ -72,6 +73,13 @@ class Assembly:
         )
         self._learning_rate = optim.schedule(cfg.optim, self.updates)
         self._optimiser = optim.adamw(cfg.optim, self._learning_rate)
+        params = self._params
+        if params is None:
+            params = experiment.parameter_shapes(self.objective)
+        self._shapes = jax.eval_shape(
+            lambda p: experiment.fresh_state(cfg, p, self._optimiser), params
+        )
+        self.layout = experiment.layout(cfg, self._shapes, devices.count)
 
     def digests(self) -> dict[str, str]:
         """What hosts that train together must have in common when they begin, briefly."""
@@ -108,6 +116,11 @@ class Assembly:
             )
         if cfg.train.mixed_precision == "fp16" and self.devices.platform == "tpu":
             yield "TPUs compute in bf16: train.mixed_precision fp16 only adds a loss scale."
+        if cfg.train.zero_sharding and not self.layout.axes:
+            yield (
+                f"train.zero_sharding changes nothing: no matrix of the model can be cut over"
+                f" {self.devices.count} device{'s' if self.devices.count > 1 else ''}."
+            )
         if self.fresh_head and warmup == 0:
             yield "a fresh head without warm-up can ruin the encoder; set optim.warmup_steps."
         if cfg.text.normalization is None and self.corpus.normalizer.is_default:
@@ -128,18 +141,13 @@ class Assembly:
 
     def state_shapes(self) -> step.TrainState:
         """Shapes and places of the state."""
-        params = self._params
-        if params is None:
-            params = experiment.parameter_shapes(self.objective)
-        return self.devices.replicated_shapes(
-            jax.eval_shape(lambda p: experiment.fresh_state(self.cfg, p, self._optimiser), params)
-        )
+        return self.devices.placed_shapes(self._shapes, self.layout.state)
 
     def initial_state(self) -> step.TrainState:
         """The state before the first update; to be asked for once, as its arrays are large."""
         fresh = experiment.fresh_state(self.cfg, self._params, self._optimiser)
         self._params = None
-        return self.devices.replicate(jax.device_get(fresh))
+        return self.devices.place(jax.device_get(fresh), self.layout.state)
 
     def compile(self, folder: Path) -> Programs:
         """Compiles every step in every shape, largest first; nothing is compiled later.
@@ -150,9 +158,9 @@ class Assembly:
         state = self.state_shapes()
         params = state.scored
         sums = devices.sum_shapes(state.trainable)
-        accumulate = parallel.accumulate(self.objective, devices)
-        evaluate = parallel.evaluate(self.objective, devices)
-        jobs: dict[tuple[str, int], tuple] = {}
+        accumulate = parallel.accumulate(self.objective, devices, self.layout)
+        evaluate = parallel.evaluate(self.objective, devices, self.layout)
+        jobs: dict[tuple, tuple] = {}
         for samples, tokens in reversed(list(self.train_shapes)):
             batch = devices.batch_shapes(train.per_device_train_batch_size, samples, tokens)
             jobs["accumulate", samples] = (accumulate, (state, sums, batch))
@@ -162,8 +170,10 @@ class Assembly:
             devices,
             self.cfg.optim.ema_decay,
             clips_an_update=train.global_batch_size if self.semantics.leaks else None,
+            layout=self.layout,
         )
         jobs["update", 0] = (update, (state, sums))
+        jobs |= parallel.gather_jobs(state, devices)
         for samples, tokens in reversed(list(self.eval_shapes)):
             batch = devices.batch_shapes(train.per_device_eval_batch_size, samples, tokens)
             jobs["evaluate", samples] = (evaluate, (params, batch))

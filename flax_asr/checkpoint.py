@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, errors, seals
+from flax_asr import config, errors, partition, seals
 from flax_asr import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,10 @@ class Checkpoints:
     def save(self, state: PyTree, meta: Meta) -> None:
         """Begins to save; returns as soon as the state is on the host.
 
+        Args:
+            state: of arrays that nothing is cut of, on the devices or the host.
+            meta: what stands beside them.
+
         Raises:
             CheckpointError: this one or the one before cannot be written.
         """
@@ -205,7 +209,7 @@ class Checkpoints:
 
 
 def restore(run: Path, step: int, like: PyTree) -> PyTree:
-    """The state of a step, placed as `like` says.
+    """The state of a step, placed as `like` says, however it was cut over devices.
 
     Args:
         run: the run folder.
@@ -218,9 +222,25 @@ def restore(run: Path, step: int, like: PyTree) -> PyTree:
     template = flax.serialization.to_state_dict(like)
     folder = (run / FOLDER / str(step) / STATE).absolute()
     with _reader() as checkpointer:
-        _check_same(folder, _shapes(template), _shapes(_stored(checkpointer, folder)))
-        restored = checkpointer.restore(folder, template)
+        shapes = jax.tree.map(_as_stored, template)
+        _check_same(folder, _shapes(shapes), _shapes(_stored(checkpointer, folder)))
+        restored = jax.tree.map(_placed, template, checkpointer.restore(folder, shapes))
     return flax.serialization.from_state_dict(like, restored)
+
+
+def _as_stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What is cut over the devices is whole on the disk, and read by way of the host."""
+    axis = partition.axis_of(leaf.sharding)
+    if axis is None:
+        return leaf
+    return jax.ShapeDtypeStruct(partition.merged(leaf.shape, axis), leaf.dtype, sharding=_host())
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
+    if partition.axis_of(leaf.sharding) is None:
+        return array
+    values = np.asarray(array).reshape(leaf.shape)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, values.__getitem__)
 
 
 def load_model(run: Path, step: int | None = None) -> SavedModel:
@@ -318,17 +338,24 @@ def check_vocabulary(meta: Meta, ours: vocabularies.Vocabulary) -> None:
 def _on_host(state: PyTree) -> PyTree:
     """numpy arrays: orbax copies them before it returns, and slices (compiles) nothing."""
     for leaf in jax.tree.leaves(state):
-        leaf.copy_to_host_async()
-    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), state)
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf.addressable_data(0)) if isinstance(leaf, jax.Array) else leaf,
+        state,
+    )
+
+
+def _host() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
 
 
 def _read_model(run: Path, step: int) -> SavedModel:
     meta = read_meta(run, step)
     folder = (run / FOLDER / str(step) / STATE).absolute()
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with _reader() as checkpointer:
         shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_host()),
             _stored(checkpointer, folder),
         )
         state = checkpointer.restore(folder, shapes)

@@ -204,6 +204,8 @@ class TrainConfig:
             transformers 4.17 did (docs/compat.md).
         on_save_error: whether a run whose folder cannot be written (a full disk) stops, or goes on
             and tries again at the next save.
+        zero_sharding: cut what the optimiser keeps over the devices: the same training in less
+            memory.
     """
 
     num_train_epochs: float = 3.0
@@ -222,6 +224,7 @@ class TrainConfig:
     max_bad_updates: int = 10
     compat: Literal["hf-4.17"] | None = None
     on_save_error: Literal["stop", "continue"] = "stop"
+    zero_sharding: bool = False
 
     def __post_init__(self):
         _above("train.num_train_epochs", self.num_train_epochs, 0)

@@ -24,6 +24,7 @@ from flax_asr import (
     errors,
     lineage,
     optim,
+    partition,
     step,
     store,
     text,
@@ -377,6 +378,11 @@ def fresh_state(
         bad_in_a_row=jnp.int32(0),
         average={} if cfg.optim.ema_decay is None else dict(trainable),
     )
+
+
+def layout(cfg: config.Config, state: step.TrainState, device_count: int) -> partition.Layout:
+    """What of a state, of arrays or shapes, is cut over the devices."""
+    return partition.layout(state, device_count if cfg.train.zero_sharding else 1)
 
 
 def _layer_count(params: PyTree) -> int:

@@ -288,11 +288,13 @@ class Run:
                     window=self.window.as_json(),
                     log_events=len(self.log.events),
                 )
+                # On every host, whatever comes of the writing.
+                state = parallel.whole(self.programs, self.state, self.made.layout, self.devices)
                 with self._saving():
                     self.checkpoints.wait()
                 with self._saving(must=asked or self.step == self.made.updates):
                     self.log.flush()
-                    self.checkpoints.save(self.state, meta)
+                    self.checkpoints.save(state, meta)
         return asked
 
     def _score(self, which: str) -> dict[str, float | str]:
@@ -347,7 +349,9 @@ class Run:
             self.state = self.state.replace(
                 trainable=self.devices.replicate({p: flat[p] for p in self.state.trainable}),
                 frozen=self.devices.replicate({p: flat[p] for p in self.state.frozen}),
-                average={},
+                average=self.devices.place(
+                    {p: flat[p] for p in self.state.average}, self.made.layout.state.average
+                ),
             )
             scores = self._score("test")
             self.log.append(

@@ -66,6 +66,8 @@ def adamw(
 
     With a `head_learning_rate` the head's moves are scaled by its ratio to the other rate, which
     is another rate: an AdamW move, decay included, is proportional to it.
+
+    Its `update` takes the `norm` of the gradients by this name: it may be given slices of them.
     """
     optimiser = optax.adamw(
         learning_rate,
@@ -77,7 +79,7 @@ def adamw(
     )
     parts = [optimiser]
     if optim.max_grad_norm is not None:
-        parts.insert(0, optax.clip_by_global_norm(optim.max_grad_norm))
+        parts.insert(0, _clip(optim.max_grad_norm))
     if optim.head_learning_rate is not None:
         ratio = optim.head_learning_rate / optim.learning_rate
         parts.append(optax.masked(optax.scale(ratio), in_head))
@@ -87,6 +89,18 @@ def adamw(
 def in_head(params: Mapping[str, Any]) -> dict[str, bool]:
     """Which of these parameters are the CTC head's."""
     return {path: path.startswith(HEAD) for path in params}
+
+
+def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """As `optax.clip_by_global_norm`, with a norm that is known."""
+
+    def update(gradients, state, params=None, *, norm, **others):
+        del params, others
+        return jax.tree.map(
+            lambda g: jnp.where(norm < max_norm, g, (g / norm) * max_norm), gradients
+        ), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def decays(path: str) -> bool:

@@ -114,6 +114,7 @@ class Outlook:
     Attributes:
         described: the slice.
         held_bytes: of a device, by kind, while the largest train step runs.
+        zero_sharding_bytes: of a device, what train.zero_sharding saves or would save.
         largest_rows: clips a device that should fit, by a linear estimate.
         update_seconds: mean over the shapes of the run.
         peak_share: FLOPs of an update over what the slice could do in its time.
@@ -127,6 +128,7 @@ class Outlook:
 
     described: chips.Slice
     held_bytes: dict[str, int]
+    zero_sharding_bytes: int
     largest_rows: int
     update_seconds: float | None
     peak_share: float | None
@@ -168,6 +170,7 @@ class Outlook:
         return cls(
             described=described,
             held_bytes=held,
+            zero_sharding_bytes=work.zero_sharding_bytes,
             largest_rows=max(0, int((described.hbm_bytes - fixed) / a_row)),
             update_seconds=seconds,
             peak_share=share,
@@ -206,6 +209,7 @@ class Outlook:
             "peak_bytes": self.peak_bytes,
             "hbm_bytes": self.described.hbm_bytes,
             "bytes_by_kind": self.held_bytes,
+            "zero_sharding_bytes": self.zero_sharding_bytes,
             "largest_rows": self.largest_rows,
             "update_seconds": None if seconds is None else round(seconds, 4),
             "share_of_peak": None if self.peak_share is None else round(self.peak_share, 4),
@@ -228,11 +232,10 @@ def _held_bytes(work: workload.Workload, programs: Sequence[Program]) -> dict[st
         "update": 1,
         "evaluate": len(work.eval_shapes.samples),
     }
-    moments = tree_bytes(work.state.optimiser)
     return {
-        "parameters": tree_bytes(work.state) - moments,
-        "optimiser moments": moments,
-        "gradient sums": update.argument_bytes - tree_bytes(work.state),
+        "parameters": work.state_bytes - work.moment_bytes,
+        "optimiser moments": work.moment_bytes,
+        "gradient sums": update.argument_bytes - work.state_bytes,
         "batch and activations": max(
             program.peak_bytes - program.code_bytes - update.argument_bytes for program in programs
         ),

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from flax_asr import errors, step
+from flax_asr import errors, partition, step
 
 jax.config.update("jax_threefry_partitionable", True)
 
@@ -44,18 +44,17 @@ class Devices:
         self.count = len(self.devices)
         self.platform = self.devices[0].platform
         self.local_count = len(local)
-        mesh = Mesh(np.array(self.devices), (step.AXIS,))
-        self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._split = NamedSharding(mesh, PartitionSpec(step.AXIS))
+        self._mesh = Mesh(np.array(self.devices), (partition.AXIS,))
+        self._replicated = self._along(None)
+        self._split = self._along(0)
 
     def replicate(self, tree: PyTree) -> PyTree:
         """Puts the same numpy arrays on every device."""
-        return jax.tree.map(
-            lambda leaf: jax.make_array_from_callback(
-                np.shape(leaf), self._replicated, np.asarray(leaf).__getitem__
-            ),
-            tree,
-        )
+        return jax.tree.map(lambda leaf: self._put(leaf, None), tree)
+
+    def place(self, tree: PyTree, axes: PyTree) -> PyTree:
+        """Puts numpy arrays on the devices: slices along these axes, or all where it is None."""
+        return jax.tree.map(self._put, tree, axes)
 
     def split(self, tree: PyTree) -> PyTree:
         """Puts numpy arrays [local devices, ...] on this host's devices, one slice each."""
@@ -91,6 +90,16 @@ class Devices:
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._replicated), tree
         )
 
+    def placed_shapes(self, tree: PyTree, axes: PyTree) -> PyTree:
+        """Shapes of `place`, for compilation."""
+        return jax.tree.map(
+            lambda leaf, axis: jax.ShapeDtypeStruct(
+                partition.cut(leaf.shape, axis, self.count), leaf.dtype, sharding=self._along(axis)
+            ),
+            tree,
+            axes,
+        )
+
     def sum_shapes(self, trainable: step.Parameters) -> step.Sums:
         """Shapes of the sums over all devices, for compilation."""
         return self._split_shapes(jax.eval_shape(step.Sums.zeros, trainable))
@@ -109,6 +118,16 @@ class Devices:
             )
         )
 
+    def _along(self, axis: int | None) -> NamedSharding:
+        """One slice a device along an axis, or everything everywhere."""
+        spec = () if axis is None else (*[None] * axis, partition.AXIS)
+        return NamedSharding(self._mesh, PartitionSpec(*spec))
+
+    def _put(self, leaf: Any, axis: int | None) -> jax.Array:
+        array = np.asarray(leaf)
+        array = array.reshape(partition.cut(array.shape, axis, self.count))
+        return jax.make_array_from_callback(array.shape, self._along(axis), array.__getitem__)
+
     def _split_shapes(self, tree: PyTree) -> PyTree:
         return jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((self.count, *s.shape), s.dtype, sharding=self._split),
@@ -116,12 +135,16 @@ class Devices:
         )
 
 
-def accumulate(objective: step.Objective, devices: Devices) -> Callable:
+def accumulate(
+    objective: step.Objective,
+    devices: Devices,
+    layout: partition.Layout = partition.REPLICATED,
+) -> Callable:
     """`step.accumulate(state, sums, batch) -> sums` over all devices; the sums are donated."""
     return jax.pmap(
         functools.partial(step.accumulate, objective),
-        axis_name=step.AXIS,
-        in_axes=(None, 0, 0),
+        axis_name=partition.AXIS,
+        in_axes=(layout.mapped, 0, 0),
         out_axes=0,
         donate_argnums=(1,),
         devices=devices.devices,
@@ -129,34 +152,91 @@ def accumulate(objective: step.Objective, devices: Devices) -> Callable:
 
 
 def update(
-    optimiser: optax.GradientTransformation,
+    optimiser: optax.GradientTransformationExtraArgs,
     learning_rate: optax.Schedule,
     devices: Devices,
     ema_decay: float | None = None,
     clips_an_update: int | None = None,
+    layout: partition.Layout = partition.REPLICATED,
 ) -> Callable:
     """`step.update(state, sums) -> (state, sums, metrics)` over all devices; both are donated."""
     return jax.pmap(
         functools.partial(
-            step.update, optimiser, learning_rate, ema_decay, clips_an_update=clips_an_update
+            step.update,
+            optimiser,
+            learning_rate,
+            ema_decay,
+            layout.axes,
+            clips_an_update=clips_an_update,
         ),
-        axis_name=step.AXIS,
-        in_axes=(None, 0),
-        out_axes=(None, 0, None),
+        axis_name=partition.AXIS,
+        in_axes=(layout.mapped, 0),
+        out_axes=(layout.mapped, 0, None),
         donate_argnums=(0, 1),
         devices=devices.devices,
     )
 
 
-def evaluate(objective: step.Objective, devices: Devices) -> Callable:
+def evaluate(
+    objective: step.Objective,
+    devices: Devices,
+    layout: partition.Layout = partition.REPLICATED,
+) -> Callable:
     """`step.evaluate(params, batch) -> (losses, symbols, frames)` of the whole group."""
     return jax.pmap(
-        functools.partial(step.evaluate, objective),
-        axis_name=step.AXIS,
-        in_axes=(None, 0),
+        functools.partial(step.evaluate, objective, layout.scored),
+        axis_name=partition.AXIS,
+        in_axes=(layout.state.scored if layout.scored else None, 0),
         out_axes=None,
         devices=devices.devices,
     )
+
+
+def gather(devices: Devices, axis: int) -> Callable:
+    """An array that is cut along the axis -> all of it, everywhere."""
+    return jax.pmap(
+        lambda own: jax.lax.all_gather(own, partition.AXIS, axis=axis, tiled=True),
+        axis_name=partition.AXIS,
+        in_axes=axis,
+        out_axes=None,
+        devices=devices.devices,
+    )
+
+
+def gather_jobs(state: step.TrainState, devices: Devices) -> dict[Any, tuple]:
+    """What `whole` needs of `compile_all`: nothing on one host, which has every slice."""
+    if devices.host_count == 1:
+        return {}
+    return {
+        ("gather", axis, leaf.shape): (gather(devices, axis), (leaf,))
+        for leaf in jax.tree.leaves(state)
+        if (axis := partition.axis_of(leaf.sharding)) is not None
+    }
+
+
+def whole(
+    programs: dict[Any, Callable],
+    state: step.TrainState,
+    layout: partition.Layout,
+    devices: Devices,
+) -> step.TrainState:
+    """The state for a checkpoint: what was cut as numpy arrays in the shape of the parameters.
+
+    Slices of other hosts come array by array: there is no room for all of them on a device. Every
+    host is to call this at the same time.
+    """
+
+    def one(leaf, axis):
+        if axis is None:
+            return leaf
+        if devices.host_count > 1:
+            return np.asarray(programs["gather", axis, leaf.shape](leaf).addressable_data(0))
+        return np.asarray(leaf).reshape(partition.merged(leaf.shape, axis))
+
+    if devices.host_count == 1:
+        for leaf in jax.tree.leaves(state):
+            leaf.copy_to_host_async()
+    return jax.tree.map(one, state, layout.state)
 
 
 def forward(

@@ -71,7 +71,7 @@ def command(cfg: config.Config, topology: str, json_file: str | None) -> None:
             print(describe_program(programs[-1], described), file=people, flush=True)
         seen = outlook.Outlook.of(cfg, work, programs, described, devices.count)
         write(seen.as_json())
-        _close(seen, programs, people)
+        _close(seen, programs, people, cfg.train.zero_sharding)
 
 
 def describe(described: chips.Slice) -> parallel.Devices:
@@ -160,9 +160,9 @@ def _wanted_bytes(message: str) -> int:
 
 def jobs(cfg: config.Config, work: workload.Workload, devices: parallel.Devices) -> Iterator[Job]:
     """The pmapped functions of the run in their largest shapes."""
-    state = devices.replicated_shapes(work.state)
+    state = devices.placed_shapes(work.state, work.layout.state)
     sums = devices.sum_shapes(state.trainable)
-    held = outlook.tree_bytes(work.state) + outlook.tree_bytes(sums) // devices.count
+    held = work.state_bytes + outlook.tree_bytes(sums) // devices.count
     train, model_config = cfg.train, work.objective.config
 
     def job(function, rows, samples, count, pmapped, *arguments, batch=None) -> Job:
@@ -172,16 +172,18 @@ def jobs(cfg: config.Config, work: workload.Workload, devices: parallel.Devices)
     rows, (samples, tokens) = train.per_device_train_batch_size, work.train_shapes.largest
     batch = devices.batch_shapes(rows, samples, tokens)
     count = sum(flops.gradient(model_config, rows, samples, work.is_trained).values())
-    accumulate = parallel.accumulate(work.objective, devices)
+    accumulate = parallel.accumulate(work.objective, devices, work.layout)
     yield job("accumulate", rows, samples, count, accumulate, state, sums, batch, batch=batch)
-    update = parallel.update(work.optimiser, work.learning_rate, devices, cfg.optim.ema_decay)
+    update = parallel.update(
+        work.optimiser, work.learning_rate, devices, cfg.optim.ema_decay, layout=work.layout
+    )
     yield job("update", 0, 0, 0, update, state, sums)
     if work.eval_shapes.samples:
         rows, (samples, tokens) = train.per_device_eval_batch_size, work.eval_shapes.largest
         batch = devices.batch_shapes(rows, samples, tokens)
         count = sum(flops.forward(model_config, rows, samples).values())
         params = state.scored
-        evaluate = parallel.evaluate(work.objective, devices)
+        evaluate = parallel.evaluate(work.objective, devices, work.layout)
         yield job("evaluate", rows, samples, count, evaluate, params, batch, batch=batch)
 
 
@@ -227,7 +229,9 @@ def describe_program(program: outlook.Program, described: chips.Slice) -> str:
     return "\n".join(lines)
 
 
-def _close(seen: outlook.Outlook, programs: Sequence[outlook.Program], people: TextIO) -> None:
+def _close(
+    seen: outlook.Outlook, programs: Sequence[outlook.Program], people: TextIO, zero_sharding: bool
+) -> None:
     with contextlib.redirect_stdout(people):
         print("\nmemory of a device:")
         for name, size in seen.held_bytes.items():
@@ -235,6 +239,9 @@ def _close(seen: outlook.Outlook, programs: Sequence[outlook.Program], people: T
         total, there = seen.peak_bytes / GIB, seen.described.hbm_bytes / GIB
         verdict = "fits" if seen.fits else "DOES NOT FIT"
         print(f"  together {total:.2f} of {there:.2f} GiB: {verdict}")
+        spared = f"train.zero_sharding {{}} {seen.zero_sharding_bytes / GIB:.2f} GiB of a device"
+        if seen.zero_sharding_bytes:
+            print(f"  {spared.format('saves' if zero_sharding else 'would save')}")
         print(
             f"  largest train.per_device_train_batch_size: about {seen.largest_rows}"
             " (linear in the batch, not compiled)"

@@ -15,6 +15,7 @@ from flax_asr import (
     findings,
     forecast,
     optim,
+    partition,
     run_folder,
     survey,
     trial,
@@ -159,7 +160,9 @@ class Prognosis:
             seconds = [split.seconds for split in seen.splits.values()]
             prepared = sum(round(each * audio.SAMPLE_RATE_HZ * 2) for each in seconds)
         temporary = seen.timed.temporary_bytes if isinstance(seen.timed, trial.Timed) else 0
-        per_device = checkpoint + gradients + temporary
+        layout = experiment.layout(cfg, state, seen.devices.count)
+        held = partition.device_bytes(state, layout.state, seen.devices.count)
+        per_device = held + gradients + temporary
         self.facts["room"] = {
             "parameters": weights // 4,
             "trained_parameters": gradients // 4,

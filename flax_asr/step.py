@@ -16,11 +16,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import ctc, optim
+from flax_asr import ctc, optim, partition
 from flax_asr.models import masking, wav2vec2
-
-AXIS = "devices"
-"""The name of the axis that gradients are averaged over."""
 
 Parameters = dict[str, Array]
 """Arrays by path."""
@@ -158,7 +155,7 @@ def accumulate(objective: Objective, state: TrainState, sums: Sums, batch: Batch
     """Adds one micro-batch of this device to the sums."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     key = jax.random.fold_in(key, sums.micro_batches)
-    key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+    key = jax.random.fold_in(key, jax.lax.axis_index(partition.AXIS))
 
     # fp16 sees the gradient of a mean, as it does in PyTorch: a sum would overflow sooner
     rows = batch.weights.shape[0]
@@ -194,6 +191,7 @@ def update(
     optimiser: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     ema_decay: float | None,
+    axes: partition.Axes,
     state: TrainState,
     sums: Sums,
     *,
@@ -204,15 +202,17 @@ def update(
     An update whose gradient is not finite changes the step number, the loss scale and the
     counters, and nothing else. The average becomes `ema_decay` of itself and the rest of the new
     parameters; it starts as the parameters before the first update. With `clips_an_update` sums
-    are divided by so many clips, however many there are.
+    are divided by so many clips, however many there are. Where parameters are cut along `axes`, a
+    device holds moments and average of its slices only and moves these.
     """
-    total = jax.lax.psum(sums, AXIS)
+    total = partition.summed(sums, axes)
     clips = jnp.maximum(total.clips, 1.0) if clips_an_update is None else clips_an_update
     gradients = jax.tree.map(lambda g: g / (clips * state.loss_scale.value), total.gradients)
-    norm = optax.tree.norm(gradients)
+    norm = partition.norm(gradients, axes)
     finite = jnp.isfinite(norm)
-    moves, optimiser_state = optimiser.update(gradients, state.optimiser, state.trainable)
-    moved = optax.apply_updates(state.trainable, moves)
+    old = partition.slices(state.trainable, axes)
+    moves, optimiser_state = optimiser.update(gradients, state.optimiser, old, norm=norm)
+    moved = optim.select(finite, optax.apply_updates(old, moves), old)
     average = state.average
     if ema_decay is not None:
         average = optax.incremental_update(moved, average, 1.0 - ema_decay)
@@ -220,7 +220,7 @@ def update(
     bad_in_a_row = jnp.where(finite, 0, state.bad_in_a_row + state.loss_scale.is_smallest)
     new = state.replace(
         step=state.step + 1,
-        trainable=optim.select(finite, moved, state.trainable),
+        trainable=partition.gathered(moved, axes),
         optimiser=optim.select(finite, optimiser_state, state.optimiser),
         loss_scale=state.loss_scale.after(finite),
         skipped=state.skipped + ~finite,
@@ -243,11 +243,14 @@ def update(
 
 
 def evaluate(
-    objective: Objective, params: Parameters, batch: Batch
+    objective: Objective, axes: partition.Axes, params: Parameters, batch: Batch
 ) -> tuple[Float[Array, " rows"], Int[Array, "rows frames"], Int[Array, " rows"]]:
     """(loss, most likely symbol of each frame, frames) of every row of the group, everywhere."""
-    losses, logits, frame_lengths = _forward(objective, merge(params, {}), batch, None)
-    return jax.lax.all_gather((losses, first_maximum(logits), frame_lengths), AXIS, tiled=True)
+    whole = partition.gathered(params, axes)
+    losses, logits, frame_lengths = _forward(objective, merge(whole, {}), batch, None)
+    return jax.lax.all_gather(
+        (losses, first_maximum(logits), frame_lengths), partition.AXIS, tiled=True
+    )
 
 
 def first_maximum(logits: Float[Array, "... vocab"]) -> Int[Array, "..."]:

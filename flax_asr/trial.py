@@ -165,7 +165,9 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
         lambda leaf: rng.random(leaf.shape, np.float32) * 0.02 + 0.01,
         experiment.parameter_shapes(objective),
     )
-    state = devices.replicate(jax.device_get(experiment.fresh_state(cfg, params, optimiser)))
+    fresh = jax.device_get(experiment.fresh_state(cfg, params, optimiser))
+    layout = experiment.layout(cfg, fresh, devices.count)
+    state = devices.place(fresh, layout.state)
     sums = devices.zero_sums(state.trainable)
     per_device = cfg.train.per_device_train_batch_size
     (batch,) = devices.micro_batches(
@@ -174,9 +176,11 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
     started = time.monotonic()
     programs = parallel.compile_all(
         {
-            "accumulate": (parallel.accumulate(objective, devices), (state, sums, batch)),
+            "accumulate": (parallel.accumulate(objective, devices, layout), (state, sums, batch)),
             "update": (
-                parallel.update(optimiser, learning_rate, devices, cfg.optim.ema_decay),
+                parallel.update(
+                    optimiser, learning_rate, devices, cfg.optim.ema_decay, layout=layout
+                ),
                 (state, sums),
             ),
         },

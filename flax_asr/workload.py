@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, config, experiment, languages, optim, step, vocabulary
+from flax_asr import audio, config, experiment, languages, optim, partition, step, vocabulary
 from flax_asr.data import buckets, loader, prepare, shards
 from flax_asr.models import configuration, wav2vec2
 
@@ -71,6 +71,8 @@ class Workload:
     Attributes:
         objective: the model.
         state: shapes of the state.
+        layout: what of it is cut over the devices.
+        device_count: how many they are.
         optimiser: of the run.
         learning_rate: its schedule.
         is_trained: whether the parameter of a path gets a gradient.
@@ -86,6 +88,8 @@ class Workload:
 
     objective: step.Objective
     state: step.TrainState
+    layout: partition.Layout
+    device_count: int
     optimiser: optax.GradientTransformation
     learning_rate: optax.Schedule
     is_trained: Callable[[str], bool]
@@ -96,6 +100,27 @@ class Workload:
     audio_seconds: float
     updates: int | None
     guesses: tuple[str, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a device."""
+        return partition.device_bytes(self.state, self.layout.state, self.device_count)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of a device, part of `state_bytes`."""
+        return partition.device_bytes(
+            self.state.optimiser, self.layout.state.optimiser, self.device_count
+        )
+
+    @property
+    def zero_sharding_bytes(self) -> int:
+        """What train.zero_sharding saves on a device, or would save."""
+        axes = partition.layout(self.state, self.device_count).state
+        whole, cut = (
+            partition.device_bytes(self.state, axes, devices) for devices in (1, self.device_count)
+        )
+        return whole - cut
 
 
 def of(cfg: config.Config, device_count: int) -> Workload:
@@ -118,9 +143,12 @@ def of(cfg: config.Config, device_count: int) -> Workload:
     learning_rate = optim.schedule(cfg.optim, PLANNED_UPDATES if updates is None else updates)
     optimiser = optim.adamw(cfg.optim, learning_rate)
     params = experiment.parameter_shapes(objective)
+    state = jax.eval_shape(lambda p: experiment.fresh_state(cfg, p, optimiser), params)
     return Workload(
         objective=objective,
-        state=jax.eval_shape(lambda p: experiment.fresh_state(cfg, p, optimiser), params),
+        state=state,
+        layout=experiment.layout(cfg, state, device_count),
+        device_count=device_count,
         optimiser=optimiser,
         learning_rate=learning_rate,
         is_trained=optim.trainable(cfg.model, model_config.num_hidden_layers),

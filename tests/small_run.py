@@ -57,23 +57,26 @@ class Trainer:
         devices=1,
         mixed_precision="fp32",
         clips_an_update=None,
+        zero_sharding=False,
         **sections,
     ):
         self.cfg = config.Config(
             optim=config.OptimConfig(**sections.get("optim", {})),
             model=config.ModelConfig(**sections.get("model", {})),
-            train=config.TrainConfig(mixed_precision=mixed_precision),
+            train=config.TrainConfig(mixed_precision=mixed_precision, zero_sharding=zero_sharding),
         )
         self.devices = parallel.Devices(jax.devices()[:devices])
         self.optimiser = optim.adamw(self.cfg.optim, optim.schedule(self.cfg.optim, updates))
         fresh = experiment.fresh_state(self.cfg, params, self.optimiser)
-        self.state = self.devices.replicate(jax.device_get(fresh))
+        self.layout = experiment.layout(self.cfg, fresh, devices)
+        self.state = self.devices.place(jax.device_get(fresh), self.layout.state)
         self.sums = self.devices.zero_sums(self.state.trainable)
         # compiled once for all tests that ask for the same
-        kind = (objective.config.to_json_string(), str(objective.module.dtype), devices)
-        accumulate = parallel.accumulate(objective, self.devices)
+        cuts = (devices, mixed_precision if zero_sharding else None, *self.layout.axes.items())
+        kind = (objective.config.to_json_string(), str(objective.module.dtype), cuts)
+        accumulate = parallel.accumulate(objective, self.devices, self.layout)
         self.accumulate = _ACCUMULATE.setdefault(kind, accumulate)
-        settings = (self.cfg.optim, updates, devices, clips_an_update)
+        settings = (self.cfg.optim, updates, cuts, clips_an_update)
         learning_rate = optim.schedule(self.cfg.optim, updates)
         update = parallel.update(
             self.optimiser,
@@ -81,6 +84,7 @@ class Trainer:
             self.devices,
             self.cfg.optim.ema_decay,
             clips_an_update,
+            self.layout,
         )
         self._update = _UPDATE.setdefault(settings, update)
 

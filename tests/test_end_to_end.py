@@ -339,19 +339,32 @@ KNOBS = ("--optim.ema_decay=0.7", "--optim.head_learning_rate=2e-2")
 
 
 def test_with_every_knob_turned_a_stop_changes_nothing(here, place, tmp_path, monkeypatch):
-    run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    run, cut, uninterrupted = tmp_path / "run", tmp_path / "cut", tmp_path / "uninterrupted"
     assert here(uninterrupted, *KNOBS) == 0
-    left = iter(range(6))
+    for folder, more in {run: (), cut: ("--train.zero_sharding=true",)}.items():
+        left = iter(range(6))
 
-    class Stop(stopping.Stop):
-        asked = property(lambda self: next(left, None) is None, lambda self, value: None)
+        class Stop(stopping.Stop):
+            asked = property(
+                lambda self, left=left: next(left, None) is None, lambda self, value: None
+            )
 
-    with monkeypatch.context() as patched:
-        patched.setattr(stopping, "Stop", Stop)
-        assert here(run, *KNOBS) == 75
-    assert 0 < checkpoint.steps(run)[0] < small_training.UPDATES
-    assert here(run, *KNOBS) == 0
+        with monkeypatch.context() as patched:
+            patched.setattr(stopping, "Stop", Stop)
+            assert here(folder, *KNOBS) == 75
+        assert 0 < checkpoint.steps(folder)[0] < small_training.UPDATES
+        assert here(folder, *KNOBS, *more) == 0
     small_training.assert_same(run, uninterrupted)
+
+    # With moments and average cut from the stop on, the same but for rounding.
+    for ours, theirs in zip(*map(small_training.log, (cut, uninterrupted)), strict=True):
+        assert ours.keys() == theirs.keys()
+        numbers = {name: value for name, value in theirs.items() if isinstance(value, (int, float))}
+        assert {name: ours[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
+    exports = [folder / "export" / "model.safetensors" for folder in (cut, uninterrupted)]
+    ours, theirs = map(safetensors.numpy.load_file, exports)
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], atol=1e-5, err_msg=name)
 
     # The average is what is scored and exported.
     scored = [event for event in runlog.read(run) if "eval_cer" in event or "test_cer" in event]

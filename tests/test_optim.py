@@ -107,9 +107,9 @@ def test_another_rate_for_the_head_is_a_parameter_group_of_its_own():
     schedule = transformers.get_linear_schedule_with_warmup(adamw, 2, 10)
     for _ in range(8):
         gradients = {p: rng.normal(size=v.shape).astype(np.float32) for p, v in start.items()}
-        moves, state = optimiser.update(
-            {path: jnp.asarray(g) for path, g in gradients.items()}, state, ours
-        )
+        jax_gradients = {path: jnp.asarray(g) for path, g in gradients.items()}
+        norm = optax.tree.norm(jax_gradients)
+        moves, state = optimiser.update(jax_gradients, state, ours, norm=norm)
         ours = optax.apply_updates(ours, moves)
         for path, gradient in gradients.items():
             theirs[path].grad = torch.tensor(gradient)

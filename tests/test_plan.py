@@ -217,6 +217,16 @@ def test_data_that_are_not_decoded_are_not_touched(prepared, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_moments_that_are_cut_take_their_share_of_the_memory():
+    whole, cut = (workload.of(tiny(train={"zero_sharding": on}), 4) for on in (False, True))
+    assert whole.state_bytes == outlook.tree_bytes(whole.state)
+    assert cut.state_bytes == whole.state_bytes - cut.zero_sharding_bytes
+    assert whole.zero_sharding_bytes == cut.zero_sharding_bytes
+    assert whole.moment_bytes - cut.moment_bytes == cut.zero_sharding_bytes
+    matrices = sum(p.size for p in cut.state.trainable.values() if p.ndim > 1)
+    assert cut.zero_sharding_bytes == 2 * 4 * matrices * 3 / 4
+
+
 # Outlook
 
 
@@ -301,7 +311,7 @@ def check_results(path: pathlib.Path):
 def test_the_command_on_the_compiler_of_this_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "describe", lambda described: parallel.Devices(jax.devices()[:2]))
     path = tmp_path / "plan.jsonl"
-    plan.command(tiny(), "v5e:2x4", str(path))
+    plan.command(tiny(train={"zero_sharding": True}), "v5e:2x4", str(path))
     _, run = check_results(path)
     assert run["updates"] == 100
     text = capsys.readouterr().out
@@ -309,6 +319,7 @@ def test_the_command_on_the_compiler_of_this_machine(tmp_path, monkeypatch, caps
         "never run",
         "guessed: 64 symbols",
         "optimiser moments",
+        "train.zero_sharding saves 0.00 GiB of a device",
         "fits",
         "per_device_train_batch_size: about",
         "hours of audio an hour",

@@ -1,0 +1,164 @@
+"""ZeRO stage 1: what mirrors the parameters in the state, cut over the devices.
+
+A matrix is cut along one axis. Its moments and its average lie on the devices with that axis as
+two, devices and slice, so that pmap can take it apart there; merging the two is a reshape that
+moves nothing. A device moves its own slice: gradients are reduce-scattered to the slices, the new
+parameters gathered from them, which is the same bytes as one all-reduce.
+
+Source: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+Models", section 5.1.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+AXIS = "devices"
+"""The name of the axis of devices: gradients are averaged over it and moments cut along it."""
+
+Axes = Mapping[str, int]
+"""Along which axis a parameter is cut, by path; one that is not there stays whole."""
+
+Arrays = dict[str, Array]
+
+
+class Layout(NamedTuple):
+    """What of a state is cut.
+
+    Attributes:
+        axes: of the trainable parameters.
+        state: of every array of the state, None for one that is whole.
+    """
+
+    axes: Axes
+    state: PyTree
+
+    @property
+    def mapped(self) -> PyTree:
+        """The axes of a state as pmap takes them: a None for all of it where nothing is cut."""
+        return self.state if self.axes else None
+
+    @property
+    def scored(self) -> Axes:
+        """Of the parameters that evaluation looks at: an average is cut, the others are whole."""
+        average = self.state.average if self.axes else {}
+        return {path: axis for path, axis in average.items() if axis is not None}
+
+
+REPLICATED = Layout({}, None)
+"""Every device has all of the state."""
+
+
+def axes(parameters: Mapping[str, Any], devices: int) -> Axes:
+    """Along which axis each parameter is cut: the first one that the devices divide.
+
+    The first axis is the one whose slices lie together. Vectors stay whole: they are a thousandth
+    of a model, and each would cost a collective of its own.
+
+    Args:
+        parameters: arrays or shapes by path.
+        devices: over how many; one cuts nothing.
+    """
+    if devices == 1:
+        return {}
+    fitting = {
+        path: [axis for axis, size in enumerate(p.shape) if size % devices == 0]
+        for path, p in parameters.items()
+        if len(p.shape) > 1
+    }
+    return {path: found[0] for path, found in fitting.items() if found}
+
+
+def layout(state: PyTree, devices: int) -> Layout:
+    """The layout of a `step.TrainState`, of arrays or shapes, cut over so many devices."""
+    found = axes(state.trainable, devices)
+    whole = jax.tree.map(lambda leaf: None, state)
+    mirrors = {name: _mirrored(getattr(state, name), found) for name in ("optimiser", "average")}
+    return Layout(found, whole.replace(**mirrors))
+
+
+def _mirrored(tree: PyTree, axes: Axes) -> PyTree:
+    """The axes of arrays that are filed by the paths of parameters, at whatever depth."""
+
+    def axis(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return next((axes[name] for name in names if name in axes), None)
+
+    return jax.tree_util.tree_map_with_path(axis, tree)
+
+
+def device_bytes(tree: PyTree, axes: PyTree, devices: int) -> int:
+    """What a device has of a tree of arrays or shapes whose axes are those of a `Layout.state`."""
+    sizes = jax.tree.map(
+        lambda leaf, axis: (
+            math.prod(leaf.shape) * leaf.dtype.itemsize // (1 if axis is None else devices)
+        ),
+        tree,
+        axes,
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def cut(shape: tuple[int, ...], axis: int | None, devices: int) -> tuple[int, ...]:
+    """The shape with its axis as two: devices, and what each of them has."""
+    if axis is None:
+        return tuple(shape)
+    return (*shape[:axis], devices, shape[axis] // devices, *shape[axis + 1 :])
+
+
+def merged(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape that was `cut` along the axis."""
+    return (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+
+
+def axis_of(sharding: jax.sharding.NamedSharding) -> int | None:
+    """Along which axis an array that lies so is cut."""
+    spec = tuple(sharding.spec)
+    return spec.index(AXIS) if AXIS in spec else None
+
+
+def summed(sums: PyTree, axes: Axes) -> PyTree:
+    """A `step.Sums` added over the devices; of gradients that are cut, this device's slice."""
+    total = jax.lax.psum(sums.replace(gradients=_without(sums.gradients, axes)), AXIS)
+    own = {
+        path: jax.lax.psum_scatter(sums.gradients[path], AXIS, scatter_dimension=axis, tiled=True)
+        for path, axis in axes.items()
+    }
+    return total.replace(gradients=total.gradients | own)
+
+
+def slices(parameters: Arrays, axes: Axes) -> Arrays:
+    """Of what is cut, this device's slice."""
+
+    def own(parameter, axis):
+        size = parameter.shape[axis] // jax.lax.axis_size(AXIS)
+        start = jax.lax.axis_index(AXIS) * size
+        return jax.lax.dynamic_slice_in_dim(parameter, start, size, axis)
+
+    return parameters | {path: own(parameters[path], axis) for path, axis in axes.items()}
+
+
+def gathered(own: Arrays, axes: Axes) -> Arrays:
+    """The whole arrays of everybody's `slices`, the same on every device."""
+    return own | {
+        path: jax.lax.all_gather(own[path], AXIS, axis=axis, tiled=True)
+        for path, axis in axes.items()
+    }
+
+
+def norm(own: Arrays, axes: Axes) -> Float[Array, ""]:
+    """The norm of the whole arrays, from `slices`."""
+    if not axes:
+        return optax.tree.norm(own)
+    cut_squares = optax.tree.norm({path: own[path] for path in axes}, squared=True)
+    whole_squares = optax.tree.norm(_without(own, axes), squared=True)
+    return jnp.sqrt(jax.lax.psum(cut_squares, AXIS) + whole_squares)
+
+
+def _without(arrays: Arrays, axes: Axes) -> Arrays:
+    return {path: array for path, array in arrays.items() if path not in axes}

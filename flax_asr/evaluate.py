@@ -406,7 +406,9 @@ def _score_splits(
 ) -> None:
     loaded = loading.load(model)
     cfg = _resolved(loaded, overrides)
-    normalize = text.normalizer(cfg.text.normalization or cfg.data.language)
+    normalize = text.normalizer(cfg.text.normalization or cfg.data.language).fitting(
+        loaded.vocabulary
+    )
     hosts.work_ahead(prepare.prepared_folder(cfg), lambda: prepare.prepare(cfg))
     splits = prepare.prepare(cfg)
     sets = {

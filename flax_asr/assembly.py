@@ -27,8 +27,8 @@ from flax_asr import (
 logger = logging.getLogger(__name__)
 
 Programs = dict[tuple, Callable]
-"""Compiled steps: ("accumulate" or "evaluate", padded samples), ("update", 0), and what
-`parallel.gather_jobs` asks for."""
+"""Compiled steps: ("accumulate", "accumulate_head" or "evaluate", padded samples), ("update", 0),
+and what `parallel.gather_jobs` asks for."""
 
 
 class Assembly:
@@ -57,7 +57,12 @@ class Assembly:
         self.start = start
         self.objective = experiment.objective(cfg, start)
         scored = list(self.corpus.scored().values())
-        self.train_shapes = experiment.shapes(cfg, start.model_config, [self.corpus.train])
+        self.train_shapes = experiment.shapes(
+            cfg, start.model_config, [self.corpus.train], cfg.data.augment.fastest
+        )
+        self.augmentation = experiment.augmentation(
+            cfg, start.model_config, self.corpus.train, self.train_shapes
+        )
         self.eval_shapes = (
             experiment.shapes(cfg, start.model_config, scored)
             if scored
@@ -65,14 +70,16 @@ class Assembly:
         )
         self.semantics = compat.of(cfg)
         self.plan = experiment.train_plan(
-            cfg, self.corpus.train, self.train_shapes.samples, self.group_rows
+            cfg, self.corpus.train, self.train_shapes.samples, self.group_rows, self.augmentation
         )
         self.updates = experiment.total_updates(cfg.train, self.plan.updates_per_epoch)
         self.expected = forecast.losses(
             self.corpus.train, start.model_config, self.corpus.vocabulary.size
         )
         self._learning_rate = optim.schedule(cfg.optim, self.updates)
-        self._optimiser = optim.adamw(cfg.optim, self._learning_rate)
+        self._optimiser = optim.adamw(
+            cfg.optim, self._learning_rate, cfg.model.freeze_encoder_steps
+        )
         params = self._params
         if params is None:
             params = experiment.parameter_shapes(self.objective)
@@ -100,6 +107,10 @@ class Assembly:
     def fresh_head(self) -> bool:
         """Whether the run began with a head that knew nothing."""
         return self.start.facts["head"].startswith("fresh")
+
+    def accumulates(self, update: int) -> str:
+        """The name of the program for the micro-batches of this update, counted from 0."""
+        return "accumulate_head" if update < self.cfg.model.freeze_encoder_steps else "accumulate"
 
     def weights_scored(self) -> dict[str, str]:
         """For the log: which weights a score is of, where they are not simply the last ones."""
@@ -158,12 +169,19 @@ class Assembly:
         state = self.state_shapes()
         params = state.scored
         sums = devices.sum_shapes(state.trainable)
-        accumulate = parallel.accumulate(self.objective, devices, self.layout)
+        begin = 0 if self.past is None else self.past.step
+        accumulate = {
+            kind: parallel.accumulate(
+                self.objective, devices, self.layout, head_only=kind == "accumulate_head"
+            )
+            for kind in sorted({self.accumulates(update) for update in (begin, self.updates - 1)})
+        }
         evaluate = parallel.evaluate(self.objective, devices, self.layout)
         jobs: dict[tuple, tuple] = {}
         for samples, tokens in reversed(list(self.train_shapes)):
             batch = devices.batch_shapes(train.per_device_train_batch_size, samples, tokens)
-            jobs["accumulate", samples] = (accumulate, (state, sums, batch))
+            for kind, function in accumulate.items():
+                jobs[kind, samples] = (function, (state, sums, batch))
         update = parallel.update(
             self._optimiser,
             self._learning_rate,

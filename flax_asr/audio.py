@@ -42,6 +42,8 @@ _FRAMES_A_BYTE = 64
 _MP3_SLACK_FRAMES = 3 * 1152
 # Channels whose mean is this much quieter than the first of them cancel each other.
 _CANCELLED = 0.01
+# 64 ms, for voices.
+_VOCODER_SAMPLES = 1024
 
 
 def decode(
@@ -258,3 +260,27 @@ def mel_decibels(
         y=samples, sr=SAMPLE_RATE_HZ, n_fft=400, hop_length=160, n_mels=80
     )
     return librosa.power_to_db(power, ref=np.max, top_db=80.0)
+
+
+def stretch(
+    samples: Float32[np.ndarray, " samples"], length: int
+) -> Float32[np.ndarray, " length"]:
+    """The same played faster or slower, so that it has `length` samples; pitch goes with it."""
+    if length == len(samples):
+        return samples
+    played = soxr.resample(samples, len(samples), length, quality="HQ")[:length]
+    return np.pad(played, (0, length - len(played)))
+
+
+def shift_pitch(
+    samples: Float32[np.ndarray, " samples"], semitones: float
+) -> Float32[np.ndarray, " samples"]:
+    """The same higher or lower, by a phase vocoder; its length stays."""
+    import librosa
+
+    # A recording shorter than the vocoder's window is made as long.
+    whole = np.pad(samples, (0, max(0, _VOCODER_SAMPLES - len(samples))))
+    shifted = librosa.effects.pitch_shift(
+        whole, sr=SAMPLE_RATE_HZ, n_steps=semitones, n_fft=_VOCODER_SAMPLES, res_type="soxr_hq"
+    )
+    return shifted[: len(samples)].astype(np.float32, copy=False)

@@ -1,5 +1,6 @@
 """The model card: README.md of a run, in the form that the Hugging Face Trainer gave its cards."""
 
+import dataclasses
 import html
 import importlib.metadata
 import math
@@ -76,7 +77,7 @@ def render(
         _section("Training and evaluation data", _data(saved, cfg)),
         "## Training procedure",
         _section("Training hyperparameters", _hyperparameters(saved.meta, cfg), level=3),
-        _section("Training results", table(history), level=3),
+        _section("Training results", table(history) + _early_stop(saved, history), level=3),
         *([f"![Losses and error rates over the steps]({curves.FILE})"] if has_curves else []),
         _section("Framework versions", _bullets(versions()), level=3),
     ]
@@ -107,6 +108,17 @@ def table(history: Sequence[Mapping[str, Any]]) -> str:
     ]
     rule = "|" + "|".join(f":{'-' * width}:" for width in widths) + "|"
     return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def _early_stop(saved: checkpoint.SavedModel, history: Sequence[Mapping[str, Any]]) -> str:
+    ends = [event for event in history if "stopped_early_after" in event]
+    if not ends:
+        return ""
+    return (
+        f"\n\nTraining stopped early, after update {ends[-1]['step']} of"
+        f" {saved.meta.facts['updates']}: evaluations without a better score:"
+        f" {ends[-1]['stopped_early_after']}."
+    )
 
 
 def scoring_rule(normalization: Any, spaced: bool, padded: bool = False) -> str:
@@ -398,6 +410,17 @@ def _hyperparameters(meta: checkpoint.Meta, cfg: config.Config) -> str:
         found["lr_scheduler_warmup_ratio"] = optim.warmup_fraction
     if optim.hold_fraction:
         found["lr_scheduler_hold_ratio"] = optim.hold_fraction
+    augment = {
+        name: bounds
+        for name, bounds in dataclasses.asdict(cfg.data.augment).items()
+        if bounds is not None
+    }
+    if augment:
+        found["augmentation"] = ", ".join(
+            f"{name} {low:g} to {high:g}" for name, (low, high) in augment.items()
+        )
+    if cfg.model.freeze_encoder_steps:
+        found["freeze_encoder_steps"] = cfg.model.freeze_encoder_steps
     if train.max_steps is not None:
         found["training_steps"] = train.max_steps
     else:

@@ -18,6 +18,44 @@ from flax_asr import errors, options
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """How training clips are changed, drawn anew for every clip in every epoch; null is not at all.
+
+    Each is a range, low and high, from which is drawn evenly.
+
+    Attributes:
+        speed: factors of the speed; pitch and length change with it.
+        pitch: semitones; the length stays. It costs more time than all the others.
+        gain_db: decibels. A model that normalises its input hears no difference.
+        noise_snr_db: decibels between the clip and the white noise that is added.
+    """
+
+    speed: tuple[float, float] | None = None
+    pitch: tuple[float, float] | None = None
+    gain_db: tuple[float, float] | None = None
+    noise_snr_db: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        for name, least, most in (
+            ("speed", 0.5, 2.0),
+            ("pitch", -12.0, 12.0),
+            ("gain_db", -60.0, 60.0),
+            ("noise_snr_db", -20.0, 100.0),
+        ):
+            bounds = getattr(self, name)
+            if bounds is not None and not least <= bounds[0] <= bounds[1] <= most:
+                raise errors.ConfigError(
+                    f"data.augment.{name} is {list(bounds)}: it must be [low, high], in"
+                    f" {least:g} to {most:g}."
+                )
+
+    @property
+    def fastest(self) -> float:
+        """The largest factor by which a clip may become shorter."""
+        return 1.0 if self.speed is None else max(1.0, self.speed[1])
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which recordings are used, and how they are cut into batches.
 
@@ -54,6 +92,7 @@ class DataConfig:
     max_train_clips: int | None = None
     max_eval_clips: int | None = None
     trim_silence: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):
         _at_least("data.min_seconds", self.min_seconds, 0)
@@ -93,6 +132,7 @@ class ModelConfig:
         pretrained: a hub id or a folder (a run folder too); null starts from random weights.
         config: overrides of fields of transformers.Wav2Vec2Config.
         freeze_feature_encoder: the convolutions get no gradient and no optimiser state.
+        freeze_encoder_steps: in so many first updates only the head is trained.
         trainable_layers: train only the head and so many of the top layers.
         reset_head: start a fresh head although the vocabulary is the same.
         attention: which form of attention computes.
@@ -102,13 +142,15 @@ class ModelConfig:
     pretrained: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     freeze_feature_encoder: bool = True
+    freeze_encoder_steps: int = 0
     trainable_layers: int | None = None
     reset_head: bool = False
     attention: Literal["auto", "xla"] = "auto"
     remat_policy: str = "full"
 
     def __post_init__(self):
-        _at_least("model.trainable_layers", self.trainable_layers, 0)
+        for name in ("freeze_encoder_steps", "trainable_layers"):
+            _at_least(f"model.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -199,6 +241,7 @@ class TrainConfig:
         save_steps: updates between two checkpoints.
         save_total_limit: how many of the latest checkpoints are kept, besides the best one.
         metric_for_best_model: which score of eval_splits chooses the best checkpoint.
+        early_stopping_patience: so many evaluations in a row without a better score end the run.
         max_bad_updates: so many non-finite updates in a row stop the run.
         compat: `hf-4.17` trains and scores as the Trainer and the speech recognition example of
             transformers 4.17 did (docs/compat.md).
@@ -221,6 +264,7 @@ class TrainConfig:
     save_steps: int = 500
     save_total_limit: int = 3
     metric_for_best_model: Literal["cer", "wer", "loss"] = "cer"
+    early_stopping_patience: int | None = None
     max_bad_updates: int = 10
     compat: Literal["hf-4.17"] | None = None
     on_save_error: Literal["stop", "continue"] = "stop"
@@ -231,7 +275,7 @@ class TrainConfig:
         for name in (
             "max_steps global_batch_size gradient_accumulation_steps per_device_train_batch_size"
             " per_device_eval_batch_size logging_steps eval_steps save_steps save_total_limit"
-            " max_bad_updates"
+            " early_stopping_patience max_bad_updates"
         ).split():
             _at_least(f"train.{name}", getattr(self, name), 1)
         if self.global_batch_size and self.gradient_accumulation_steps:
@@ -276,11 +320,10 @@ class Config:
 def option_types() -> dict[str, Any]:
     """Every option of the configuration as a dotted name, with its type."""
     found: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(kind):
-            found |= {f"{name}.{k}": v for k, v in typing.get_type_hints(kind).items()}
-        else:
-            found[name] = kind
+    for section, cls in {"": Config, **_sections(Config)}.items():
+        for key, kind in typing.get_type_hints(cls).items():
+            if not dataclasses.is_dataclass(kind):
+                found[f"{section}.{key}" if section else key] = kind
     return found
 
 
@@ -307,16 +350,7 @@ def build(
     found = options.flatten(values, kinds, f"{origin}: " if origin is not None else "")
     found |= options.parse(overrides, kinds)
     checked = {name: options.typed(name, value, kinds[name]) for name, value in found.items()}
-    sections: dict[str, dict[str, Any]] = {}
-    top: dict[str, Any] = {}
-    for name, value in checked.items():
-        section, _, key = name.rpartition(".")
-        if section:
-            sections.setdefault(section, {})[key] = value
-        else:
-            top[name] = value
-    section_kinds = typing.get_type_hints(Config)
-    return Config(**top, **{name: section_kinds[name](**keys) for name, keys in sections.items()})
+    return _construct(Config, checked)
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -343,7 +377,7 @@ def options_help() -> str:
     """One line for every option: its name, its default and what it does."""
     lines = ["options of the configuration, each as --section.key VALUE:"]
     defaults = flat(Config())
-    for section, kind in {"": Config, **_sections()}.items():
+    for section, kind in {"": Config, **_sections(Config)}.items():
         documented = inspect.getdoc(kind).partition("Attributes:")[2].replace("\n        ", " ")
         for line in filter(None, map(str.strip, documented.splitlines())):
             key, _, meaning = line.partition(": ")
@@ -353,9 +387,26 @@ def options_help() -> str:
     return "\n".join(lines)
 
 
-def _sections() -> dict[str, type]:
-    kinds = typing.get_type_hints(Config)
-    return {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
+def _sections(cls: type, within: str = "") -> dict[str, type]:
+    """Sections by their dotted names, those inside of others after them."""
+    found: dict[str, type] = {}
+    for key, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            name = f"{within}.{key}" if within else key
+            found |= {name: kind, **_sections(kind, name)}
+    return found
+
+
+def _construct(cls: type, values: Mapping[str, Any], within: str = "") -> Any:
+    """A section, with the sections inside of it, from values by their dotted names."""
+    given: dict[str, Any] = {}
+    for key, kind in typing.get_type_hints(cls).items():
+        name = f"{within}.{key}" if within else key
+        if dataclasses.is_dataclass(kind):
+            given[key] = _construct(kind, values, name)
+        elif name in values:
+            given[key] = values[name]
+    return cls(**given)
 
 
 def _plain(value: Any) -> Any:

@@ -222,7 +222,7 @@ class Examination:
     def _shapes(self, start: experiment.Origin, corpus: experiment.Corpus) -> trial.Asked:
         cfg = self.cfg
         train = corpus.train
-        shapes = experiment.shapes(cfg, start.model_config, [train])
+        shapes = experiment.shapes(cfg, start.model_config, [train], cfg.data.augment.fastest)
         counts = np.bincount(
             buckets.row_shapes(train.samples, shapes.samples), minlength=len(shapes.samples)
         )

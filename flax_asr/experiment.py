@@ -30,7 +30,7 @@ from flax_asr import (
     text,
     vocabulary,
 )
-from flax_asr.data import buckets, examples, loader, prepare
+from flax_asr.data import augment, buckets, examples, loader, prepare
 from flax_asr.models import configuration, pretrained, wav2vec2, weights
 
 logger = logging.getLogger(__name__)
@@ -401,24 +401,54 @@ class Shapes:
 
 
 def shapes(
-    cfg: config.Config, model_config: Wav2Vec2Config, sets: Sequence[examples.Examples]
+    cfg: config.Config,
+    model_config: Wav2Vec2Config,
+    sets: Sequence[examples.Examples],
+    fastest: float = 1.0,
 ) -> Shapes:
-    """At most `num_buckets` shapes that serve all of these sets."""
+    """At most `num_buckets` shapes that serve all of these sets.
+
+    Augmentation makes no clip longer than they are, and none shorter than by `fastest`.
+    """
     samples = buckets.choose_shapes(
         np.concatenate([data.samples for data in sets]),
         cfg.data.num_buckets,
-        frame_samples=functools.partial(
-            buckets.smallest_samples,
-            kernels=model_config.conv_kernel,
-            strides=model_config.conv_stride,
-        ),
+        frame_samples=_frame_samples(model_config),
     )
-    widths = [loader.label_widths(data, samples) for data in sets]
+    widths = [loader.label_widths(data, samples, fastest=fastest) for data in sets]
     return Shapes(samples, tuple(max(column) for column in zip(*widths, strict=True)))
 
 
+def _frame_samples(model_config: Wav2Vec2Config) -> Callable[[int], int]:
+    return functools.partial(
+        buckets.smallest_samples,
+        kernels=model_config.conv_kernel,
+        strides=model_config.conv_stride,
+    )
+
+
+def augmentation(
+    cfg: config.Config, model_config: Wav2Vec2Config, data: examples.Examples, shapes: Shapes
+) -> augment.Augmentation | None:
+    """What is done to the training clips; None where nothing is."""
+    if cfg.data.augment == config.AugmentConfig():
+        return None
+    return augment.Augmentation(
+        cfg.data.augment,
+        data,
+        cfg.seed,
+        longest=shapes.samples[-1],
+        smallest_samples=_frame_samples(model_config),
+        workers=cfg.data.num_workers,
+    )
+
+
 def train_plan(
-    cfg: config.Config, train: examples.Examples, shapes: Sequence[int], group_rows: int
+    cfg: config.Config,
+    train: examples.Examples,
+    shapes: Sequence[int],
+    group_rows: int,
+    augmentation: augment.Augmentation | None = None,
 ) -> buckets.TrainPlan:
     """The batches of a run, whose global batch size is resolved, in groups of so many rows."""
     return buckets.TrainPlan(
@@ -428,6 +458,7 @@ def train_plan(
         cfg.train.global_batch_size // group_rows,
         cfg.seed,
         leaks=compat.of(cfg).leaks,
+        lengths=None if augmentation is None else augmentation.lengths,
     )
 
 

@@ -110,11 +110,11 @@ def configure(loaded: LoadedModel, overrides: Sequence[str]) -> config.Config:
     known = config.option_types()
     for word in overrides:
         name = word[2:].partition("=")[0]
-        meaningless = word.startswith("--") and name in known and not name.startswith(_OPTIONS)
-        if meaningless:
+        used = name.startswith(_OPTIONS) and not name.startswith("data.augment.")
+        if word.startswith("--") and name in known and not used:
             raise errors.ConfigError(
-                f"--{name} changes nothing in a finished model: the options of data,"
-                " text.normalization, train.per_device_eval_batch_size and"
+                f"--{name} changes nothing in a finished model: the options of data (but not of"
+                " data.augment), text.normalization, train.per_device_eval_batch_size and"
                 " train.mixed_precision do."
             )
     return config.build(loaded.settings, overrides)

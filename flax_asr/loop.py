@@ -162,7 +162,7 @@ class Run:
         """
         if self._misses_evaluation():
             self._score_and_save()
-        if self.step < self.made.updates and not self.stop.asked:
+        if self.step < self.made.updates and not self.stop.asked and not self._stops_early():
             self._updates()
         self.checkpoints.wait()
         if self.stop.asked_by_any():
@@ -172,6 +172,18 @@ class Run:
                 f" {self.made.cfg.output_dir}."
                 " Run the same command to go on."
             )
+        if self.step < self.made.updates:
+            patience = self.cfg.early_stopping_patience
+            logger.info(
+                "%d evaluations without a better score: stopped early after update %d of %d",
+                patience,
+                self.step,
+                self.made.updates,
+            )
+            self._log({"stopped_early_after": patience})
+
+    def _stops_early(self) -> bool:
+        return run_folder.out_of_patience(self.log.events, self.cfg)
 
     def _updates(self) -> None:
         data, plan, devices = self.made.corpus.train, self.made.plan, self.devices
@@ -180,13 +192,19 @@ class Run:
         previous = None
         with (
             loader.updates(
-                data, plan, self.step, devices.host_index, devices.host_count
+                data,
+                plan,
+                self.step,
+                devices.host_index,
+                devices.host_count,
+                augmentation=self.made.augmentation,
+                tokens=self.made.train_shapes.tokens,
             ) as batches,
             progress.Progress(self.made.updates, "training", "updates", initial=self.step) as bar,
         ):
             for number, groups in batches:
                 for batch, _ in groups:
-                    program = self.programs["accumulate", batch.audio.shape[1]]
+                    program = self.programs[self.made.accumulates(number), batch.audio.shape[1]]
                     for micro in devices.micro_batches(batch, self.cfg.per_device_train_batch_size):
                         sums = program(self.state, sums, micro)
                 self.state, sums, metrics = self.programs["update", 0](self.state, sums)
@@ -228,7 +246,8 @@ class Run:
                 " Try a lower optim.learning_rate or train.mixed_precision bf16 or fp32, listen to"
                 " these clips, and see whether loss or gradient norm rose before in the log."
             )
-        self.window.add(self.step, metrics, groups, data, self.made.plan.shapes)
+        plan = self.made.plan
+        self.window.add(self.step, metrics, groups, plan.lengths, plan.shapes)
         bar.advance(1, **self.window.facts(), **self.watch.facts())
 
     def _log(self, figures: dict[str, float]) -> None:
@@ -280,8 +299,8 @@ class Run:
                     improved = metrics[best] < self.log.best(best)
                     self._log(metrics | self.made.weights_scored())
             # Read once: the signal may come at any moment, and what stops here must be saved here.
-            asked = self.stop.asked
-            if improved or self._due(self.cfg.save_steps) or asked:
+            stops = self.stop.asked or self._stops_early()
+            if improved or self._due(self.cfg.save_steps) or stops:
                 meta = self.made.meta(
                     step=self.step,
                     metrics=metrics,
@@ -292,10 +311,10 @@ class Run:
                 state = parallel.whole(self.programs, self.state, self.made.layout, self.devices)
                 with self._saving():
                     self.checkpoints.wait()
-                with self._saving(must=asked or self.step == self.made.updates):
+                with self._saving(must=stops or self.step == self.made.updates):
                     self.log.flush()
                     self.checkpoints.save(state, meta)
-        return asked
+        return stops
 
     def _score(self, which: str) -> dict[str, float | str]:
         """`eval` or `test` figures of the present parameters.

@@ -4,6 +4,7 @@ Everything numeric is optax's; what is here is the choice and the composition. P
 dictionaries by their path, `wav2vec2/encoder/layers/0/attention/q_proj/kernel`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,30 +61,44 @@ def schedule(optim: config.OptimConfig, updates: int) -> optax.Schedule:
 
 
 def adamw(
-    optim: config.OptimConfig, learning_rate: optax.Schedule
+    optim: config.OptimConfig, learning_rate: optax.Schedule, freeze_encoder_steps: int = 0
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping to a global norm, then AdamW; weights decay, biases and LayerNorm scales do not.
 
     With a `head_learning_rate` the head's moves are scaled by its ratio to the other rate, which
     is another rate: an AdamW move, decay included, is proportional to it.
 
-    Its `update` takes the `norm` of the gradients by this name: it may be given slices of them.
+    In the first `freeze_encoder_steps` updates nothing but the head moves; the encoder's moments
+    begin after them, with a count of their own, so that their bias is corrected as at a start.
+
+    Its `update` takes by these names the `norm` of the gradients, as it may be given slices of
+    them, and the run's `step`, skipped updates included.
     """
-    optimiser = optax.adamw(
-        learning_rate,
+    adam = functools.partial(
+        optax.adamw,
         b1=optim.adam_beta1,
         b2=optim.adam_beta2,
         eps=optim.adam_epsilon,
         weight_decay=optim.weight_decay,
         mask=lambda params: {path: decays(path) for path in params},
     )
-    parts = [optimiser]
+    if freeze_encoder_steps:
+        late = optax.conditionally_mask(
+            adam(1.0),
+            lambda count, *, step, **others: step >= freeze_encoder_steps,
+            forward_extra_args=True,
+        )
+        moves = optax.partition({True: adam(1.0), False: late}, in_head)
+        # The schedule runs on while the encoder waits.
+        parts = [moves, optax.scale_by_schedule(learning_rate)]
+    else:
+        parts = [adam(learning_rate)]
     if optim.max_grad_norm is not None:
         parts.insert(0, _clip(optim.max_grad_norm))
     if optim.head_learning_rate is not None:
         ratio = optim.head_learning_rate / optim.learning_rate
         parts.append(optax.masked(optax.scale(ratio), in_head))
-    return optax.chain(*parts) if len(parts) > 1 else optimiser
+    return optax.chain(*parts) if len(parts) > 1 else parts[0]
 
 
 def in_head(params: Mapping[str, Any]) -> dict[str, bool]:

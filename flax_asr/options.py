@@ -127,29 +127,29 @@ def _first_lines(error: Exception) -> str:
     return " ".join(line for line in lines if not line.startswith(("To suppress", "http", "#")))
 
 
-def flatten(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def flatten(
+    values: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "", section: str = ""
+) -> dict[str, Any]:
     """Nested values by their dotted names; an empty section means its defaults.
 
     Args:
         values: sections of keys, as a file has them.
         kinds: every option's type by its dotted name.
         where: what an error's message begins with.
+        section: the dotted name of what the values are in.
 
     Raises:
         ConfigError: a key that does not exist, or no keys where a section is.
     """
-    sections = {name.split(".")[0] for name in kinds if "." in name}
     flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in sections:
-            if name not in kinds:
-                raise errors.ConfigError(where + unknown_name(str(name), kinds))
+    for key, value in values.items():
+        name = f"{section}.{key}" if section else str(key)
+        if name in kinds:
             flat[name] = value
+        elif not any(known.startswith(f"{name}.") for known in kinds):
+            raise errors.ConfigError(where + unknown_name(name, kinds))
         elif isinstance(value, Mapping):
-            for key, item in value.items():
-                if f"{name}.{key}" not in kinds:
-                    raise errors.ConfigError(where + unknown_name(f"{name}.{key}", kinds))
-                flat[f"{name}.{key}"] = item
+            flat |= flatten(value, kinds, where, name)
         elif value is not None:
             raise errors.ConfigError(
                 f"{where}{name} is a section: expected keys below it, found {_kind(value)}."
@@ -210,6 +210,8 @@ def _option_value(name: str, text: str, kind: Any) -> Any:
     if text == "null" and types.NoneType in members:
         return None
     lists = [m for m in members if typing.get_origin(m) is tuple]
+    if lists and float in typing.get_args(lists[0]) and not text.startswith("["):
+        return _scalar(name, f"[{text}]")
     if lists and not text.startswith("["):
         if str not in members or "," in text:
             return [part.strip() for part in text.split(",") if part.strip()]

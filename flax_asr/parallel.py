@@ -139,10 +139,11 @@ def accumulate(
     objective: step.Objective,
     devices: Devices,
     layout: partition.Layout = partition.REPLICATED,
+    head_only: bool = False,
 ) -> Callable:
     """`step.accumulate(state, sums, batch) -> sums` over all devices; the sums are donated."""
     return jax.pmap(
-        functools.partial(step.accumulate, objective),
+        functools.partial(step.accumulate, objective, head_only),
         axis_name=partition.AXIS,
         in_axes=(layout.mapped, 0, 0),
         out_axes=0,

@@ -13,12 +13,12 @@ import importlib.metadata
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax_asr
-from flax_asr import checkpoint, config, errors
+from flax_asr import checkpoint, config, errors, runlog
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ FREE_TO_CHANGE = frozenset(
     "output_dir data.source data.num_workers data.prepared_dir model.attention model.remat_policy"
     " train.gradient_checkpointing train.logging_steps train.eval_steps train.save_steps"
     " train.save_total_limit train.per_device_train_batch_size train.per_device_eval_batch_size"
-    " train.max_bad_updates train.on_save_error train.zero_sharding".split()
+    " train.early_stopping_patience train.max_bad_updates train.on_save_error"
+    " train.zero_sharding".split()
 )
 """Where and how fast, not what. That a moved source holds the same clips, `check_data` sees to."""
 
@@ -201,11 +202,25 @@ def is_finished(folder: Path, past: checkpoint.Meta, asked: config.Config) -> bo
     """Whether nothing is left to do: no update, and card and export are those of the last one."""
     before, after = config.flat(checkpoint.meta_config(past)), config.flat(asked)
     longer = any(before[name] != after[name] for name in LENGTHS)
-    if longer or past.step < past.facts["updates"]:
+    unfinished = longer or past.step < past.facts["updates"]
+    if unfinished and not out_of_patience(runlog.read(folder), asked.train):
         return False
     marked = folder / FINISHED
     written = (folder / CARD).is_file() and (folder / EXPORT / "config.json").is_file()
     return written and marked.is_file() and marked.read_text().strip() == str(past.step)
+
+
+def out_of_patience(history: Sequence[Mapping[str, Any]], train: config.TrainConfig) -> bool:
+    """Whether so many evaluations in a row as are allowed brought no better score.
+
+    Args:
+        history: the events of the log.
+        train: which score, and how many.
+    """
+    if train.early_stopping_patience is None:
+        return False
+    name = f"eval_{train.metric_for_best_model}"
+    return runlog.evaluations_since_best(history, name) >= train.early_stopping_patience
 
 
 def check_data(past: checkpoint.Meta, splits: Mapping[str, Mapping[str, Any]]) -> None:
@@ -243,9 +258,15 @@ def resolve(asked: config.Config, device_count: int) -> config.Config:
     """The configuration with its number of clips an update written out.
 
     Raises:
-        ConfigError: the devices cannot share the global batch; names what would fit.
+        ConfigError: the devices cannot share the global batch; names what would fit. Or the run
+            is to stop early by scores that nobody takes.
     """
     train = asked.train
+    if train.early_stopping_patience is not None and not asked.data.eval_splits:
+        raise errors.ConfigError(
+            f"train.early_stopping_patience is {train.early_stopping_patience}, but"
+            " data.eval_splits is empty: name a split, or leave the patience out."
+        )
     at_once = device_count * train.per_device_train_batch_size
     size = train.global_batch_size
     if size is None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,17 @@ def _board(run: Path, after: int) -> _Board | None:
         with contextlib.suppress(OSError):
             return _Board(run, after)
     return None
+
+
+def evaluations_since_best(history: Iterable[Mapping[str, Any]], name: str) -> int:
+    """How many evaluations came after the one with the lowest `name`; of equals the first."""
+    best, since = float("inf"), 0
+    for event in history:
+        if "eval_clips" in event:
+            since += 1
+            if name in event and event[name] < best:
+                best, since = event[name], 0
+    return since
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -151,18 +151,25 @@ def waveform(batch: Batch, do_normalize: bool) -> Float[Array, "batch samples"]:
     return centred * jax.lax.rsqrt(variance + 1e-7)
 
 
-def accumulate(objective: Objective, state: TrainState, sums: Sums, batch: Batch) -> Sums:
-    """Adds one micro-batch of this device to the sums."""
+def accumulate(
+    objective: Objective, head_only: bool, state: TrainState, sums: Sums, batch: Batch
+) -> Sums:
+    """Adds one micro-batch of this device to the sums; with `head_only` the head's gradient only.
+
+    What is not differentiated costs no backward pass, and its gradient stays what it is: zero.
+    """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     key = jax.random.fold_in(key, sums.micro_batches)
     key = jax.random.fold_in(key, jax.lax.axis_index(partition.AXIS))
 
     # fp16 sees the gradient of a mean, as it does in PyTorch: a sum would overflow sooner
     rows = batch.weights.shape[0]
+    learning = optim.in_head(state.trainable) if head_only else dict.fromkeys(state.trainable, True)
+    held = {path: leaf for path, leaf in state.trainable.items() if not learning[path]}
 
-    def scaled_loss(trainable: Parameters) -> tuple[Float[Array, ""], dict[str, Array]]:
+    def scaled_loss(learnt: Parameters) -> tuple[Float[Array, ""], dict[str, Array]]:
         losses, logits, frame_lengths = _forward(
-            objective, merge(trainable, state.frozen), batch, key
+            objective, merge({**learnt, **held}, state.frozen), batch, key
         )
         infeasible = jnp.isposinf(losses) & (batch.weights > 0)
         weights = jnp.where(infeasible, 0.0, batch.weights)
@@ -177,18 +184,20 @@ def accumulate(objective: Objective, state: TrainState, sums: Sums, batch: Batch
             "blank_frames": (real & blank).sum(dtype=jnp.float32),
         }
 
-    gradients, counts = jax.grad(scaled_loss, has_aux=True)(state.trainable)
+    learnt = {path: leaf for path, leaf in state.trainable.items() if learning[path]}
+    gradients, counts = jax.grad(scaled_loss, has_aux=True)(learnt)
+    added = {
+        path: sums.gradients[path] + rows * g.astype(jnp.float32) for path, g in gradients.items()
+    }
     return sums.replace(
-        gradients=jax.tree.map(
-            lambda total, g: total + rows * g.astype(jnp.float32), sums.gradients, gradients
-        ),
+        gradients={**sums.gradients, **added},
         micro_batches=sums.micro_batches + 1,
         **{name: getattr(sums, name) + count for name, count in counts.items()},
     )
 
 
 def update(
-    optimiser: optax.GradientTransformation,
+    optimiser: optax.GradientTransformationExtraArgs,
     learning_rate: optax.Schedule,
     ema_decay: float | None,
     axes: partition.Axes,
@@ -211,7 +220,9 @@ def update(
     norm = partition.norm(gradients, axes)
     finite = jnp.isfinite(norm)
     old = partition.slices(state.trainable, axes)
-    moves, optimiser_state = optimiser.update(gradients, state.optimiser, old, norm=norm)
+    moves, optimiser_state = optimiser.update(
+        gradients, state.optimiser, old, norm=norm, step=state.step
+    )
     moved = optim.select(finite, optax.apply_updates(old, moves), old)
     average = state.average
     if ema_decay is not None:

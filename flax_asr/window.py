@@ -3,12 +3,13 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from flax_asr import audio, step
-from flax_asr.data import buckets, examples, loader
+from flax_asr.data import buckets, loader
 
 _SUMS = ("updates", "finite", "loss", "infeasible", "blank", "real", "padded")
 _LATEST = ("learning_rate", "grad_norm", "loss_scale", "skipped")
@@ -40,11 +41,10 @@ class Window:
         step_number: int,
         metrics: step.Metrics,
         groups: Sequence[tuple[loader.Batch, buckets.Group]],
-        data: examples.Examples,
+        lengths: Callable[[int], Int[np.ndarray, " clips"]],
         shapes: Sequence[int],
     ) -> None:
-        """Counts one update, the `step_number`-th."""
-        rows = np.concatenate([group.rows for _, group in groups])
+        """Counts one update, the `step_number`-th; `lengths` are the clips' in an epoch."""
         finite = bool(metrics.finite)
         for name, value in {
             "updates": 1,
@@ -52,7 +52,10 @@ class Window:
             "loss": self._counted_loss(float(metrics.loss), finite),
             "infeasible": int(metrics.infeasible),
             "blank": float(metrics.blank_fraction) if finite else 0.0,
-            "real": int(data.samples[rows[rows >= 0]].sum(dtype=np.int64)),
+            "real": sum(
+                int(lengths(group.epoch)[group.rows[group.rows >= 0]].sum(dtype=np.int64))
+                for _, group in groups
+            ),
             "padded": sum(int(shapes[group.shape]) * len(group.rows) for _, group in groups),
         }.items():
             self._figures[name] += value

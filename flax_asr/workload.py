@@ -141,7 +141,7 @@ def of(cfg: config.Config, device_count: int) -> Workload:
     objective = experiment.objective(cfg, start)
     updates = measured["updates"]
     learning_rate = optim.schedule(cfg.optim, PLANNED_UPDATES if updates is None else updates)
-    optimiser = optim.adamw(cfg.optim, learning_rate)
+    optimiser = optim.adamw(cfg.optim, learning_rate, cfg.model.freeze_encoder_steps)
     params = experiment.parameter_shapes(objective)
     state = jax.eval_shape(lambda p: experiment.fresh_state(cfg, p, optimiser), params)
     return Workload(
@@ -178,7 +178,9 @@ def is_prepared(cfg: config.Config) -> bool:
 
 def _measured(cfg, start, corpus: experiment.Corpus, device_count: int) -> dict[str, Any]:
     train, scored = cfg.train, corpus.scored()
-    train_shapes = experiment.shapes(cfg, start.model_config, [corpus.train])
+    train_shapes = experiment.shapes(
+        cfg, start.model_config, [corpus.train], cfg.data.augment.fastest
+    )
     eval_shapes = Shapes((), ())
     if scored:
         found = experiment.shapes(cfg, start.model_config, list(scored.values()))

@@ -66,7 +66,9 @@ class Trainer:
             train=config.TrainConfig(mixed_precision=mixed_precision, zero_sharding=zero_sharding),
         )
         self.devices = parallel.Devices(jax.devices()[:devices])
-        self.optimiser = optim.adamw(self.cfg.optim, optim.schedule(self.cfg.optim, updates))
+        self.frozen_steps = self.cfg.model.freeze_encoder_steps
+        learning_rate = optim.schedule(self.cfg.optim, updates)
+        self.optimiser = optim.adamw(self.cfg.optim, learning_rate, self.frozen_steps)
         fresh = experiment.fresh_state(self.cfg, params, self.optimiser)
         self.layout = experiment.layout(self.cfg, fresh, devices)
         self.state = self.devices.place(jax.device_get(fresh), self.layout.state)
@@ -76,8 +78,9 @@ class Trainer:
         kind = (objective.config.to_json_string(), str(objective.module.dtype), cuts)
         accumulate = parallel.accumulate(objective, self.devices, self.layout)
         self.accumulate = _ACCUMULATE.setdefault(kind, accumulate)
-        settings = (self.cfg.optim, updates, cuts, clips_an_update)
-        learning_rate = optim.schedule(self.cfg.optim, updates)
+        head_only = parallel.accumulate(objective, self.devices, self.layout, head_only=True)
+        self.accumulate_head = _ACCUMULATE.setdefault((*kind, "head"), head_only)
+        settings = (self.cfg.optim, self.frozen_steps, updates, cuts, clips_an_update)
         update = parallel.update(
             self.optimiser,
             learning_rate,
@@ -90,10 +93,12 @@ class Trainer:
 
     def update(self, *groups) -> step.Metrics:
         """One update from these groups, each split over the devices."""
+        frozen = int(self.state.step) < self.frozen_steps
+        accumulate = self.accumulate_head if frozen else self.accumulate
         for group in groups:
             per_device = len(group.weights) // self.devices.count
             for micro in self.devices.micro_batches(group, per_device):
-                self.sums = self.accumulate(self.state, self.sums, micro)
+                self.sums = accumulate(self.state, self.sums, micro)
         self.state, self.sums, metrics = self._update(self.state, self.sums)
         return jax.device_get(metrics)
 

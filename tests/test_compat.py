@@ -128,7 +128,7 @@ def _logged(hides: bool, *updates: Update) -> float:
     figures = window.Window({}, hides)
     groups = [(None, buckets.Group(0, np.array([0], np.int32)))]
     for update in updates:
-        figures.add(1, update, groups, Clips(1), (16_080,))
+        figures.add(1, update, groups, lambda epoch: Clips(1).samples, (16_080,))
     return figures.close(0.0)["loss"]
 
 

@@ -35,6 +35,16 @@ def test_lists_take_brackets_commas_and_a_single_name():
         assert cfg.data.eval_splits == expected
 
 
+def test_a_section_inside_of_another_is_read_from_files_and_options_and_written(tmp_path):
+    path = _file(tmp_path, "data:\n  augment: {speed: [0.9, 1.1], pitch: [-1, 1]}\n")
+    cfg = config.load(path, ["--data.augment.speed", "0.95,1", "--data.augment.gain_db=[-6, 6]"])
+    expected = config.AugmentConfig(speed=(0.95, 1.0), pitch=(-1.0, 1.0), gain_db=(-6.0, 6.0))
+    assert cfg.data.augment == expected
+    config.save(cfg, path)
+    assert config.load(path) == cfg
+    assert config.load(_file(tmp_path, "data: {augment: }")) == config.Config()
+
+
 def test_an_empty_section_means_its_defaults(tmp_path):
     assert config.load(_file(tmp_path, "optim:\ntrain: {}\n")) == config.Config()
 
@@ -67,6 +77,10 @@ def test_fields_of_the_model_configuration_are_options_too():
             "optim: {lr_scheduler_type: tri_stage, warmup_fraction: 0.7, hold_fraction: 0.4}",
             "more than the whole run",
         ),
+        ("data: {augment: {speed: [1.1, 0.9]}}", "data.augment.speed is [1.1, 0.9]"),
+        ("data: {augment: {speed: [0.9, .nan]}}", "must be [low, high], in 0.5 to 2"),
+        ("data: {augment: {pich: [1, 2]}}", "did you mean data.augment.pitch"),
+        ("data: {augment: 3}", "data.augment is a section"),
         ("optim: {ema_decay: 1.0}", "optim.ema_decay is 1.0"),
         ("optim: {head_learning_rate: 0}", "optim.head_learning_rate is 0"),
         ("train: {mixed_precision: fp17}", "one of fp32, bf16, fp16"),

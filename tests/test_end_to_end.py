@@ -335,7 +335,49 @@ def test_bad_numbers_are_skipped_counted_and_in_a_row_stop_the_run(
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved.params))
 
 
-KNOBS = ("--optim.ema_decay=0.7", "--optim.head_learning_rate=2e-2")
+KNOBS = (
+    "--optim.ema_decay=0.7",
+    "--optim.head_learning_rate=2e-2",
+    "--model.freeze_encoder_steps=5",
+    "--data.augment.speed=0.9,1.1",
+    "--data.augment.gain_db=[-6, 6]",
+    "--data.augment.noise_snr_db=10,30",
+)
+
+
+def test_a_run_whose_scores_stay_the_same_stops_early_and_goes_on_with_more_patience(
+    here, tmp_path, caplog
+):
+    run = tmp_path / "run"
+    caplog.set_level("INFO")
+    # A model that does not move scores the same every time.
+    options = ("--optim.learning_rate=1e-30", "--train.eval_steps=1", "--data.test_splits=dev")
+
+    def evaluated():
+        return [event["step"] for event in runlog.read(run) if "eval_cer" in event]
+
+    assert here(run, *options, "--train.early_stopping_patience=2") == 0
+    assert checkpoint.steps(run)[0] == 3
+    assert evaluated() == [1, 2, 3]
+    assert runlog.read(run)[-1]["best_step"] == 1
+    card = (run / "README.md").read_text()
+    assert "Training stopped early, after update 3 of 8" in card
+    assert (run / "export" / "config.json").is_file()
+
+    caplog.clear()
+    assert here(run, *options, "--train.early_stopping_patience=2") == 0
+    assert "is finished: 3 updates" in caplog.text
+
+    # Killed when the last step was saved and nothing finished yet.
+    shutil.rmtree(run / "export")
+    assert here(run, *options, "--train.early_stopping_patience=2") == 0
+    assert evaluated() == [1, 2, 3]
+    assert (run / "README.md").read_text() == card
+
+    assert here(run, *options, "--train.early_stopping_patience=5") == 0
+    assert evaluated() == [1, 2, 3, 4, 5, 6]
+    assert "after update 6 of 8" in (run / "README.md").read_text()
+    assert [e["step"] for e in runlog.read(run) if "stopped_early_after" in e] == [6]
 
 
 def test_with_every_knob_turned_a_stop_changes_nothing(here, place, tmp_path, monkeypatch):
@@ -355,6 +397,7 @@ def test_with_every_knob_turned_a_stop_changes_nothing(here, place, tmp_path, mo
         assert 0 < checkpoint.steps(folder)[0] < small_training.UPDATES
         assert here(folder, *KNOBS, *more) == 0
     small_training.assert_same(run, uninterrupted)
+    assert {e["compilations"] for e in runlog.read(run) if "compilations" in e} == {0}
 
     # With moments and average cut from the stop on, the same but for rounding.
     for ours, theirs in zip(*map(small_training.log, (cut, uninterrupted)), strict=True):

@@ -37,7 +37,7 @@ def metrics(loss: float, finite: bool = True, skipped: int = 0) -> step.Metrics:
 
 
 def add(to: window.Window, *args, at: int = 1, **kwargs) -> None:
-    to.add(at, metrics(*args, **kwargs), GROUPS, Data, SHAPES)
+    to.add(at, metrics(*args, **kwargs), GROUPS, lambda epoch: Data.samples, SHAPES)
 
 
 def counted(event: dict) -> dict:

@@ -28,6 +28,8 @@ class Group(NamedTuple):
     shape: int
     rows: Int32[np.ndarray, " group_rows"]
     """Row numbers of the examples; -1 is a filler that counts for nothing."""
+    epoch: int = 0
+    """The pass over the examples that the group belongs to."""
 
 
 def smallest_samples(
@@ -174,6 +176,7 @@ class TrainPlan:
         groups_per_update: groups whose gradients make one update.
         seed: not negative; the order of every epoch follows from it.
         leaks: what is left over at the end of an epoch joins the next.
+        lengths: of every row in an epoch, where augmentation changes them.
 
     Raises:
         errors.DataError: there are no rows, or a row is longer than the largest shape.
@@ -187,6 +190,7 @@ class TrainPlan:
         groups_per_update: int,
         seed: int,
         leaks: bool = False,
+        lengths: Callable[[int], Int[np.ndarray, " rows"]] | None = None,
     ) -> None:
         if len(samples) == 0:
             raise errors.DataError("There are no clips to train on.")
@@ -197,6 +201,7 @@ class TrainPlan:
         self.seed = seed
         self.leaks = leaks
         self._row_shape = row_shapes(samples, shapes)
+        self._lengths = lengths
         self._epoch: tuple[int, list[Group]] | None = None
 
     @property
@@ -222,10 +227,17 @@ class TrainPlan:
 
     @property
     def padding(self) -> float:
-        """Share of an epoch's samples that are padding or filler; the same in every epoch."""
+        """Share of an epoch's samples that are padding or filler; the same in every epoch.
+
+        That of the rows as they are, where augmentation changes their lengths.
+        """
         order = np.argsort(self._row_shape, kind="stable")
         _, group_shapes = _groups(order, self._row_shape, self.group_rows)
         return _padding(self.samples, self.shapes, group_shapes, self.group_rows)
+
+    def lengths(self, epoch: int) -> Int[np.ndarray, " rows"]:
+        """Samples of every row in an epoch."""
+        return self.samples if self._lengths is None else self._lengths(epoch)
 
     def update(self, step: int) -> tuple[Group, ...]:
         """The groups of update `step`, counted from 0 over all epochs."""
@@ -245,10 +257,13 @@ class TrainPlan:
         # but not Generator.permutation's: a resumed run must see the same plan after an upgrade.
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
         shuffled = np.argsort(bits.random_raw(len(self.samples)), kind="stable")
-        order = shuffled[np.argsort(self._row_shape[shuffled], kind="stable")]
-        rows, group_shapes = _groups(order, self._row_shape, self.group_rows)
+        row_shape = self._row_shape
+        if self._lengths is not None:
+            row_shape = row_shapes(self.lengths(epoch), self.shapes)
+        order = shuffled[np.argsort(row_shape[shuffled], kind="stable")]
+        rows, group_shapes = _groups(order, row_shape, self.group_rows)
         mixed = np.argsort(bits.random_raw(len(rows)), kind="stable")
-        groups = [Group(int(group_shapes[i]), rows[i]) for i in mixed]
+        groups = [Group(int(group_shapes[i]), rows[i], epoch) for i in mixed]
         self._epoch = (epoch, groups)
         return groups
 

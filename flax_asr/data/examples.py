@@ -138,7 +138,7 @@ def build(
                 reason, detail = found
             elif len(labels) == 0:
                 reason, detail = "empty_transcript", repr(split.sentences[clip])
-            elif (needed := _min_frames(labels)) > frames[clip]:
+            elif (needed := min_frames(labels)) > frames[clip]:
                 reason, detail = "label_too_long", f"{needed} frames needed, {frames[clip]} there"
             elif not low < split.samples[clip] < high:
                 reason = "too_short" if split.samples[clip] <= low else "too_long"
@@ -185,7 +185,7 @@ def _collect(
     )
 
 
-def _min_frames(labels: Int[np.ndarray, " tokens"]) -> int:
+def min_frames(labels: Int[np.ndarray, " tokens"]) -> int:
     """Frames that an alignment needs: a blank stands between equal neighbours."""
     return len(labels) + int((labels[1:] == labels[:-1]).sum())
 

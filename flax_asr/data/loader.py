@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int16, Int32
 
 from flax_asr import errors
-from flax_asr.data import buckets, examples
+from flax_asr.data import augment, buckets, examples
 
 LABEL_MULTIPLE = 8
 _Item = TypeVar("_Item")
@@ -32,30 +32,48 @@ class Batch(NamedTuple):
 
 
 def label_widths(
-    data: examples.Examples, shapes: Sequence[int], multiple: int = LABEL_MULTIPLE
+    data: examples.Examples,
+    shapes: Sequence[int],
+    multiple: int = LABEL_MULTIPLE,
+    fastest: float = 1.0,
 ) -> tuple[int, ...]:
     """Tokens to which labels are padded in each shape: static, so that nothing is compiled twice.
 
     The longest label of a row that can ever be in the shape (rows move up from smaller ones),
-    rounded up to a multiple of 8.
+    rounded up to a multiple of 8. Where augmentation makes rows shorter, by `fastest` at most, they
+    come into smaller ones too.
     """
     longest = np.zeros(len(shapes), np.int64)
-    np.maximum.at(longest, buckets.row_shapes(data.samples, shapes), data.label_lengths)
+    shortest = np.floor(data.samples / fastest)
+    np.maximum.at(longest, buckets.row_shapes(shortest, shapes), data.label_lengths)
     widths = -(-np.maximum.accumulate(np.maximum(longest, 1)) // multiple) * multiple
     return tuple(int(width) for width in widths)
 
 
 def assemble(
-    data: examples.Examples, rows: Int[np.ndarray, " rows"], samples: int, tokens: int
+    data: examples.Examples,
+    rows: Int[np.ndarray, " rows"],
+    samples: int,
+    tokens: int,
+    heard: Sequence[augment.Clip] | None = None,
 ) -> Batch:
-    """One batch: `rows` of the examples (-1 = filler) padded to `samples` and `tokens`."""
+    """One batch: `rows` of the examples (-1 = filler) padded to `samples` and `tokens`.
+
+    With `heard`, one for each real row, these are the recordings.
+    """
     real = rows >= 0
     found = np.where(real, rows, 0)
+    lengths, gains = data.samples[found], data.gains[found]
+    recordings = (data.audio(row) for row in rows[real])
+    if heard is not None:
+        lengths[real] = [len(clip) for clip, _ in heard]
+        gains[real] = [gain for _, gain in heard]
+        recordings = (clip for clip, _ in heard)
     # Fresh arrays each time: the device may read them long after the next batch is assembled.
     batch = Batch(
         audio=np.empty((len(rows), samples), np.int16),
-        gains=np.where(real, data.gains[found], np.float32(1)),
-        sample_lengths=np.where(real, data.samples[found], np.int32(0)),
+        gains=np.where(real, gains, np.float32(1)),
+        sample_lengths=np.where(real, lengths, np.int32(0)),
         labels=np.zeros((len(rows), tokens), np.int32),
         label_lengths=np.where(real, data.label_lengths[found], np.int32(0)),
         weights=real.astype(np.float32),
@@ -64,7 +82,7 @@ def assemble(
         zip(rows.tolist(), batch.sample_lengths.tolist(), strict=True)
     ):
         if row >= 0:
-            batch.audio[place, :length] = data.audio(row)
+            batch.audio[place, :length] = next(recordings)
             label = data.labels(row)
             batch.labels[place, : len(label)] = label
         batch.audio[place, length:] = 0
@@ -149,17 +167,19 @@ def updates(
     host_count: int = 1,
     prefetch: int = 2,
     tokens: Sequence[int] | None = None,
+    augmentation: augment.Augmentation | None = None,
 ) -> Prefetched[tuple[int, list[tuple[Batch, buckets.Group]]]]:
     """Endless `(step, [(batch, group), ...])` from `start_step` on, `prefetch` updates ahead.
 
     A batch holds this host's share of the group's rows, the `host_index`-th of `host_count` equal
     parts; the group names all of them. `tokens` are the widths of the labels in each shape, where
-    several sets share their shapes; by default `label_widths` of this one.
+    several sets share their shapes; by default `label_widths` of this one. An `augmentation` is
+    that of the plan.
 
     Raises:
         errors.DataError: the group does not divide by the hosts.
     """
-    share = _Share(data, plan.shapes, tokens, plan.group_rows, host_index, host_count)
+    share = _Share(data, plan.shapes, tokens, plan.group_rows, host_index, host_count, augmentation)
 
     def produce() -> Iterator[tuple[int, list[tuple[Batch, buckets.Group]]]]:
         step = start_step
@@ -204,6 +224,7 @@ class _Share:
         group_rows: int,
         host_index: int,
         host_count: int,
+        augmentation: augment.Augmentation | None = None,
     ) -> None:
         if group_rows % host_count:
             raise errors.DataError(
@@ -215,8 +236,13 @@ class _Share:
         self._shapes = shapes
         self._widths = label_widths(data, shapes) if tokens is None else tokens
         self._rows = slice(host_index * rows, (host_index + 1) * rows)
+        self._augmentation = augmentation
 
     def batch(self, group: buckets.Group, row_weight: float = 1.0) -> Batch:
         samples, tokens = self._shapes[group.shape], self._widths[group.shape]
-        batch = assemble(self._data, group.rows[self._rows], samples, tokens)
+        rows = group.rows[self._rows]
+        heard = None
+        if self._augmentation is not None:
+            heard = self._augmentation.clips(group.epoch, rows[rows >= 0].tolist())
+        batch = assemble(self._data, rows, samples, tokens, heard)
         return batch._replace(weights=batch.weights * np.float32(row_weight))

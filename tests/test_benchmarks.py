@@ -11,6 +11,7 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks"
 TINY = {
+    "augment": "--clips 4",
     "cpu_step": "--small --layers 1 --runs 1 --cores 1",
     "ctc": "--runs 1",
     "full_size": "--small",
@@ -20,6 +21,7 @@ TINY = {
     "learning": "--updates 4",
     "loader": "--runs 1",
     "padding": "",
+    "precision": "--seeds 1 --steps 2",
     "preparation": "--clips 4 --runs 1",
     "scaling": "--runs 1 --points 1 --hours 1",
     "startup": "--runs 1 --updates 2",

@@ -44,6 +44,7 @@ CASES = {
     "no least number": ([50, 31, 11, 3], 50, 0.1, 4, 0),
     "single frames": ([40, 20, 1], 40, 0.5, 1, 1),
     "more than fit": ([30, 12], 30, 1.0, 10, 5),
+    "seed recipe, features": ([256, 256], 256, 0.25, 64, 0),
 }
 
 
@@ -61,6 +62,30 @@ def test_masks_have_hugging_faces_distribution(case):
         below = (counts[:, row, None] <= ladder).mean(axis=0)
         theirs_below = (theirs_counts[:, row, None] <= ladder).mean(axis=0)
         assert np.abs(below - theirs_below).max() < 2.3 * np.sqrt(2.0 / DRAWS)
+
+
+def stretches(masks):
+    """Lengths of all unbroken stretches of masked frames, over draws and rows."""
+    edges = np.diff(np.pad(masks, ((0, 0), (0, 0), (1, 1))).astype(np.int8), axis=-1)
+    # In order, so that starts and ends of one row are neighbours.
+    return np.argwhere(edges == -1)[:, -1] - np.argwhere(edges == 1)[:, -1]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_stretches_of_masked_frames_are_as_many_and_as_long_as_hugging_faces(case):
+    _, frames, _, length, least = case
+    theirs, mine = stretches(reference(DRAWS, *case)), stretches(ours(DRAWS, *case))
+    assert min(mine) == min(theirs) == length
+    assert abs(len(mine) / len(theirs) - 1) < 6 / np.sqrt(DRAWS)
+    ladder = np.arange(frames + 1)
+    below, theirs_below = ((found[:, None] <= ladder).mean(axis=0) for found in (mine, theirs))
+    # Stretches of one draw are not independent: as if each draw had given one.
+    assert np.abs(below - theirs_below).max() < 2.3 * np.sqrt(2.0 / DRAWS)
+    if least:
+        masked = ours(DRAWS, *case).sum(axis=-1)
+        room = np.array(case[0]) >= length
+        assert masked[:, room].min() >= length
+        assert not masked[:, ~room].any()
 
 
 def test_rows_of_a_batch_share_the_rounding_but_not_the_starts():

@@ -152,16 +152,12 @@ class Hosts:
                 )
 
     def share(self, folder: Path) -> bool:
-        """Whether this host sees the first one's folder."""
-        mark = folder / f".hosts-{self.decided(time.time_ns)}"
-        if self.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+        """Whether this host sees the first one's folder; not where the first cannot write there."""
+        mark = self.decided(lambda: _mark(folder))
+        seen = mark is not None and (folder / mark).exists()
         self.wait()
-        seen = mark.exists()
-        self.wait()
-        if self.is_first:
-            mark.unlink()
+        if self.is_first and seen:
+            (folder / mark).unlink()
         return seen
 
     def work_ahead(self, folder: Path, work: Callable[[], Any]) -> None:
@@ -178,6 +174,7 @@ class Hosts:
 
     def leave(self, status: int, message: str) -> NoReturn:
         """Ends this process at once, and tells the others to end as well."""
+        self._over.set()
         self._say_end(status, self.index, message)
         self._exit(status)
 
@@ -264,6 +261,17 @@ class SharedStop:
     def asked_by_any(self) -> bool:
         """The same where no points follow; all hosts wait for one another."""
         return self._hosts.any(self._stop.asked)
+
+
+def _mark(folder: Path) -> str | None:
+    """The name of a new empty file there; None on a disk that is only read."""
+    name = f".hosts-{time.time_ns()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    except OSError:
+        return None
+    return name
 
 
 def digest(tree: PyTree) -> str:

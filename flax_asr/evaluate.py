@@ -429,6 +429,7 @@ def _score_splits(
     devices = parallel.Devices()
     shapes = experiment.shapes(cfg, loaded.config, list(sets.values()))
     forward = compiled(loaded, cfg, shapes, devices)
+    hosts.wait()
     folder = Path(predictions) if predictions is not None else loaded.run or Path()
     folder.mkdir(parents=True, exist_ok=True)
     rows = devices.count * cfg.train.per_device_eval_batch_size

@@ -74,6 +74,7 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
             logger.warning("warning: %s", warning)
         programs = made.compile(folder / mirror.COMPILED)
         with contextlib.closing(Run(made, programs, folder, stop, hosts, mirrored)) as run:
+            hosts.wait()  # or the first sum would, and not for long
             with stop.deferred():
                 run.train()
             stop.obey()

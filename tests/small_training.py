@@ -189,9 +189,10 @@ def _main(
         import small_bucket
 
         small_bucket.hasten()
-    status = __main__.main(arguments)
-    atexit._run_exitfuncs()  # as the interpreter does, and multiprocessing does not
-    sys.exit(status)
+    try:
+        sys.exit(__main__.main(arguments))
+    finally:
+        atexit._run_exitfuncs()  # as the interpreter does, and multiprocessing does not
 
 
 def without_torch() -> None:

@@ -15,10 +15,6 @@ import sys
 import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
-import small_tones
-import small_training
-
-from flax_asr import __main__, runlog
 
 RATES = {"healthy": 3e-3, "too small": 1e-5, "too large": 0.3}
 
@@ -28,6 +24,13 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--json", metavar="FILE", help="also write one object a run there")
     arguments = parser.parse_args()
+
+    # Decoding processes import this file again: not with all of this.
+    import small_tones
+    import small_training
+
+    from flax_asr import __main__, runlog
+
     folder = pathlib.Path(tempfile.mkdtemp(prefix="flax-asr-learning-"))
     source = small_tones.corpus(folder)
     small_training.share_compiled(str(folder / "compiled"))
@@ -37,7 +40,9 @@ def main() -> int:
         run = folder / name.replace(" ", "-")
         more = {"optim__learning_rate": rate, "train__max_steps": arguments.updates}
         status = __main__.main(small_tones.command(source, run, **more))
-        results.append({"run": name, "learning_rate": rate, "status": status, **_seen(run)})
+        results.append(
+            {"run": name, "learning_rate": rate, "status": status, **_seen(runlog.read(run))}
+        )
     expected = runlog.read(folder / "healthy")[0]
     print(
         f"expected: first loss {expected['expected_first_loss']}, plateau"
@@ -55,8 +60,7 @@ def main() -> int:
     return 0
 
 
-def _seen(run: pathlib.Path) -> dict:
-    events = runlog.read(run)
+def _seen(events: list[dict]) -> dict:
     told = [(event["phase"], event["step"]) for event in events if "phase" in event]
     groups = itertools.groupby(told, key=lambda pair: pair[0])
     losses = [event["loss"] for event in events if "loss" in event]

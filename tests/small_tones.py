@@ -39,7 +39,7 @@ OPTIONS = {
     "model.freeze_feature_encoder": "false",
     "optim.warmup_steps": 20,
     "train.global_batch_size": 16,
-    "train.per_device_train_batch_size": 16,
+    "train.per_device_train_batch_size": 8,
     "train.per_device_eval_batch_size": 8,
     "train.mixed_precision": "fp32",
     "train.logging_steps": 20,

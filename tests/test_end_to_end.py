@@ -78,6 +78,20 @@ def test_the_log_has_these_keys_and_no_others(whole):
     }
 
 
+def test_the_output_says_what_a_reader_must_know(whole):
+    output = whole.with_name("whole.txt").read_text(encoding="utf-8")
+    (scored,) = (event for event in runlog.read(whole) if "best_step" in event)
+    for words in (
+        "8 updates of 8 clips, 2 an epoch",
+        "no rule is written for the language cy",
+        f"{scored['test_release']}, {scored['test_hash'][:16]}; greedy, real frames only; CER",
+    ):
+        assert words in output
+    assert re.search(
+        r"step 2: (before|on|left) the blank plateau|step 2: (learn|diverg)ing", output
+    )
+
+
 def test_nothing_is_compiled_after_the_warm_up(whole):
     assert [e["compilations"] for e in runlog.read(whole) if "compilations" in e] == [0] * 4
 

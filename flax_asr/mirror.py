@@ -117,7 +117,10 @@ class Mirror:
         """Ends the thread and lets go of the URL, whatever is in the store."""
         self._closing.set()
         self._thread.join(PATIENCE_SECONDS)
-        self._lease.close()
+        if self._thread.is_alive():  # and will write until the process is gone
+            self._lease.stop()
+        else:
+            self._lease.close()
 
     def _look(self) -> None:
         while not self._closing.wait(LOOK_SECONDS):
@@ -155,6 +158,8 @@ class Mirror:
             if step > newest:
                 try:
                     self._fetch_checkpoint(step)
+                    # The one here may end before this step.
+                    self._store.download({runlog.FILE: self._folder / runlog.FILE})
                 except errors.CheckpointError as error:
                     logger.warning("the checkpoint of step %d is not used: %s", step, error)
                     problems[step] = error
@@ -206,7 +211,7 @@ class Mirror:
         saved = checkpoint.steps(self._folder)
         files = sorted(self._plain_files(), key=_order)
         self._send_log()
-        for step in saved:
+        for step in self._worth_keeping(saved):
             self._send_checkpoint(step)
         for step in checkpoint.superfluous(self._sealed, self._scores, self._keep):
             self._unseal(step)
@@ -214,6 +219,14 @@ class Mirror:
         finished = [name for name in files if name == run_folder.FINISHED]
         self._send_changed([n for n in files if n not in (run_folder.FINISHED, runlog.FILE)])
         self._send_changed(finished)
+
+    def _worth_keeping(self, saved: list[int]) -> list[int]:
+        """Without what a kill kept the run from removing: it would come and go at every look."""
+        if set(saved) <= self._sealed.keys():
+            return saved
+        scores = {**self._scores, **checkpoint.scores(self._folder)}
+        superfluous = checkpoint.superfluous({*saved, *self._sealed}, scores, self._keep)
+        return [step for step in saved if step not in superfluous]
 
     def _send_log(self) -> None:
         # The run may be adding to it: what is whole by now, at once.
@@ -243,10 +256,12 @@ class Mirror:
                 raise
             unchanged = False
         self._lease.check()
-        if unchanged:
-            self._store.write(_seal(step), seal)
-            self._sealed[step] = seal
-            self._scores[step] = checkpoint.score(meta)
+        if not unchanged:  # the run has removed or replaced it in the meantime
+            self._store.remove(f"{begin}{name}" for name in names)
+            return
+        self._store.write(_seal(step), seal)
+        self._sealed[step] = seal
+        self._scores[step] = checkpoint.score(meta)
 
     def _unseal(self, step: int) -> None:
         """From here on the store has no checkpoint of this step."""

@@ -166,6 +166,36 @@ def test_what_the_run_does_not_keep_goes_from_the_store_too(url, disks, begun):
     assert sealed(url) == [4, 8]
 
 
+def test_what_a_kill_kept_from_being_removed_is_not_sent(url, disks, begun, monkeypatch):
+    sent, write = [], store.Store.write
+
+    def noted(place, name, content):
+        sent.append(name)
+        write(place, name, content)
+
+    monkeypatch.setattr(store.Store, "write", noted)
+    mirrored = begun(disks("one"), keep=1, steps=(2, 4, 6))
+    mirrored.wait()
+    mirrored.wait()
+    assert [name for name in sent if name.endswith(seals.FILE)] == [f"checkpoints/6/{seals.FILE}"]
+    assert sealed(url) == [6]
+
+
+def test_a_checkpoint_that_goes_while_it_is_sent_leaves_nothing(url, disks, begun, monkeypatch):
+    folder, upload = disks("one"), store.Store.upload
+
+    def removed_in_mid_upload(place, files):
+        for path in files.values():
+            if path.name == "arrays" and "4" in path.parts:
+                shutil.rmtree(folder / checkpoint.FOLDER / "4")
+        upload(place, files)
+
+    monkeypatch.setattr(store.Store, "upload", removed_in_mid_upload)
+    begun(folder).wait()
+    assert sealed(url) == [2]
+    assert not any(name.startswith("checkpoints/4/") for name in names(url))
+
+
 def test_an_empty_disk_gets_what_it_needs(url, disks, attach, begun):
     one, other = disks("one"), disks("other")
     mirrored = begun(one, finished=True)
@@ -287,7 +317,7 @@ def test_what_is_damaged_on_the_disk_comes_from_the_store(url, disks, attach, be
     mirrored.wait()
     kill(mirrored)
     (folder / checkpoint.FOLDER / "4" / "state" / "arrays").write_bytes(b"else")
-    (folder / runlog.FILE).unlink()
+    log(folder, 1)
     attach(folder)
     assert content(folder) == before
 

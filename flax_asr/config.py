@@ -135,7 +135,9 @@ class ModelConfig:
         freeze_encoder_steps: in so many first updates only the head is trained.
         trainable_layers: train only the head and so many of the top layers.
         reset_head: start a fresh head although the vocabulary is the same.
-        attention: which form of attention computes.
+        attention: which form of attention computes: `xla` is the plain one, `pallas` a kernel for
+            TPU, `cudnn` a kernel for NVIDIA GPUs in fp16 and bf16; `auto` picks by machine and
+            precision. With attention dropout the plain one computes.
         remat_policy: what gradient checkpointing keeps; `full` recomputes whole layers.
     """
 
@@ -145,7 +147,7 @@ class ModelConfig:
     freeze_encoder_steps: int = 0
     trainable_layers: int | None = None
     reset_head: bool = False
-    attention: Literal["auto", "xla"] = "auto"
+    attention: Literal["auto", "xla", "pallas", "cudnn"] = "auto"
     remat_policy: str = "full"
 
     def __post_init__(self):

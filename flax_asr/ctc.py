@@ -7,7 +7,8 @@ neither contains frame t itself, so no probability is ever divided out again and
 
 Both come from one scan: read backwards in time and in labels, `leave` is `reach` of the reversed
 clip, so the reversed clips are stacked under the clips. Padding frames become free blanks, which
-leave every path where it is: clips of all lengths then start and end together.
+leave every path where it is: clips of all lengths then start and end together. On TPU a kernel
+takes the place of the scan (ctc_kernel.py).
 
 Only the columns of the blank and of the clip's own labels take part; the rest of the vocabulary
 enters through one logsumexp a frame, and no normalised copy of the logits is kept.
@@ -21,6 +22,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from flax_asr import ctc_kernel
 
 
 def ctc_loss(
@@ -171,7 +174,18 @@ def _reach(scores, is_repeat, start):
     _, tokens = is_repeat.shape
     begin = jnp.arange(tokens + 1) == start[:, None]
     begin = jnp.where(begin, 0, -jnp.inf).astype(scores.dtype)
+    if scores.dtype != jnp.float32:
+        return _scan(begin, scores, is_repeat)
+    return jax.lax.platform_dependent(
+        begin,
+        scores,
+        is_repeat,
+        tpu=functools.partial(ctc_kernel.reach, _log_add),
+        default=_scan,
+    )
 
+
+def _scan(begin, scores, is_repeat):
     def step(states, frame_scores):
         blanks = states[0] + frame_scores[:, :1]
         symbols = states[1] + frame_scores[:, 1:]

@@ -143,7 +143,7 @@ def accumulate(
 ) -> Callable:
     """`step.accumulate(state, sums, batch) -> sums` over all devices; the sums are donated."""
     return jax.pmap(
-        functools.partial(step.accumulate, objective, head_only),
+        functools.partial(step.accumulate, objective.on(devices.platform), head_only),
         axis_name=partition.AXIS,
         in_axes=(layout.mapped, 0, 0),
         out_axes=0,
@@ -185,7 +185,7 @@ def evaluate(
 ) -> Callable:
     """`step.evaluate(params, batch) -> (losses, symbols, frames)` of the whole group."""
     return jax.pmap(
-        functools.partial(step.evaluate, objective, layout.scored),
+        functools.partial(step.evaluate, objective.on(devices.platform), layout.scored),
         axis_name=partition.AXIS,
         in_axes=(layout.state.scored if layout.scored else None, 0),
         out_axes=None,

@@ -122,6 +122,10 @@ class Objective:
     do_normalize: bool = flax.struct.field(pytree_node=False, default=True)
     use_attention_mask: bool = flax.struct.field(pytree_node=False, default=True)
 
+    def on(self, platform: str) -> "Objective":
+        """The same, for compilation for a platform that need not be here."""
+        return self.replace(module=self.module.clone(platform=platform))
+
 
 def split(params: PyTree, is_trained) -> tuple[Parameters, Parameters]:
     """A nested tree -> (trainable, frozen), flat."""

@@ -19,7 +19,7 @@ LAYERS = (
     "metrics alignment vocabulary text tables compat lineage",
     "audio clips archives hub common_voice curves data",
     "survey findings consultation host spectrograms torch_logits",
-    "ctc optim models flops forecast partition learning",
+    "ctc ctc_kernel optim models flops forecast partition learning",
     "step",
     "cluster multihost parallel checkpoint run_folder copies window card experiment",
     "assembly workload outlook trial mirror prognosis suspects",

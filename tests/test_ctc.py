@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 
-from flax_asr import ctc
+from flax_asr import ctc, ctc_kernel
 
 
 @functools.cache
@@ -382,3 +383,45 @@ def test_memory_does_not_grow_with_the_vocabulary():
     small, large = temporary_bytes(500), temporary_bytes(4000)
     assert 0 < small <= 10 * batch * frames * (tokens + 1) * 4
     assert large <= small
+
+
+@pytest.mark.parametrize(
+    ("frames", "rows", "tokens", "block_bytes"),
+    [
+        (40, 6, 9, 2**19),
+        (23, 16, 130, 2**15),
+        (5, 3, 0, 2**19),
+        (7, 8, 127, 2**13),
+    ],
+)
+def test_the_kernel_for_tpu_goes_the_way_of_the_scan(
+    frames, rows, tokens, block_bytes, monkeypatch
+):
+    monkeypatch.setattr(ctc_kernel, "_BLOCK_BYTES", block_bytes)
+    rng = np.random.default_rng(frames)
+    scores = rng.normal(size=(frames, rows, tokens + 1)).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.1] = -np.inf
+    is_repeat = rng.random((rows, tokens)) < 0.3
+    begin = np.where(np.arange(tokens + 1) == rng.integers(0, tokens + 1, (rows, 1)), 0.0, -np.inf)
+    begin = begin.astype(np.float32)
+    kernel = functools.partial(ctc_kernel.reach, ctc._log_add, interpret=True)
+    ours, theirs = (jax.jit(form)(begin, scores, is_repeat) for form in (kernel, ctc._scan))
+    assert np.isfinite(theirs[1][0]).any()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
+
+
+def test_what_is_compiled_for_tpu_has_the_kernel_and_no_loop():
+    logits, labels = jax.ShapeDtypeStruct((2, 30, 7), jnp.float32), np.ones((2, 4), np.int32)
+
+    def gradient(logits):
+        return jax.grad(
+            lambda x: ctc.ctc_loss(x, np.array([30, 9]), labels, np.array([4, 2])).sum()
+        )(logits)
+
+    exported = {
+        p: jax.export.export(jax.jit(gradient), platforms=[p])(logits) for p in ("tpu", "cpu")
+    }
+    text = {platform: program.mlir_module() for platform, program in exported.items()}
+    assert text["tpu"].count("custom_call @tpu_custom_call") == 1
+    assert "stablehlo.while" not in text["tpu"]
+    assert "tpu_custom_call" not in text["cpu"]

@@ -1,11 +1,90 @@
-"""Multi-head self-attention over the frames of a clip."""
+"""Multi-head self-attention over the frames of a clip, in the form that suits the machine."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from flax_asr.models import layers
+from flax_asr import errors
+from flax_asr.models import layers, short_attention
+
+KINDS = ("auto", "xla", "pallas", "cudnn")
+"""The plain form; a kernel of ours for TPU; cuDNN's for GPU; "auto" picks among them."""
+
+_CUDNN_LARGEST_HEAD = 128
+_CUDNN_OLDEST_GPU = 8.0
+
+
+def choose(
+    kind: str,
+    platform: str,
+    config: layers.Wav2Vec2Config,
+    dtype: layers.Dtype,
+    frames: int,
+    *,
+    deterministic: bool,
+    keep_weights: bool,
+) -> str:
+    """The form that computes: "xla", "pallas" or "cudnn".
+
+    The plain form is the only one with attention dropout, and the only one whose weights can be
+    seen: where either is wanted it computes, whatever `kind` says.
+
+    Args:
+        kind: one of KINDS.
+        platform: "tpu", "gpu", "cuda", "rocm" or "cpu".
+        config: of the model.
+        dtype: of the computation.
+        frames: of a clip.
+        deterministic: no dropout.
+        keep_weights: the attention weights are asked for.
+
+    Raises:
+        ModelError: the kind is unknown, or cannot compute this model here.
+    """
+    if kind not in KINDS:
+        raise errors.ModelError(f"model.attention: {kind!r} is not one of {', '.join(KINDS)}")
+    hindrances = {
+        "pallas": _pallas_hindrance(platform, dtype, frames),
+        "cudnn": _cudnn_hindrance(platform, dtype, config),
+    }
+    if hindrances.get(kind):
+        raise errors.ModelError(f"model.attention: {kind!r} {hindrances[kind]}; 'auto' is right")
+    if keep_weights or (config.attention_dropout > 0.0 and not deterministic):
+        return "xla"
+    if kind != "auto":
+        return kind
+    preferred = "pallas" if platform == "tpu" else "cudnn"
+    return "xla" if hindrances[preferred] else preferred
+
+
+def _pallas_hindrance(platform: str, dtype: layers.Dtype, frames: int) -> str | None:
+    if platform not in ("tpu", "cpu"):
+        return f"runs on TPU (and, slowly, on CPU), not on {platform}"
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"computes in float32 and bfloat16, not in {jnp.dtype(dtype)}"
+    if frames > short_attention.LONGEST_FRAMES:
+        return f"takes at most {short_attention.LONGEST_FRAMES} frames a clip, not {frames}"
+    return None
+
+
+def _cudnn_hindrance(
+    platform: str, dtype: layers.Dtype, config: layers.Wav2Vec2Config
+) -> str | None:
+    if platform not in ("gpu", "cuda"):
+        return f"runs on NVIDIA GPUs, not on {platform}"
+    if jnp.dtype(dtype) not in (jnp.float16, jnp.bfloat16):
+        return f"computes in float16 and bfloat16, not in {jnp.dtype(dtype)}"
+    if jax.default_backend() == "gpu" and _compute_capability() < _CUDNN_OLDEST_GPU:
+        return "needs an NVIDIA GPU of compute capability 8.0 or more"
+    head = config.hidden_size // config.num_attention_heads
+    if head % 8 or head > _CUDNN_LARGEST_HEAD:
+        return f"takes heads of 8, 16, ... {_CUDNN_LARGEST_HEAD} channels, not of {head}"
+    return None
+
+
+def _compute_capability() -> float:
+    return float(jax.local_devices(backend="gpu")[0].compute_capability)
 
 
 class SelfAttention(nn.Module):
@@ -13,11 +92,18 @@ class SelfAttention(nn.Module):
 
     Scores come out of a matrix product in the compute dtype; their softmax is float32. A row
     without a real frame attends to all alike, which is finite and counts for nothing.
+
+    Attributes:
+        config: of the model.
+        dtype: of the computation.
+        deterministic: no dropout.
+        kind: the form, as `choose` gives it.
     """
 
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype
     deterministic: bool
+    kind: str = "xla"
 
     @nn.compact
     def __call__(
@@ -26,24 +112,64 @@ class SelfAttention(nn.Module):
         frame_mask: Bool[Array, "batch frames"] | None,
     ) -> tuple[
         Float[Array, "batch frames hidden"],
-        Float[Array, "batch heads frames frames"],
+        Float[Array, "batch heads frames frames"] | None,
     ]:
+        """(what attention adds to `x`, the weights before dropout where the form is plain)."""
         hidden, heads = self.config.hidden_size, self.config.num_attention_heads
-        precision = layers.precision(self.dtype)
-
-        def project(name: str) -> Float[Array, "batch frames heads head"]:
-            y = layers.dense(self.config, hidden, self.dtype, name)(x)
-            return y.reshape(*y.shape[:-1], heads, hidden // heads)
-
-        query = project("q_proj") * jnp.asarray((hidden // heads) ** -0.5, self.dtype)
-        key, value = project("k_proj"), project("v_proj")
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=precision)
-        scores = scores.astype(jnp.float32)
-        if frame_mask is not None:
-            lowest = jnp.finfo(jnp.float32).min
-            scores = jnp.where(frame_mask[:, None, None, :], scores, lowest)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        dropped = layers.Dropout(self.config.attention_dropout, self.deterministic)(weights)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", dropped, value, precision=precision)
-        mixed = mixed.reshape(x.shape)
+        products, biases = zip(
+            *(
+                layers.Projection(self.config, hidden, self.dtype, name=name)(x)
+                for name in ("q_proj", "k_proj", "v_proj")
+            ),
+            strict=True,
+        )
+        weights = None
+        if self.kind == "pallas":
+            mixed = short_attention.attend(products, biases, _lengths(x, frame_mask), heads)
+        else:
+            query, key, value = (
+                product + bias.astype(self.dtype)
+                for product, bias in zip(products, biases, strict=True)
+            )
+            query = query * jnp.asarray((hidden // heads) ** -0.5, self.dtype)
+            if self.kind == "xla":
+                dropout = layers.Dropout(self.config.attention_dropout, self.deterministic)
+                mixed, weights = plain(query, key, value, frame_mask, heads, dropout)
+            else:
+                mixed = cudnn(query, key, value, frame_mask, heads)
         return layers.dense(self.config, hidden, self.dtype, "out_proj")(mixed), weights
+
+
+def plain(query, key, value, frame_mask, heads, dropout=lambda weights: weights):
+    """Attention as XLA's own operations; (sums of values, weights before dropout)."""
+
+    def split(x: Float[Array, "batch frames hidden"]) -> Float[Array, "batch frames heads head"]:
+        return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+    precision = layers.precision(query.dtype)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", split(query), split(key), precision=precision)
+    scores = scores.astype(jnp.float32)
+    if frame_mask is not None:
+        lowest = jnp.finfo(jnp.float32).min
+        scores = jnp.where(frame_mask[:, None, None, :], scores, lowest)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", dropout(weights), split(value), precision=precision)
+    return mixed.reshape(query.shape), weights
+
+
+def cudnn(query, key, value, frame_mask, heads, implementation="cudnn"):
+    """Attention by cuDNN, which keeps no scores."""
+    split = (x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads) for x in (query, key, value))
+    # A clip without a frame, as in rows that fill a group, may attend to one: no NaN.
+    lengths = jnp.maximum(_lengths(query, frame_mask), 1)
+    mixed = jax.nn.dot_product_attention(
+        *split, scale=1.0, key_value_seq_lengths=lengths, implementation=implementation
+    )
+    return mixed.reshape(query.shape)
+
+
+def _lengths(x, frame_mask):
+    """Real frames of each clip; they come first."""
+    if frame_mask is None:
+        return jnp.full(x.shape[0], x.shape[1], jnp.int32)
+    return frame_mask.sum(axis=-1, dtype=jnp.int32)

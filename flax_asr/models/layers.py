@@ -41,9 +41,33 @@ def dense(config: Wav2Vec2Config, features: int, dtype: Dtype, name: str) -> nn.
     )
 
 
+class Projection(nn.Module):
+    """A linear layer as `dense`, which leaves adding its bias to the caller: (product, bias)."""
+
+    config: Wav2Vec2Config
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        init = nn.initializers.normal(self.config.initializer_range)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        product = jnp.matmul(
+            x.astype(self.dtype), kernel.astype(self.dtype), precision=precision(self.dtype)
+        )
+        return product, bias
+
+
 def layer_norm(dtype: Dtype, name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
-    """LayerNorm over the last axis, statistics in float32, variance around the mean."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+    """LayerNorm over the last axis, statistics in float32.
+
+    In float32 the variance is taken around the mean. In half precision it is the mean of squares
+    less the square of the mean, which costs half the passes over memory and whose rounding is far
+    below that of the input.
+    """
+    exact = jnp.dtype(dtype) == jnp.float32
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=not exact, name=name)
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:

@@ -19,7 +19,8 @@ Lengths = TypeVar("Lengths", int, np.ndarray, jax.Array)
 HiddenStates = tuple[Float[Array, "batch frames hidden"], ...]
 Attentions = tuple[Float[Array, "batch heads frames frames"], ...]
 
-ATTENTION_KINDS = ("auto", "xla")
+ROW_MULTIPLE = 16
+"""For the kernel on TPU, frames are padded to a multiple of this: whole tiles of bfloat16."""
 
 
 class EncoderOutput(NamedTuple):
@@ -136,17 +137,23 @@ class _EncoderLayer(nn.Module):
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype
     deterministic: bool
+    attention: str
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch frames hidden"],
         frame_mask: Bool[Array, "batch frames"] | None,
-    ) -> tuple[Float[Array, "batch frames hidden"], Float[Array, "batch heads frames frames"]]:
+    ) -> tuple[
+        Float[Array, "batch frames hidden"],
+        Float[Array, "batch heads frames frames"] | None,
+    ]:
         config, epsilon = self.config, self.config.layer_norm_eps
         norm = layers.layer_norm(self.dtype, "layer_norm", epsilon)
         final_norm = layers.layer_norm(self.dtype, "final_layer_norm", epsilon)
-        attend = attention.SelfAttention(config, self.dtype, self.deterministic, name="attention")
+        attend = attention.SelfAttention(
+            config, self.dtype, self.deterministic, self.attention, name="attention"
+        )
         feed_forward = _FeedForward(config, self.dtype, self.deterministic, name="feed_forward")
         dropout = layers.Dropout(config.hidden_dropout, self.deterministic)
 
@@ -166,6 +173,7 @@ class _Layers(nn.Module):
     dtype: layers.Dtype
     deterministic: bool
     remat_policy: str
+    attention: str
 
     @nn.compact
     def __call__(
@@ -179,7 +187,9 @@ class _Layers(nn.Module):
         dropping = config.layerdrop > 0.0 and not self.deterministic and not self.is_initializing()
         hidden_states, attentions = [x], []
         for index in range(config.num_hidden_layers):
-            layer = layer_class(config, self.dtype, self.deterministic, name=str(index))
+            layer = layer_class(
+                config, self.dtype, self.deterministic, self.attention, name=str(index)
+            )
 
             def run(layer: nn.Module, x: Array) -> tuple[Array, ...]:
                 y, weights = layer(x, frame_mask)
@@ -205,6 +215,7 @@ class _Encoder(nn.Module):
     dtype: layers.Dtype
     deterministic: bool
     remat_policy: str
+    attention: str
 
     @nn.compact
     def __call__(
@@ -221,11 +232,33 @@ class _Encoder(nn.Module):
         if not config.do_stable_layer_norm:
             x = norm(x)
         x = layers.Dropout(config.hidden_dropout, self.deterministic)(x)
-        stack = _Layers(config, self.dtype, self.deterministic, self.remat_policy, name="layers")
+        stack = _Layers(
+            config,
+            self.dtype,
+            self.deterministic,
+            self.remat_policy,
+            self.attention,
+            name="layers",
+        )
+        frames = x.shape[1]
+        if self.attention == "pallas":
+            x, frame_mask = _in_whole_tiles(x, frame_mask)
         hidden_states, attentions = stack(x, frame_mask, keep_attentions)
+        hidden_states = tuple(states[:, :frames] for states in hidden_states)
         if config.do_stable_layer_norm:
             hidden_states = (*hidden_states[:-1], norm(hidden_states[-1]))
         return hidden_states, attentions
+
+
+def _in_whole_tiles(x, frame_mask):
+    """Both with so many frames more, of padding, that a clip fills whole tiles of a TPU."""
+    batch, frames, _ = x.shape
+    more = -frames % ROW_MULTIPLE
+    if more == 0:
+        return x, frame_mask
+    if frame_mask is None:
+        frame_mask = jnp.ones((batch, frames), bool)
+    return jnp.pad(x, ((0, 0), (0, more), (0, 0))), jnp.pad(frame_mask, ((0, 0), (0, more)))
 
 
 class Wav2Vec2Module(nn.Module):
@@ -235,13 +268,15 @@ class Wav2Vec2Module(nn.Module):
         config: a transformers.Wav2Vec2Config.
         dtype: of the computation: float32, bfloat16 or float16.
         remat_policy: one of layers.REMAT_POLICIES, applied to each layer.
-        attention: one of ATTENTION_KINDS; "auto" picks the quickest that is right for the case.
+        attention: one of attention.KINDS; "auto" picks the quickest that is right for the case.
+        platform: what it is compiled for; None: where jax computes by default.
     """
 
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype = jnp.float32
     remat_policy: str = "none"
     attention: str = "auto"
+    platform: str | None = None
 
     @nn.compact
     def __call__(
@@ -273,10 +308,6 @@ class Wav2Vec2Module(nn.Module):
         """
         config = self.config
         check(config)
-        if self.attention not in ATTENTION_KINDS:
-            raise errors.ModelError(
-                f"model.attention: {self.attention!r} is not one of {', '.join(ATTENTION_KINDS)}"
-            )
         features = feature_encoder.FeatureEncoder(
             config,
             self.dtype,
@@ -297,7 +328,18 @@ class Wav2Vec2Module(nn.Module):
         if config.apply_spec_augment and mask_feature_indices is not None:
             x = jnp.where(mask_feature_indices[:, None, :], jnp.zeros_like(x), x)
 
-        encoder = _Encoder(config, self.dtype, deterministic, self.remat_policy, name="encoder")
+        kind = attention.choose(
+            self.attention,
+            self.platform or jax.default_backend(),
+            config,
+            self.dtype,
+            x.shape[1],
+            deterministic=deterministic,
+            keep_weights=output_attentions,
+        )
+        encoder = _Encoder(
+            config, self.dtype, deterministic, self.remat_policy, kind, name="encoder"
+        )
         hidden_states, attentions = encoder(x, frame_mask, output_attentions)
         return EncoderOutput(
             last_hidden_state=hidden_states[-1],
@@ -338,6 +380,7 @@ class Wav2Vec2ForCTCModule(nn.Module):
     dtype: layers.Dtype = jnp.float32
     remat_policy: str = "none"
     attention: str = "auto"
+    platform: str | None = None
 
     @nn.compact
     def __call__(
@@ -353,7 +396,12 @@ class Wav2Vec2ForCTCModule(nn.Module):
     ) -> CTCOutput:
         """Scores a padded batch; arguments and errors as of `Wav2Vec2Module`."""
         encoder = Wav2Vec2Module(
-            self.config, self.dtype, self.remat_policy, self.attention, name="wav2vec2"
+            self.config,
+            self.dtype,
+            self.remat_policy,
+            self.attention,
+            self.platform,
+            name="wav2vec2",
         )
         encoded = encoder(
             input_values,

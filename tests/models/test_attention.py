@@ -1,0 +1,256 @@
+"""The forms of attention against each other and against PyTorch; which one computes where."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_torch
+import torch
+
+from flax_asr import errors
+from flax_asr.models import attention, convert, short_attention, wav2vec2
+
+# heads, channels of a head, frames, queries that the kernel takes at once
+SIZES = [
+    (2, 64, 48, 512),  # two heads fill the lanes; one block of queries
+    (4, 64, 40, 16),  # two blocks of heads; the last block of queries is cut
+    (8, 80, 24, 16),  # heads across the borders of lane tiles, as in XLS-R 1B
+    (3, 12, 21, 8),  # fewer channels than lanes
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def arrays(heads, head, frames, dtype=np.float32, batch=3):
+    """Products for query, key, value; their biases; the gradient of the output; lengths: all
+    frames, half of them, one."""
+    rng = np.random.default_rng(frames)
+    shape = (batch, frames, heads * head)
+    *products, upstream = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(4))
+    biases = [jnp.asarray(rng.normal(size=shape[-1]), jnp.float32) for _ in range(3)]
+    return [*products, *biases, upstream], np.array([frames, frames // 2, 1])
+
+
+def kernel(lengths, heads):
+    """`attend` with its arguments in a row."""
+    return lambda *six: short_attention.attend(six[:3], six[3:], jnp.asarray(lengths), heads)
+
+
+def plain(lengths, heads, form=attention.plain):
+    """Another form with the same arguments."""
+
+    def attend(*six):
+        query, key, value = (x + b.astype(x.dtype) for x, b in zip(six[:3], six[3:], strict=True))
+        mask = jnp.arange(query.shape[1]) < jnp.asarray(lengths)[:, None]
+        scale = jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
+        mixed = form(query * scale, key, value, mask, heads)
+        return mixed[0] if isinstance(mixed, tuple) else mixed
+
+    return attend
+
+
+def with_gradients(form, operands):
+    """The result, and the gradients of products and biases."""
+    *inputs, upstream = operands
+    result, pull_back = jax.vjp(form, *inputs)
+    return [result, *pull_back(upstream)]
+
+
+def close(ours, theirs, tolerance):
+    for mine, other in zip(ours, theirs, strict=True):
+        mine, other = np.asarray(mine, np.float64), np.asarray(other, np.float64)
+        # the gradient of the keys' biases is zero but for rounding
+        assert np.abs(mine - other).max() <= tolerance * max(np.abs(other).max(), 1.0)
+
+
+@pytest.mark.parametrize(("heads", "head", "frames", "queries"), SIZES)
+def test_the_kernel_equals_the_plain_form_and_pytorchs(heads, head, frames, queries, monkeypatch):
+    monkeypatch.setattr(short_attention, "QUERIES", queries)
+    operands, lengths = arrays(heads, head, frames)
+    forms = (kernel(lengths, heads), plain(lengths, heads))
+    both = jax.jit(lambda *operands: [with_gradients(form, operands) for form in forms])
+    ours, theirs = both(*operands)
+    close(ours, theirs, 2e-5)
+
+    inputs = [torch.tensor(np.asarray(x)).requires_grad_() for x in operands[:-1]]
+    mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        *(
+            (x + b).view(3, frames, heads, head).transpose(1, 2)
+            for x, b in zip(inputs[:3], inputs[3:], strict=True)
+        ),
+        attn_mask=mask[:, None, None],
+    )
+    mixed = mixed.transpose(1, 2).reshape(3, frames, -1)
+    mixed.backward(torch.tensor(np.asarray(operands[-1])))
+    close(ours, [mixed.detach(), *(x.grad for x in inputs)], 2e-5)
+
+
+def test_the_kernel_in_bfloat16_is_as_near_the_truth_as_the_plain_form():
+    heads, frames = 2, 48
+    operands, lengths = arrays(heads, 64, frames, jnp.bfloat16)
+    forms = (kernel(lengths, heads), plain(lengths, heads))
+    ours, rounded = (with_gradients(form, operands) for form in forms)
+    truth = with_gradients(forms[1], [x.astype(jnp.float32) for x in operands])
+    for mine, other, exact in zip(ours, rounded, truth, strict=True):
+        assert mine.dtype == other.dtype
+        error, allowed = (np.abs(np.asarray(x, np.float32) - exact).max() for x in (mine, other))
+        assert error <= 1.2 * allowed
+
+
+def test_a_clip_without_frames_attends_to_all_alike_and_padding_gets_no_gradient():
+    operands, _ = arrays(2, 64, 16)
+    results = with_gradients(kernel([0, 5, 16], 2), operands)
+    assert all(np.isfinite(x).all() for x in results)
+    mixed, _, key, value, *_ = results
+    everything = (operands[2][0] + operands[5]).mean(axis=0)
+    np.testing.assert_allclose(mixed[0], jnp.broadcast_to(everything, (16, 128)), atol=1e-6)
+    for gradient in (key, value):
+        assert np.abs(gradient[1, :5]).max() > 0.1
+        assert np.abs(gradient[1, 5:]).max() == 0
+    assert np.abs(key[0]).max() == 0
+
+
+def test_the_form_that_calls_cudnn_equals_the_plain_form():
+    operands, lengths = arrays(4, 8, 20)
+    called = functools.partial(attention.cudnn, implementation="xla")
+    ours = with_gradients(plain(lengths, 4, called), operands)
+    close(ours, with_gradients(plain(lengths, 4), operands), 2e-5)
+
+
+# In the model
+
+
+def model(**changes):
+    config = small_torch.config(**changes)
+    for rate in ("hidden_dropout", "activation_dropout", "feat_proj_dropout", "layerdrop"):
+        setattr(config, rate, 0.0)
+    built = small_torch.model("Wav2Vec2ForCTC", config)
+    params = convert.params_from_torch(small_torch.tensors(built), config, head=True)
+    samples = np.arange(1200)
+    values = np.random.default_rng(0).normal(size=(2, 1200)).astype(np.float32)
+    mask = samples < np.array([[1200], [777]])
+    return built, wav2vec2.Wav2Vec2ForCTCModule(config), params, values * mask, mask
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_model_with_the_kernel_gives_pytorchs_logits_and_the_plain_gradients(padded):
+    built, module, params, values, mask = model()
+    mask = mask if padded else None
+    frames = int(wav2vec2.frame_lengths(module.config, 1200))
+    assert frames % wav2vec2.ROW_MULTIPLE  # frames are padded for the kernel, and cut again
+    with torch.no_grad():
+        theirs = built(
+            torch.tensor(values),
+            attention_mask=None if mask is None else torch.tensor(mask).long(),
+        ).logits
+    real = np.ones((2, frames), bool)
+    if padded:
+        real = np.arange(frames) < wav2vec2.frame_lengths(module.config, mask.sum(-1))[:, None]
+    weights = np.random.default_rng(1).normal(size=theirs.shape) * real[..., None]
+
+    @jax.jit
+    def both(params):
+        def loss(params, kind):
+            logits = module.clone(attention=kind).apply({"params": params}, values, mask).logits
+            return (jax.nn.log_softmax(logits) * weights).sum(), logits
+
+        return [jax.grad(loss, has_aux=True)(params, kind) for kind in ("pallas", "xla")]
+
+    (ours, logits), (plain, _) = both(params)
+    np.testing.assert_allclose(logits[real], theirs.numpy()[real], atol=1e-4, rtol=0)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, atol=1e-4 * np.abs(b).max() + 1e-6 * largest, rtol=0
+        ),
+        ours,
+        plain,
+    )
+
+
+def test_the_plain_form_computes_where_attention_dropout_or_the_weights_are_wanted():
+    _, module, params, values, mask = model(attention_dropout=0.3)
+    kernel = module.clone(attention="pallas")
+
+    def logits(module, **options):
+        return module.apply(
+            {"params": params}, values, mask, rngs={"dropout": jax.random.key(0)}, **options
+        )
+
+    for options in ({"deterministic": False}, {"output_attentions": True}):
+        ours, plain = logits(kernel, **options), logits(module, **options)
+        jax.tree.map(np.testing.assert_array_equal, ours, plain)
+    assert len(ours.attentions) == 2
+    quiet = logits(kernel).logits
+    assert np.abs(quiet - logits(kernel, deterministic=False).logits).max() > 1e-3
+
+
+@pytest.mark.parametrize("head", [64, 80])
+def test_what_is_compiled_for_tpu_by_default_has_the_kernel_of_every_layer(head):
+    config = small_torch.config(hidden_size=8 * head, num_attention_heads=8)
+    config.num_conv_pos_embedding_groups = 8
+    module = wav2vec2.Wav2Vec2ForCTCModule(config, dtype=jnp.bfloat16, platform="tpu")
+    values = jax.ShapeDtypeStruct((2, 1200), jnp.float32)
+    params = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), values)
+
+    def loss(params, values):
+        return module.apply(params, values).logits.sum()
+
+    def text(platform):
+        exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=[platform])
+        return exported(params, values).mlir_module()
+
+    assert text("tpu").count("custom_call @tpu_custom_call") == 2 * config.num_hidden_layers
+    assert "tpu_custom_call" not in text("cpu")
+
+
+# Which form computes
+
+
+def chosen(kind="auto", platform="tpu", dtype=jnp.bfloat16, frames=499, **options):
+    config = small_torch.config(
+        **{"hidden_size": 128, "num_attention_heads": 2, "attention_dropout": 0.1, **options}
+    )
+    return attention.choose(
+        kind, platform, config, dtype, frames, deterministic=True, keep_weights=False
+    )
+
+
+def test_auto_takes_the_quickest_form_that_is_right():
+    assert chosen() == "pallas"
+    assert chosen(dtype=jnp.float32) == "pallas"
+    assert chosen(dtype=jnp.float16) == "xla"
+    assert chosen(frames=short_attention.LONGEST_FRAMES + 1) == "xla"
+    assert chosen(platform="cpu") == "xla"
+    assert chosen(platform="gpu") == "cudnn"
+    assert chosen(platform="cuda", dtype=jnp.float32) == "xla"
+    assert chosen(platform="rocm") == "xla"
+    assert chosen(platform="gpu", num_attention_heads=32) == "xla"
+    assert chosen("xla") == "xla"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "flash"}, "not one of auto, xla, pallas, cudnn"),
+        ({"kind": "pallas", "platform": "gpu"}, "runs on TPU"),
+        ({"kind": "pallas", "dtype": jnp.float16}, "not in float16"),
+        ({"kind": "pallas", "frames": 5000}, "not 5000"),
+        ({"kind": "cudnn"}, "not on tpu"),
+        ({"kind": "cudnn", "platform": "gpu", "dtype": jnp.float32}, "not in float32"),
+        ({"kind": "cudnn", "platform": "gpu", "num_attention_heads": 32}, "not of 4"),
+    ],
+)
+def test_a_form_that_cannot_compute_is_refused_with_the_reason(options, words):
+    with pytest.raises(errors.ModelError, match=words):
+        chosen(**options)

@@ -124,6 +124,9 @@ def axis_of(sharding: jax.sharding.NamedSharding) -> int | None:
 
 def summed(sums: PyTree, axes: Axes) -> PyTree:
     """A `step.Sums` added over the devices; of gradients that are cut, this device's slice."""
+    # With one device there is nothing to add, and XLA on a CPU would copy it all the same.
+    if jax.lax.axis_size(AXIS) == 1:
+        return sums
     total = jax.lax.psum(sums.replace(gradients=_without(sums.gradients, axes)), AXIS)
     own = {
         path: jax.lax.psum_scatter(sums.gradients[path], AXIS, scatter_dimension=axis, tiled=True)

@@ -62,8 +62,8 @@ def _fifty_groups(vocab):
     return [[small_run.batch(4, 100 * s + g, vocab) for g in range(4)] for s in range(50)]
 
 
-def _torch_loop():
-    """Losses and final parameters of fifty updates in PyTorch."""
+def _torch_loop(half=False):
+    """Losses and final parameters of fifty updates in PyTorch; `half` is its own bf16."""
     config, model, _ = _model()
     model.freeze_feature_encoder()
     kept = transformers.trainer_pt_utils.get_parameter_names(model, [torch.nn.LayerNorm])
@@ -79,7 +79,8 @@ def _torch_loop():
     schedule = transformers.get_linear_schedule_with_warmup(adamw, 5, 50)
     torch_losses = []
     for update in _fifty_groups(config.vocab_size):
-        losses = [_torch_loss(model, batch) for batch in update]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses = [_torch_loss(model, batch) for batch in update]
         (sum(losses) / len(losses)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         adamw.step()
@@ -112,6 +113,41 @@ def test_fifty_updates_equal_a_pytorch_loop(torch_loop, devices):
         # a key's bias changes nothing: its gradient is rounding noise, which Adam scales up
         if not path.endswith(("k_proj/bias", "masked_spec_embed")):
             np.testing.assert_allclose(value, theirs[path], atol=1e-4, err_msg=path)
+
+
+@pytest.mark.slow
+def test_fifty_updates_in_bf16_stray_no_further_than_pytorchs_own(torch_loop):
+    """The tolerance is what bf16 does to PyTorch's loop, twice that for another order of rounding.
+
+    A matrix product of bf16 numbers is off by 2^-9 a factor; how that grows over fifty updates of
+    AdamW no formula says, but PyTorch's autocast suffers the same.
+    """
+    config, _, params = _model()
+    ours = small_run.Trainer(
+        small_run.objective(config, "bf16"),
+        params,
+        updates=50,
+        mixed_precision="bf16",
+        optim=OPTIM,
+    )
+    losses = np.array([ours.update(*u).loss for u in _fifty_groups(config.vocab_size)])
+    exact, exact_params = torch_loop
+    theirs, their_params = _torch_loop(half=True)
+    assert np.abs(theirs / exact - 1).max() > 1e-4, "autocast is at work"
+    assert np.abs(losses / exact - 1).max() > 1e-4, "so is bf16"
+    assert _rms(losses / exact - 1) < 2 * _rms(theirs / exact - 1)
+    assert np.abs(losses / exact - 1).max() < 0.02
+    moved = {
+        path: (value - exact_params[path], their_params[path] - exact_params[path])
+        for path, value in ours.params.items()
+        if not path.endswith(("k_proj/bias", "masked_spec_embed"))
+    }
+    mine, other = (np.concatenate([pair[i].ravel() for pair in moved.values()]) for i in (0, 1))
+    assert _rms(mine) < 2 * _rms(other)
+
+
+def _rms(values):
+    return float(np.sqrt(np.square(values).mean()))
 
 
 def test_an_overflow_in_one_micro_batch_skips_the_update_as_torchs_scaler_does():

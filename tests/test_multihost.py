@@ -274,9 +274,10 @@ JOURNEY = ["1", "2", "1", "8", "1", "two hosts", "2", "8", "2", "two hosts", "8"
 @pytest.mark.slow
 def test_a_run_goes_on_on_any_other_devices_and_hosts(pair, place, tmp_path):
     steps_each = 8
-    still = ("layerdrop", "hidden_dropout", "attention_dropout", "activation_dropout")
+    dropouts = [f"{kind}_dropout" for kind in "hidden attention activation final".split()]
+    chances = [*dropouts, "layerdrop", "mask_time_prob", "mask_feature_prob"]
     options = [
-        *(f"--model.config.{name}=0" for name in (*still, "mask_time_prob", "mask_feature_prob")),
+        *(f"--model.config.{name}=0" for name in chances),
         "--optim.lr_scheduler_type=constant",
         "--optim.learning_rate=1e-3",
         "--train.eval_steps=1",

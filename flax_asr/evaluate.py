@@ -406,9 +406,7 @@ def _score_splits(
 ) -> None:
     loaded = loading.load(model)
     cfg = _resolved(loaded, overrides)
-    normalize = text.normalizer(cfg.text.normalization or cfg.data.language).fitting(
-        loaded.vocabulary
-    )
+    normalize = text.normalizer(cfg.text.normalization or cfg.data.language)
     hosts.work_ahead(prepare.prepared_folder(cfg), lambda: prepare.prepare(cfg))
     splits = prepare.prepare(cfg)
     sets = {

@@ -4,7 +4,6 @@ A rule is a list of steps. A step is a name, or a mapping of a name to its argum
 
     nfkc, nfc                       Unicode normal forms
     lower, {lower: tr}              lower case, with the dotless i of Turkish and Azerbaijani
-    upper, {upper: tr}              capitals, likewise
     halfwidth                       full-width marks and letters, the ideographic space
     plain_marks                     typographic apostrophes and hyphens become ' and -
     strip_punctuation               every mark, symbol and control character goes
@@ -54,12 +53,6 @@ def _lower(text: str, language: str | None) -> str:
         return text.replace("\u0130", "i").replace("I", "\u0131").lower()
     # str.lower would leave a combining dot behind the i.
     return text.replace("\u0130", "i").lower()
-
-
-def _upper(text: str, language: str | None) -> str:
-    if language is not None and languages.base(language) in ("tr", "az"):
-        text = text.replace("i", "\u0130")
-    return text.upper()
 
 
 @functools.lru_cache(maxsize=65536)
@@ -126,7 +119,6 @@ _STEPS: dict[str, tuple[Callable[[str, _Argument], str], tuple[type, ...]]] = {
     "nfkc": (lambda text, _: unicodedata.normalize("NFKC", text), (type(None),)),
     "nfc": (lambda text, _: unicodedata.normalize("NFC", text), (type(None),)),
     "lower": (_lower, (type(None), str)),
-    "upper": (_upper, (type(None), str)),
     "halfwidth": (lambda text, _: text.translate(_HALFWIDTH), (type(None),)),
     "plain_marks": (lambda text, _: text.translate(_PLAIN_MARKS), (type(None),)),
     "strip_punctuation": (_strip_punctuation, (type(None), str)),
@@ -223,18 +215,6 @@ class Normalizer:
     def spec(self) -> list[str | dict[str, object]]:
         """The steps as a configuration spells them: `normalizer(spec)` does the same."""
         return [step.spec for step in self.steps]
-
-    def fitting(self, symbols: Vocabulary) -> "Normalizer":
-        """With `upper` as the last step where a model knows capitals only, as some older ones do.
-
-        Without it every letter that such a model writes would count as wrong.
-        """
-        cased = [token for token in symbols.tokens if len(token) == 1 and token.lower() != token]
-        small = [token for token in symbols.tokens if len(token) == 1 and token.upper() != token]
-        if small or not cased:
-            return self
-        argument = next((step.argument for step in self.steps if step.name == "lower"), None)
-        return dataclasses.replace(self, steps=(*self.steps, Step("upper", argument)))
 
     def report(self, texts: Iterable[str]) -> tuple[Change, ...]:
         """Every character that these texts lose or change, and how often, commonest first."""

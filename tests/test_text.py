@@ -185,21 +185,6 @@ def test_a_wrong_step_is_refused_with_the_nearest_name(spec, message):
         normalizer(spec)
 
 
-@pytest.mark.parametrize(
-    ("spec", "alphabet", "written"),
-    [
-        ("en", "ABC", "IT'S"),
-        ("en", "abc", "it's"),
-        ("en", "aBC", "it's"),
-        ("en", "你好", "it's"),
-        ([{"lower": "tr"}], "ABC", "\u0130T'S"),
-    ],
-)
-def test_a_model_of_capitals_gets_transcripts_in_capitals(spec, alphabet, written):
-    vocabulary = Vocabulary.from_transcripts([alphabet])
-    assert normalizer(spec).fitting(vocabulary)("it's") == written
-
-
 TEXTS = ["你好 𠮷野家", "it's ok", "ab"]
 
 

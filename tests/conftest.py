@@ -12,8 +12,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import fcntl
 
+import jax
 import pytest
 import small_training
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_go_with_their_module():
+    """Compiled programs of all modules together would fill gigabytes in each test process."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,18 @@ def _yaml():
 def to_yaml(values: Mapping[str, Any]) -> str:
     """Plain values as YAML that `read_yaml` reads back equal."""
     out = io.StringIO()
-    _yaml().dump(values, out)
+    yaml = _yaml()
+
+    class Representer(yaml.Representer):
+        """Writes characters that cannot be seen as escapes: U+0085 would be read as a space."""
+
+        def represent_text(self, text: str):
+            style = None if text.isprintable() else '"'
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Representer.add_representer(str, Representer.represent_text)
+    yaml.Representer = Representer
+    yaml.dump(values, out)
     return out.getvalue()
 
 

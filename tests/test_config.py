@@ -168,6 +168,15 @@ def _build(sections: dict) -> config.Config | None:
         return None
 
 
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\u2028b", "\ufeff", "no", "1e-8", "tab\t", "\U0001f600"]
+)
+def test_any_text_loads_back_equal(tmp_path, text):
+    cfg = config.build({"data": {"source": text}})
+    config.save(cfg, tmp_path / "c.yaml")
+    assert config.load(tmp_path / "c.yaml") == cfg
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_configuration_loads_back_equal(tmp_path_factory, data):

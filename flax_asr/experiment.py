@@ -270,18 +270,21 @@ def _check_vocabulary(name: str, found: vocabulary.Vocabulary, texts: Sequence[s
     """Says what of the training text a given vocabulary cannot write.
 
     Raises:
-        ConfigError: it has no token for unknown characters either.
+        ConfigError: it has no token for unknown characters either, or it lacks most of the text.
     """
     lacking = found.lacks(texts)
     if not lacking:
         return
+    places = sum(map(len, texts))
     what = (
         f"text.vocabulary {name} has no symbol for {len(lacking)} characters of the training text,"
-        f" in {lacking.total()} places of {sum(map(len, texts))}: {text.shown(lacking)}"
+        f" in {lacking.total()} places of {places}: {text.shown(lacking)}"
     )
     mend = "Change text.normalization, add them, or leave text.vocabulary out."
     if found.unknown is None:
         raise errors.ConfigError(f"{what}; and no token for unknown characters. {mend}")
+    if lacking.total() > places / 2:
+        raise errors.ConfigError(f"{what}; it is that of another language or spelling. {mend}")
     logger.warning("warning: %s. They become %s. %s", what, found.tokens[found.unknown], mend)
 
 

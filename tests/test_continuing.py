@@ -89,18 +89,25 @@ def test_the_head_s_own_vocabulary_keeps_it_whatever_the_transcripts_say(splits,
 
 
 def test_a_vocabulary_that_does_not_fit_the_head_is_said(splits, exported, tmp_path, caplog):
-    tokens = {"[PAD]": 0, "[UNK]": 1, "|": 2, "a": 3, "z": 4}
+    tokens = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "|", *"abcdefz"])}
     (tmp_path / "vocab.json").write_text(json.dumps(tokens))
     named = f"--text.vocabulary={tmp_path / 'vocab.json'}"
     with caplog.at_level(logging.INFO):
         start, _, _ = _started(splits, exported, "same", named)
-    assert start.facts["head"] == "fresh, 5 symbols"
+    assert start.facts["head"] == "fresh, 10 symbols"
     said = caplog.text
     assert "its head writes 11 symbols" in said
-    assert "the run needs 5: 1 that it lacks ('z')" in said
+    assert "the run needs 10: 1 that it lacks ('z')" in said
     assert "text.vocabulary" in said
-    # Of what the transcripts say, these have no symbol: b c d e f g h.
-    assert "has no symbol for 7 characters" in said
+    # Of what the transcripts say, these have no symbol: g h.
+    assert "has no symbol for 2 characters" in said
+
+
+def test_a_vocabulary_of_another_language_is_refused(splits, exported, tmp_path):
+    tokens = {"[PAD]": 0, "[UNK]": 1, "|": 2, "a": 3, "z": 4}
+    (tmp_path / "vocab.json").write_text(json.dumps(tokens))
+    with pytest.raises(errors.ConfigError, match=r"no symbol for 7 .*another language"):
+        _started(splits, exported, "same", f"--text.vocabulary={tmp_path / 'vocab.json'}")
 
 
 def test_a_vocabulary_file_that_is_none_is_refused(splits, exported, tmp_path):

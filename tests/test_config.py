@@ -219,3 +219,11 @@ def test_any_unknown_key_is_named(section, key):
 def test_a_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.Config().seed = 1
+
+
+@pytest.mark.parametrize("name", ["train.compat", "train.max_steps", "data.source"])
+def test_null_on_the_command_line_unsets_an_option(name):
+    set_to = {"train.compat": "hf-4.17", "train.max_steps": 3, "data.source": "x"}[name]
+    section, _, key = name.partition(".")
+    cfg = config.build({section: {key: set_to}}, [f"--{name}=null"])
+    assert getattr(getattr(cfg, section), key) is None

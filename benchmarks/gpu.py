@@ -31,8 +31,9 @@ import numpy as np
 import sidebyside
 import train_step
 
-from flax_asr import config, flops, optim
+from flax_asr import config, optim
 from flax_asr.data import buckets, loader
+from flax_asr.estimate import flops
 
 CLIPS, SYMBOLS, RATE_HZ = 4096, 4000, 16_000
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

@@ -23,7 +23,8 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import small_training
 
-from flax_asr import checkpoint, runlog
+from flax_asr import checkpoint
+from flax_asr.record import runlog
 
 MOST_KILLS_A_RUN = 5
 UPDATES = 60

@@ -29,7 +29,8 @@ def main() -> int:
     import small_tones
     import small_training
 
-    from flax_asr import __main__, runlog
+    from flax_asr import __main__
+    from flax_asr.record import runlog
 
     folder = pathlib.Path(tempfile.mkdtemp(prefix="flax-asr-learning-"))
     source = small_tones.corpus(folder)

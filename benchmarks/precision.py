@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-from flax_asr import runlog
+from flax_asr.record import runlog
 
 ROOT = pathlib.Path(__file__).parents[1]
 PRECISIONS = ("fp32", "bf16", "fp16")

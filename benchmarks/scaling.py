@@ -155,7 +155,7 @@ def all_reduce_seconds(gradient_bytes: int, chips: int, link_bytes_per_second: f
 
 def on_paper(gradient_bytes: int, micro_batch_seconds: float, micro_batches: int) -> list[dict]:
     """Share of the time that is left for computing where each chip has the same work."""
-    from flax_asr import chips
+    from flax_asr.estimate import chips
 
     link = chips.CHIPS["v5e"].link_bandwidth
     rows = []

@@ -14,7 +14,8 @@ import time
 import sidebyside
 import train_step
 
-from flax_asr import chips, config, flops, outlook, parallel, plan, workload
+from flax_asr import config, parallel, plan
+from flax_asr.estimate import chips, flops, outlook, workload
 
 BASELINE_CYCLES = 174.5e6  # the deleted class with optax.ctc_loss, the whole step, same compiler
 BASELINE_BYTES = 8.1e9

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 import flax_asr
-from flax_asr import config, errors, terminal
+from flax_asr import config, errors
+from flax_asr.console import terminal
 
 USER_ERROR, INTERRUPTED = errors.STATUS, 75
 

@@ -9,20 +9,10 @@ from typing import Any
 import jax
 
 import flax_asr
-from flax_asr import (
-    checkpoint,
-    compat,
-    config,
-    experiment,
-    forecast,
-    multihost,
-    optim,
-    parallel,
-    progress,
-    run_folder,
-    step,
-    text,
-)
+from flax_asr import checkpoint, compat, config, experiment, optim, parallel, run_folder, step, text
+from flax_asr.console import progress
+from flax_asr.estimate import forecast
+from flax_asr.hosts import multihost
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ import soundfile
 import soxr
 from jaxtyping import Float32, Int16
 
-from flax_asr import errors, mp3, ogg
+from flax_asr import errors
+from flax_asr.containers import mp3, ogg
 
 SAMPLE_RATE_HZ = 16_000
 # What `decode` may answer, in the order in which it looks.

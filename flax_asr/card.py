@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import flax_asr
-from flax_asr import checkpoint, config, curves, lineage, runlog, terminal, text
+from flax_asr import checkpoint, config, text
+from flax_asr.console import terminal
+from flax_asr.record import curves, lineage, runlog
 
 COLUMNS = {
     "eval_loss": "Validation Loss",

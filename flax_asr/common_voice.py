@@ -10,7 +10,8 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-from flax_asr import archives, clips, errors, hub, tables
+from flax_asr import errors
+from flax_asr.sources import archives, clips, hub, tables
 
 Clip = clips.Clip
 Source = clips.Source

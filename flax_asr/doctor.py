@@ -16,26 +16,20 @@ import jax
 import numpy as np
 from transformers import Wav2Vec2Config
 
-from flax_asr import (
-    audio,
-    config,
+from flax_asr import audio, config, errors, experiment, vocabulary
+from flax_asr.console import results, terminal
+from flax_asr.data import buckets, examples, pool
+from flax_asr.diagnosis import (
     consultation,
-    errors,
-    experiment,
     findings,
-    forecast,
     host,
     prognosis,
-    results,
     spectrograms,
     survey,
     suspects,
-    terminal,
     trial,
-    vocabulary,
-    workload,
 )
-from flax_asr.data import buckets, examples, pool
+from flax_asr.estimate import forecast, workload
 from flax_asr.models import wav2vec2
 
 READ_SECONDS = 12.0

@@ -20,23 +20,20 @@ from jaxtyping import Float, Int
 from flax_asr import (
     alignment,
     card,
-    cluster,
     config,
     errors,
     experiment,
     loading,
     metrics,
-    multihost,
     parallel,
-    progress,
-    results,
     run_folder,
     step,
-    terminal,
     text,
     vocabulary,
 )
+from flax_asr.console import progress, results, terminal
 from flax_asr.data import buckets, examples, loader, prepare
+from flax_asr.hosts import cluster, multihost
 from flax_asr.models import wav2vec2
 
 Forward = Callable[[loader.Batch], Sequence[np.ndarray]]

@@ -16,22 +16,11 @@ import optax
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import (
-    checkpoint,
-    compat,
-    config,
-    copies,
-    errors,
-    lineage,
-    optim,
-    partition,
-    step,
-    store,
-    text,
-    vocabulary,
-)
+from flax_asr import checkpoint, compat, config, errors, optim, partition, step, text, vocabulary
+from flax_asr.bucket import copies, store
 from flax_asr.data import augment, buckets, examples, loader, prepare
 from flax_asr.models import configuration, pretrained, wav2vec2, weights
+from flax_asr.record import lineage
 
 logger = logging.getLogger(__name__)
 

@@ -17,20 +17,11 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import (
-    audio,
-    card,
-    checkpoint,
-    config,
-    copies,
-    errors,
-    lineage,
-    store,
-    terminal,
-    torch_logits,
-    vocabulary,
-)
+from flax_asr import audio, card, checkpoint, config, errors, torch_logits, vocabulary
+from flax_asr.bucket import copies, store
+from flax_asr.console import terminal
 from flax_asr.models import convert, wav2vec2, weights
+from flax_asr.record import lineage
 
 logger = logging.getLogger(__name__)
 

@@ -9,19 +9,10 @@ from typing import Any
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import (
-    audio,
-    checkpoint,
-    config,
-    copies,
-    errors,
-    experiment,
-    lineage,
-    step,
-    store,
-    vocabulary,
-)
+from flax_asr import audio, checkpoint, config, errors, experiment, step, vocabulary
+from flax_asr.bucket import copies, store
 from flax_asr.models import convert, wav2vec2, weights
+from flax_asr.record import lineage
 
 _OPTIONS = (
     "seed",

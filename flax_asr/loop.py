@@ -11,25 +11,19 @@ from flax_asr import (
     assembly,
     card,
     checkpoint,
-    cluster,
     config,
-    curves,
     errors,
     evaluate,
     export,
-    learning,
-    mirror,
-    multihost,
     parallel,
-    progress,
     run_folder,
-    runlog,
     step,
-    stopping,
-    store,
-    window,
 )
+from flax_asr.bucket import mirror, store
+from flax_asr.console import progress
 from flax_asr.data import buckets, loader, prepare
+from flax_asr.hosts import cluster, multihost, stopping
+from flax_asr.record import curves, learning, runlog, window
 
 logger = logging.getLogger(__name__)
 

@@ -18,18 +18,9 @@ from typing import TextIO
 
 import jax
 
-from flax_asr import (
-    chips,
-    config,
-    errors,
-    flops,
-    hlo,
-    outlook,
-    parallel,
-    results,
-    run_folder,
-    workload,
-)
+from flax_asr import config, errors, parallel, run_folder
+from flax_asr.console import results
+from flax_asr.estimate import chips, flops, hlo, outlook, workload
 
 GIB = 2**30
 

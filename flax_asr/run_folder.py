@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import flax_asr
-from flax_asr import checkpoint, config, errors, runlog
+from flax_asr import checkpoint, config, errors
+from flax_asr.record import runlog
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int
 
-from flax_asr import alignment, audio, errors, loading, parallel, progress, results, step, terminal
+from flax_asr import alignment, audio, errors, loading, parallel, step
+from flax_asr.console import progress, results, terminal
 from flax_asr.data import buckets, loader
 from flax_asr.models import wav2vec2
 

@@ -26,7 +26,7 @@ def running():
 
 def hasten(set_attribute=setattr) -> None:
     """Waits of a fraction of a second where there would be many seconds."""
-    from flax_asr import lease, mirror, store
+    from flax_asr.bucket import lease, mirror, store
 
     for module, name, seconds in (
         (lease, "RENEW_SECONDS", 0.1),

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 
-from flax_asr import checkpoint, config, run_folder, runlog, seals, vocabulary
+from flax_asr import checkpoint, config, run_folder, seals, vocabulary
+from flax_asr.record import runlog
 
 VOCABULARY = vocabulary.Vocabulary(
     ("[PAD]", "[UNK]", "|", *"abc"), blank=0, unknown=1, delimiter="|"

@@ -15,7 +15,9 @@ import jax
 import numpy as np
 import soundfile
 
-from flax_asr import __main__, audio, checkpoint, export, multihost, parallel, runlog
+from flax_asr import __main__, audio, checkpoint, export, parallel
+from flax_asr.hosts import multihost
+from flax_asr.record import runlog
 
 CLIPS = {"train": 16, "dev": 4, "test": 5}
 UPDATES = 8

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_asr import audio, mp3, ogg
+from flax_asr import audio
+from flax_asr.containers import mp3, ogg
 from flax_asr.errors import AudioError
 
 

@@ -8,7 +8,8 @@ import pytest
 import small_saved
 from huggingface_hub import ModelCard
 
-from flax_asr import card, config, curves
+from flax_asr import card, config
+from flax_asr.record import curves
 
 # The table of the model card of w11wo/wav2vec2-xls-r-300m-zh-HK, as published.
 PUBLISHED = pathlib.Path(__file__).parent / "fixtures" / "seed_results.tsv"

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from flax_asr import archives, clips, hub
 from flax_asr.common_voice import Clip, open_source
 from flax_asr.errors import DataError
+from flax_asr.sources import archives, clips, hub
 
 RELEASE = "cv-corpus-25.0-2026-03-09"
 COLUMNS = (

@@ -9,8 +9,9 @@ import small_run
 from data import small_splits
 from test_step import QUIET, _model, _quick_compilation  # noqa: F401
 
-from flax_asr import compat, config, experiment, window
+from flax_asr import compat, config, experiment
 from flax_asr.data import buckets, loader
+from flax_asr.record import window
 
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLISHED = ROOT / "tests" / "fixtures" / "seed_results.tsv"

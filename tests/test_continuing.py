@@ -9,7 +9,8 @@ import pytest
 import small_saved
 from huggingface_hub import ModelCard
 
-from flax_asr import card, config, errors, experiment, export, lineage
+from flax_asr import card, config, errors, experiment, export
+from flax_asr.record import lineage
 
 LETTERS = "".join(small_saved.VOCABULARY.characters)
 

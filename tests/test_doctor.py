@@ -14,24 +14,10 @@ import pytest
 import soundfile
 from transformers import Wav2Vec2Config
 
-from flax_asr import (
-    __main__,
-    assembly,
-    audio,
-    config,
-    consultation,
-    ctc,
-    doctor,
-    errors,
-    findings,
-    forecast,
-    host,
-    parallel,
-    spectrograms,
-    survey,
-    trial,
-)
+from flax_asr import __main__, assembly, audio, config, ctc, doctor, errors, parallel
 from flax_asr.data import pool, prepare
+from flax_asr.diagnosis import consultation, findings, host, spectrograms, survey, trial
+from flax_asr.estimate import forecast
 
 ROOT = pathlib.Path(__file__).parents[1]
 CORPUS = ROOT / "configs" / "quickstart" / "corpus"

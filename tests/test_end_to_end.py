@@ -16,17 +16,9 @@ import safetensors.numpy
 import small_training
 import soundfile
 
-from flax_asr import (
-    __main__,
-    checkpoint,
-    evaluate,
-    export,
-    loop,
-    parallel,
-    runlog,
-    seals,
-    stopping,
-)
+from flax_asr import __main__, checkpoint, evaluate, export, loop, parallel, seals
+from flax_asr.hosts import stopping
+from flax_asr.record import runlog
 
 RUN_FILES = {
     "config.yaml",

@@ -10,19 +10,10 @@ import pytest
 import small_saved
 import soundfile
 
-from flax_asr import (
-    config,
-    errors,
-    evaluate,
-    experiment,
-    export,
-    lineage,
-    loading,
-    parallel,
-    vocabulary,
-)
+from flax_asr import config, errors, evaluate, experiment, export, loading, parallel, vocabulary
 from flax_asr.data import buckets, examples
 from flax_asr.models import wav2vec2
+from flax_asr.record import lineage
 
 WRITES = small_saved.VOCABULARY
 SENTENCES = ["a b", "abc de", "h", "gg a", "fed cab", "b", "ab ab", "ce", "d e f", "hag", "bad"]

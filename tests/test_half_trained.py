@@ -8,7 +8,8 @@ import small_tones
 import small_training
 import transformers
 
-from flax_asr import __main__, audio, evaluate, export, parallel, runlog
+from flax_asr import __main__, audio, evaluate, export, parallel
+from flax_asr.record import runlog
 
 UPDATES = 120
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import small_saved
 
-from flax_asr import checkpoint, config, errors, export, lineage, loading
+from flax_asr import checkpoint, config, errors, export, loading
+from flax_asr.record import lineage
 
 
 @pytest.fixture(scope="module")

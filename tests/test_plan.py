@@ -14,19 +14,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_asr import (
-    __main__,
-    chips,
-    config,
-    errors,
-    experiment,
-    hlo,
-    outlook,
-    parallel,
-    plan,
-    workload,
-)
+from flax_asr import __main__, config, errors, experiment, parallel, plan
 from flax_asr.data import prepare
+from flax_asr.estimate import chips, hlo, outlook, workload
 from flax_asr.models import wav2vec2
 
 TINY = {

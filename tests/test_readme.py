@@ -19,7 +19,8 @@ import sys
 
 import pytest
 
-from flax_asr import __main__, cluster, config, multihost, options
+from flax_asr import __main__, config, options
+from flax_asr.hosts import cluster, multihost
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,7 +13,8 @@ import sys
 import pytest
 import small_folder
 
-from flax_asr import checkpoint, config, errors, run_folder, runlog
+from flax_asr import checkpoint, config, errors, run_folder
+from flax_asr.record import runlog
 
 
 def resumed(folder, cfg, restart=False):

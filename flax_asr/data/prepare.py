@@ -18,7 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_asr import common_voice, compat, config, errors, progress, store, terminal
+from flax_asr import common_voice, compat, config, errors
+from flax_asr.bucket import store
+from flax_asr.console import progress, terminal
 from flax_asr.data import decoding, pool, remote, shards
 
 logger = logging.getLogger(__name__)

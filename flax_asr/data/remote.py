@@ -8,7 +8,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from flax_asr import errors, store
+from flax_asr import errors
+from flax_asr.bucket import store
 from flax_asr.data import shards
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ import pytest
 import soundfile
 import spoilt
 
-from flax_asr import config, findings, text, vocabulary
+from flax_asr import config, text, vocabulary
 from flax_asr.data import examples, prepare
+from flax_asr.diagnosis import findings
 
 CLIPS = 6 + 2 * len(spoilt.DAMAGES)
 

@@ -1,0 +1,1 @@
+"""Run folders, data and models in an object store."""

@@ -1,0 +1,95 @@
+"""A model that lies in a bucket, copied to this machine: a run's checkpoint, an export, any folder.
+
+Copies are kept, apart from those that runs work in, and only what has changed is fetched again.
+"""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from flax_asr import checkpoint, errors, run_folder, seals
+from flax_asr.bucket import store
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(rf"(.+)/{checkpoint.FOLDER}/(\d+)/?")
+
+
+def model(url: str, step: int | None = None) -> Path:
+    """The local name of what a URL names.
+
+    Args:
+        url: a run, `RUN/checkpoints/STEP`, or another model folder.
+        step: which checkpoint of a run; by default the best one. The others are not copied.
+
+    Raises:
+        ModelError: there is nothing.
+        StoreError: the store cannot be read.
+    """
+    match = _CHECKPOINT.fullmatch(url)
+    if match is not None:
+        return model(match[1], int(match[2])) / checkpoint.FOLDER / match[2]
+    place, folder = store.Store(url), store.local_folder(url, kind="models")
+    listed = place.list()
+    if not listed:
+        raise errors.ModelError(f"there is nothing in {place.url}: name a run or a model folder.")
+    logger.info("copying what is needed of %s to %s", place.url, folder)
+    sealed = [n.split("/")[1] for n in listed if re.fullmatch(r"checkpoints/\d+/seal\.json", n)]
+    if run_folder.CONFIG in listed and sealed:
+        _copy_run(place, listed, folder, sorted(map(int, sealed)), step)
+    else:
+        _copy_all(place, listed, folder)
+    return folder
+
+
+def pretrained(url: str) -> Path:
+    """The local name of weights to start from; of a run that is finished, its export."""
+    export = f"{url.rstrip('/')}/{run_folder.EXPORT}"
+    return model(export if store.Store(export).list() else url)
+
+
+def _copy_all(place: store.Store, listed: dict[str, store.Entry], folder: Path) -> None:
+    if folder.is_dir():
+        for path in folder.rglob("*"):
+            if path.is_file() and path.relative_to(folder).as_posix() not in listed:
+                path.unlink()
+    place.download({n: folder / n for n, e in listed.items() if not e.same_as(folder / n)})
+
+
+def _copy_run(
+    place: store.Store,
+    listed: dict[str, store.Entry],
+    folder: Path,
+    sealed: list[int],
+    step: int | None,
+) -> None:
+    """The configuration, what each checkpoint says of itself, and the one that is asked for."""
+    for stale in set(checkpoint.steps(folder)) - set(sealed):
+        shutil.rmtree(folder / checkpoint.FOLDER / str(stale))
+    small = [run_folder.CONFIG]
+    small += [_name(s, file) for s in sealed for file in (seals.FILE, checkpoint.META)]
+    place.download({name: folder / name for name in small})
+    scores = checkpoint.scores(folder)
+    wanted = checkpoint.by_merit(scores) if step is None else [s for s in sealed if s == step]
+    for candidate in wanted:
+        local = folder / checkpoint.FOLDER / str(candidate)
+        if _is_sound(local):
+            return
+        names = [name for name in listed if name.startswith(_name(candidate, ""))]
+        place.download({name: folder / name for name in names})
+        if _is_sound(local):
+            return
+        logger.warning("the checkpoint of step %d in %s is damaged", candidate, place.url)
+
+
+def _name(step: int, file: str) -> str:
+    return f"{checkpoint.FOLDER}/{step}/{file}"
+
+
+def _is_sound(checkpoint_folder: Path) -> bool:
+    try:
+        seals.verify(checkpoint_folder)
+    except errors.CheckpointError:
+        return False
+    return True

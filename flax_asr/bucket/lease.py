@@ -1,0 +1,173 @@
+"""Who may write under a URL: one run at a time.
+
+A bucket has no locks that end with their process. So the run that writes there says so in an
+object, and says it again every few seconds. Another run that finds the object watches it: if it
+changes, somebody is at work, and the other is refused; if not, its writer is dead, and the other
+takes over. A run that wakes up after somebody took over sees that at its next renewal, and stops.
+"""
+
+import datetime
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from typing import Any
+
+from flax_asr import errors
+from flax_asr.bucket import store
+
+logger = logging.getLogger(__name__)
+
+FILE = "owner.json"
+RENEW_SECONDS = 20.0
+PATIENCE_SECONDS = 75.0
+"""More than three renewals: a writer that says nothing for so long is dead."""
+SETTLE_SECONDS = 2.0
+"""Of two that take over at once, the later one's word stands after this; the other sees it."""
+
+
+_KEYS = frozenset("run disk host pid since renewals released".split())
+
+
+class Lease:
+    """The right to write, taken; may need `PATIENCE_SECONDS` after a kill.
+
+    Args:
+        place: where.
+        disk: names the local copy; None where it is not whole. The copy's own lock keeps a second
+            run of this machine out, so that a lease of the same disk is a dead one's.
+
+    Attributes:
+        continues: whether this disk's run wrote here last.
+        disk: the name of the local copy from now on.
+
+    Raises:
+        CheckpointError: another run is at work there.
+        TrainingError: what is there was not written by such a run.
+    """
+
+    def __init__(self, place: store.Store, disk: str | None):
+        self._store = place
+        found = self._read()
+        self.continues = found is not None and found["disk"] == disk
+        self.disk = disk if self.continues else uuid.uuid4().hex
+        self._word = {
+            "run": uuid.uuid4().hex,
+            "disk": self.disk,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "renewals": 0,
+            "released": False,
+        }
+        if found is not None and not found["released"] and not self.continues:
+            self._watch(found)
+        self._write()
+        time.sleep(SETTLE_SECONDS)
+        stands = self._read()
+        if stands is None or stands["run"] != self._word["run"]:
+            raise self._refusal(stands or self._word)
+        self._turn, self._closing = threading.Lock(), threading.Event()
+        self._lost: errors.TrainingError | None = None
+        self._answers = True
+        # A thread of its own: a large file takes longer to upload than another run would wait.
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises `TrainingError` where another run is known to have taken over."""
+        if self._lost is not None:
+            raise self._lost
+
+    def renew(self) -> None:
+        """Says again who writes here.
+
+        Raises:
+            TrainingError: another run has taken over.
+            StoreError: the store cannot be read or written.
+        """
+        with self._turn:
+            stands = self._read()
+            if stands is None or stands["run"] != self._word["run"]:
+                whose = "nobody" if stands is None else f"{stands['host']}, process {stands['pid']}"
+                self._lost = errors.TrainingError(
+                    f"{self._store.url} belongs to another run now ({whose}): this one was not"
+                    " heard of for too long, and stops. What it saved last may be on its own disk"
+                    " only."
+                )
+                raise self._lost
+            self._word["renewals"] += 1
+            self._write()
+
+    def close(self) -> None:
+        """Lets the next run begin at once, if the store can be told."""
+        self.stop()
+        self._word["released"] = True
+        if self._answers and not self._thread.is_alive():
+            try:
+                self.check()
+                self.renew()
+            except (errors.StoreError, errors.TrainingError) as error:
+                logger.warning("warning: %s", error)
+
+    def stop(self) -> None:
+        """No more renewals."""
+        self._closing.set()
+        self._thread.join(PATIENCE_SECONDS)
+
+    def _keep(self) -> None:
+        while self._lost is None and not self._closing.wait(RENEW_SECONDS):
+            try:
+                self.renew()
+                self._answers = True
+            except errors.StoreError as error:
+                self._answers = False
+                logger.warning("warning: %s", error)
+            except errors.TrainingError:
+                return
+
+    def _watch(self, found: dict[str, Any]) -> None:
+        logger.info(
+            "%s was not let go of by the last run (%s, process %s, since %s): watching for up to"
+            " %.0f s whether it still writes",
+            self._store.url,
+            found["host"],
+            found["pid"],
+            found["since"],
+            PATIENCE_SECONDS,
+        )
+        limit = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < limit:
+            time.sleep(PATIENCE_SECONDS / 25)
+            now = self._read()
+            if now is None or now["released"]:
+                return
+            if now != found:
+                raise self._refusal(now)
+
+    def _refusal(self, found: dict[str, Any]) -> errors.CheckpointError:
+        return errors.CheckpointError(
+            f"another run is at work in {self._store.url} ({found['host']}, process"
+            f" {found['pid']}, since {found['since']}): wait for it, or give another --output_dir."
+        )
+
+    def _read(self) -> dict[str, Any] | None:
+        content = self._store.read(FILE)
+        if content is None:
+            return None
+        try:
+            found = json.loads(content)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not found.keys() >= _KEYS:
+            raise errors.TrainingError(
+                f"{self._store.url}/{FILE} is not a word of ours: remove it if no run is at work"
+                " there, or give another --output_dir."
+            )
+        return found
+
+    def _write(self) -> None:
+        self._store.write(FILE, json.dumps(self._word, indent=1).encode())

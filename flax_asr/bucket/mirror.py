@@ -1,0 +1,379 @@
+"""A run folder kept in step with gs://BUCKET/PATH, for machines that vanish with their disks.
+
+The run works in a local folder as ever. A thread looks at it and makes the store like it:
+
+1. the log before the checkpoints that it goes with, the files of a checkpoint before its seal: what
+   has a seal in the store is whole, and the log there reaches as far;
+2. the newest checkpoint first; then those that are superfluous by the run's own rule are removed,
+   their seals first;
+3. everything else, as it changes; the mark of a finished run last.
+
+At its start a run goes on with its local folder where this wrote to the store last: then it is as
+new or newer, and the store follows. Any other local folder is put aside, and what is needed comes
+from the store.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from flax_asr import checkpoint, config, errors, run_folder, seals
+from flax_asr.bucket import lease, store
+from flax_asr.record import runlog
+
+logger = logging.getLogger(__name__)
+
+COMPILED = "compilation_cache"
+LOOK_SECONDS = 3.0
+PATIENCE_SECONDS = 60.0
+"""For what the thread is at when the run ends by an error."""
+_NEEDED = (run_folder.CONFIG, runlog.FILE, run_folder.CARD, run_folder.FINISHED)
+_NEEDED_OF_EXPORT = f"{run_folder.EXPORT}/config.json"
+
+
+class Nowhere:
+    """For a run in a folder of its own: there is nothing to keep in step."""
+
+    def check(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Mirror:
+    """Owns the URL and keeps it in step until it is closed.
+
+    Args:
+        url: gs://BUCKET/PATH.
+        folder: the local run folder, whose lock this process holds.
+        keep: how many of the latest checkpoints are kept.
+        restart: put what is in the store aside under a dated name, and begin again.
+
+    Raises:
+        CheckpointError: another run is at work there, or no checkpoint there is sound.
+        StoreError: the store cannot be read or written.
+    """
+
+    def __init__(self, url: str, folder: Path, keep: int, restart: bool = False):
+        self._store, self._folder, self._keep = store.Store(url), folder, keep
+        logger.info("%s is kept in step with %s", folder, self._store.url)
+        disk = _disk(folder)
+        self._lease = lease.Lease(self._store, disk)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lease.close)
+            if restart:
+                _put_aside(self._store, run_folder.dated(self._store.url))
+            if restart or not self._lease.continues:
+                _clear(folder, whose=disk)
+            self._listed = self._store.list()
+            self._sealed = _sealed(self._store, self._listed)
+            self._fetch()
+            (folder / run_folder.LOCK).write_text(self._lease.disk, encoding="ascii")
+            self._scores = {step: self._score(step) for step in self._sealed}
+            undo.pop_all()
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._turn = threading.Lock()
+        self._closing = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._look, name="mirror", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises what went wrong since the last call, if anything.
+
+        Raises:
+            StoreError: the store could not be written; it is tried again in any case.
+            TrainingError: the store belongs to another run now.
+        """
+        failure, self._failure = self._failure, None
+        if isinstance(failure, errors.StoreError):
+            raise self._explained(failure) from failure
+        if failure is not None:
+            raise failure
+
+    def wait(self) -> None:
+        """Returns when the store has everything that is in the folder.
+
+        Raises:
+            StoreError: it could not be written.
+            TrainingError: it belongs to another run now.
+        """
+        with self._turn:
+            try:
+                self._lease.renew()
+                self._send()
+            except errors.StoreError as error:
+                raise self._explained(error) from error
+            self._failure = None
+
+    def close(self) -> None:
+        """Ends the thread and lets go of the URL, whatever is in the store."""
+        self._closing.set()
+        self._thread.join(PATIENCE_SECONDS)
+        if self._thread.is_alive():  # and will write until the process is gone
+            self._lease.stop()
+        else:
+            self._lease.close()
+
+    def _look(self) -> None:
+        while not self._closing.wait(LOOK_SECONDS):
+            with self._turn:
+                try:
+                    self._send()
+                except errors.TrainingError as lost:
+                    self._failure = lost
+                    return
+                except errors.StoreError as error:
+                    self._failure = error
+                except OSError as error:
+                    self._failure = errors.StoreError(f"cannot read {self._folder}: {error}.")
+
+    def _explained(self, error: errors.StoreError) -> errors.StoreError:
+        return errors.StoreError(
+            f"{error} What is not in the store is in {self._folder}: the same command on this"
+            " machine goes on from there."
+        )
+
+    # What is in the store, and what comes from it.
+
+    def _fetch(self) -> None:
+        """Brings what is needed and not here; unsound checkpoints of the store are unsealed."""
+        wanted = [
+            name
+            for name in self._listed
+            if name in _NEEDED or name == _NEEDED_OF_EXPORT or name.startswith(f"{COMPILED}/")
+        ]
+        absent = {n: self._folder / n for n in wanted if not (self._folder / n).exists()}
+        self._store.download(absent)
+        newest = next((n for n in checkpoint.steps(self._folder) if self._is_sound(n)), -1)
+        problems = {}
+        for step in sorted(self._sealed, reverse=True):
+            if step > newest:
+                try:
+                    self._fetch_checkpoint(step)
+                    # The one here may end before this step.
+                    self._store.download({runlog.FILE: self._folder / runlog.FILE})
+                except errors.CheckpointError as error:
+                    logger.warning("the checkpoint of step %d is not used: %s", step, error)
+                    problems[step] = error
+        if problems and not any(map(self._is_sound, checkpoint.steps(self._folder))):
+            told = "; ".join(str(error) for error in problems.values())
+            raise errors.CheckpointError(
+                f"no checkpoint in {self._store.url} is sound: {told}. Begin again with --restart."
+            )
+        self._store.remove([_seal(step) for step in problems])
+        for step in problems:
+            del self._sealed[step]
+
+    def _fetch_checkpoint(self, step: int) -> None:
+        begin = f"{checkpoint.FOLDER}/{step}/"
+        unfinished = checkpoint.unfinished(self._folder, step)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        names = [name for name in self._listed if name.startswith(begin)]
+        logger.info("fetching the checkpoint of step %d from %s", step, self._store.url)
+        self._store.download({name: unfinished / name.removeprefix(begin) for name in names})
+        try:
+            seals.verify(unfinished)
+        except errors.CheckpointError:
+            shutil.rmtree(unfinished)
+            raise
+        there = self._folder / checkpoint.FOLDER / str(step)
+        shutil.rmtree(there, ignore_errors=True)
+        unfinished.rename(there)
+
+    def _is_sound(self, step: int) -> bool:
+        try:
+            seals.verify(self._folder / checkpoint.FOLDER / str(step))
+        except errors.CheckpointError:
+            return False
+        return True
+
+    def _score(self, step: int) -> float | None:
+        """The score of a checkpoint in the store."""
+        content = self._store.read(f"{checkpoint.FOLDER}/{step}/{checkpoint.META}")
+        try:
+            return checkpoint.score(checkpoint.Meta(**json.loads(content)))
+        except (TypeError, ValueError, KeyError):
+            return None
+
+    # What goes to the store.
+
+    def _send(self) -> None:
+        """One look at the folder: the store is like it afterwards."""
+        self._lease.check()
+        saved = checkpoint.steps(self._folder)
+        files = sorted(self._plain_files(), key=_order)
+        self._send_log()
+        for step in self._worth_keeping(saved):
+            self._send_checkpoint(step)
+        for step in checkpoint.superfluous(self._sealed, self._scores, self._keep):
+            self._unseal(step)
+            self._store.remove(self._store.list(f"{checkpoint.FOLDER}/{step}"))
+        finished = [name for name in files if name == run_folder.FINISHED]
+        self._send_changed([n for n in files if n not in (run_folder.FINISHED, runlog.FILE)])
+        self._send_changed(finished)
+
+    def _worth_keeping(self, saved: list[int]) -> list[int]:
+        """Without what a kill kept the run from removing: it would come and go at every look."""
+        if set(saved) <= self._sealed.keys():
+            return saved
+        scores = {**self._scores, **checkpoint.scores(self._folder)}
+        superfluous = checkpoint.superfluous({*saved, *self._sealed}, scores, self._keep)
+        return [step for step in saved if step not in superfluous]
+
+    def _send_log(self) -> None:
+        # The run may be adding to it: what is whole by now, at once.
+        state = self._state(runlog.FILE)
+        if state is not None and state != self._sent.get(runlog.FILE):
+            content = (self._folder / runlog.FILE).read_bytes()
+            self._store.write(runlog.FILE, content[: content.rfind(b"\n") + 1])
+            self._sent[runlog.FILE] = state
+
+    def _send_checkpoint(self, step: int) -> None:
+        folder = self._folder / checkpoint.FOLDER / str(step)
+        try:
+            seal = (folder / seals.FILE).read_bytes()
+            if self._sealed.get(step) == seal:
+                return
+            meta = checkpoint.read_meta(self._folder, step)
+        except (OSError, errors.CheckpointError):
+            return  # removed or replaced in this moment, or damaged: nothing to keep
+        self._unseal(step)
+        begin = f"{checkpoint.FOLDER}/{step}/"
+        names = [name for name in json.loads(seal) if name != seals.FILE]
+        try:
+            self._store.upload({f"{begin}{name}": folder / name for name in names})
+            unchanged = (folder / seals.FILE).read_bytes() == seal
+        except (OSError, errors.StoreError):
+            if folder.is_dir() and all((folder / name).is_file() for name in names):
+                raise
+            unchanged = False
+        self._lease.check()
+        if not unchanged:  # the run has removed or replaced it in the meantime
+            self._store.remove(f"{begin}{name}" for name in names)
+            return
+        self._store.write(_seal(step), seal)
+        self._sealed[step] = seal
+        self._scores[step] = checkpoint.score(meta)
+
+    def _unseal(self, step: int) -> None:
+        """From here on the store has no checkpoint of this step."""
+        if step in self._sealed:
+            self._store.remove([_seal(step)])
+            del self._sealed[step], self._scores[step]
+
+    def _send_changed(self, names: list[str]) -> None:
+        states = {name: self._state(name) for name in names}
+        changed = {
+            name: state
+            for name, state in states.items()
+            if state is not None and self._sent.get(name) != state
+        }
+        for name in list(changed):
+            entry = self._listed.pop(name, None)  # as it was when this process began
+            if entry is not None and entry.same_as(self._folder / name):
+                self._sent[name] = changed.pop(name)
+        try:
+            self._store.upload({name: self._folder / name for name in changed})
+        except (OSError, errors.StoreError):
+            if all(self._state(name) is not None for name in changed):
+                raise
+            return  # a file was replaced in this moment: the next look sends it
+        self._sent |= changed
+
+    def _state(self, name: str) -> tuple[int, int] | None:
+        try:
+            status = (self._folder / name).stat()
+        except OSError:
+            return None
+        return status.st_size, status.st_mtime_ns
+
+    def _plain_files(self) -> Iterator[str]:
+        """Names of what is neither hidden nor in a checkpoint."""
+        # Not rglob: it fails where a folder goes while it looks.
+        for root, folders, files in os.walk(self._folder):
+            folders[:] = [f for f in folders if f != checkpoint.FOLDER and not f.startswith(".")]
+            for name in files:
+                if not name.startswith(".") or name == run_folder.FINISHED:
+                    yield (Path(root) / name).relative_to(self._folder).as_posix()
+
+
+def _order(name: str) -> tuple[bool, str]:
+    return name != run_folder.CONFIG, name
+
+
+def _seal(step: int) -> str:
+    return f"{checkpoint.FOLDER}/{step}/{seals.FILE}"
+
+
+def _sealed(place: store.Store, listed: dict[str, store.Entry]) -> dict[int, bytes]:
+    """The seal of every checkpoint that the store has; what has none is removed."""
+    steps: dict[int, list[str]] = {}
+    for name in listed:
+        parts = name.split("/")
+        if parts[0] == checkpoint.FOLDER and len(parts) > 2 and parts[1].isdigit():
+            steps.setdefault(int(parts[1]), []).append(name)
+    found = {}
+    for step, names in steps.items():
+        if _seal(step) in names:
+            found[step] = place.read(_seal(step))
+        else:
+            place.remove(names)
+    return found
+
+
+def _disk(folder: Path) -> str | None:
+    """The name that this local copy gave itself when it was complete."""
+    return (folder / run_folder.LOCK).read_text(encoding="ascii") or None
+
+
+def _clear(folder: Path, whose: str | None) -> None:
+    """Makes place for what is in the store.
+
+    A copy with a name may hold what nobody else has, and is put aside; one without was not
+    complete, so that everything in it came from the store.
+    """
+    if whose is not None:
+        run_folder.put_aside(folder)
+    (folder / run_folder.LOCK).write_text("")
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != run_folder.LOCK:
+            path.unlink()
+
+
+def _put_aside(place: store.Store, url: str) -> None:
+    """Moves everything to another URL; seals go first, so that no half of a run is left."""
+    names = [name for name in place.list() if name != lease.FILE]
+    if names:
+        place.copy(names, url)
+        place.remove([name for name in names if name.endswith(f"/{seals.FILE}")])
+        place.remove(names)
+        logger.info("the old run is kept in %s", url)
+
+
+def attached(cfg: config.Config, folder: Path, restart: bool, host_count: int) -> Mirror | Nowhere:
+    """What keeps `output_dir` in step with its local folder.
+
+    Raises:
+        ConfigError: it is in a bucket, and there are several hosts.
+    """
+    url = cfg.output_dir
+    if not store.is_remote(url):
+        return Nowhere()
+    if host_count > 1:
+        raise errors.ConfigError(
+            f"output_dir {url} is in a bucket, which is for one host so far: give a folder that all"
+            " hosts see."
+        )
+    return Mirror(url, folder, cfg.train.save_total_limit, restart)

@@ -1,0 +1,106 @@
+"""Progress on standard error: a bar on a terminal, a plain line now and then in a log."""
+
+import sys
+import time
+from typing import Any, TextIO
+
+from flax_asr.console import terminal
+
+LINE_SECONDS = 30.0
+
+
+class Progress:
+    """Counts towards a total; use it in a `with` statement.
+
+    Args:
+        total: how many units there will be; None if nobody knows.
+        description: what is going on, one or two words.
+        unit: the name of what is counted.
+        initial: how many were done before this run.
+        stream: where to write; standard error by default.
+        line_seconds: time between two lines where the stream is not a terminal.
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        description: str,
+        unit: str,
+        *,
+        initial: int = 0,
+        stream: TextIO | None = None,
+        line_seconds: float = LINE_SECONDS,
+    ) -> None:
+        self.total = total
+        self.description = description
+        self.unit = unit
+        self.done = initial
+        self._initial = initial
+        self._stream = stream if stream is not None else sys.stderr
+        self._line_seconds = line_seconds
+        self._facts: dict[str, Any] = {}
+        self._bar = None
+
+    def __enter__(self) -> "Progress":
+        self._start = self._last_line = time.monotonic()
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.total,
+                desc=self.description,
+                unit=f" {self.unit}",
+                initial=self._initial,
+                file=self._stream,
+                dynamic_ncols=True,
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None and self.done > self._initial:
+            self._write_line()
+
+    def advance(self, n: int = 1, **facts: Any) -> None:
+        """Counts `n` more; `facts` are shown beside the count until others replace them."""
+        self.done += n
+        self._facts |= facts
+        if self._bar is not None:
+            if facts:
+                self._bar.set_postfix_str(self._facts_text(), refresh=False)
+            self._bar.update(n)
+        elif time.monotonic() - self._last_line >= self._line_seconds:
+            self._write_line()
+
+    def write(self, line: str) -> None:
+        """A line of text that does not break the bar."""
+        if self._bar is not None:
+            self._bar.write(terminal.plain(line), file=self._stream)
+        else:
+            terminal.show(line, self._stream)
+
+    def _write_line(self) -> None:
+        self._last_line = time.monotonic()
+        elapsed_seconds = max(self._last_line - self._start, 1e-9)
+        per_second = (self.done - self._initial) / elapsed_seconds
+        count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
+        parts = [f"{self.description}: {count} {self.unit}", f"{per_second:.3g}/s"]
+        if self.total is not None and self.done < self.total and per_second > 0:
+            parts.append(f"{_duration((self.total - self.done) / per_second)} left")
+        if self._facts:
+            parts.append(self._facts_text())
+        terminal.show(", ".join(parts), self._stream)
+
+    def _facts_text(self) -> str:
+        return ", ".join(f"{name} {_short(value)}" for name, value in self._facts.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"

@@ -1,0 +1,1 @@
+"""What an audio file says of its own length."""

@@ -1,0 +1,182 @@
+"""What a run will take after a first look at it: batches and updates, time, and room."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from flax_asr import audio, config, experiment, optim, partition, run_folder
+from flax_asr.data import buckets, pool
+from flax_asr.diagnosis import findings, survey, trial
+from flax_asr.estimate import forecast
+
+CHEAP_LAYERS = 2
+"""So many layers are trained in the cheap way out that is offered."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What there is to go by.
+
+    Attributes:
+        start: the model, with the vocabulary's size.
+        corpus: the clips whose length is known.
+        splits: all clips, by the name of their split.
+        shapes: padded samples of each bucket.
+        asked, devices, timed: the trial, and what came of it.
+        fresh_head: whether the head starts from random numbers.
+        machine: the facts of `host`.
+    """
+
+    start: experiment.Origin
+    corpus: experiment.Corpus
+    splits: Mapping[str, survey.Split]
+    shapes: tuple[int, ...]
+    asked: trial.Asked
+    devices: trial.Machine
+    timed: trial.Timed | pool.Failure | None
+    fresh_head: bool
+    machine: Mapping[str, Any]
+
+
+class Prognosis:
+    """Of one configuration.
+
+    Attributes:
+        facts: `batches`, `time` and `room`, for programs.
+        findings: what is worth saying about them.
+
+    Raises:
+        ConfigError: the batch does not fit the devices.
+    """
+
+    def __init__(self, cfg: config.Config, seen: Seen):
+        self.cfg = run_folder.resolve(cfg, seen.devices.count)
+        self.seen = seen
+        self.facts: dict[str, Any] = {}
+        self.findings: list[findings.Finding] = []
+        self._rows = seen.devices.count * self.cfg.train.per_device_train_batch_size
+        self._batches()
+        self._time()
+        self._room()
+
+    def _batches(self) -> None:
+        cfg, seen = self.cfg, self.seen
+        train = seen.corpus.train
+        plan = experiment.train_plan(cfg, train, seen.shapes, self._rows)
+        splits = [seen.splits[name] for name in cfg.data.train_splits]
+        usable = survey.usable(train, splits, cfg.data.max_train_clips)
+        updates_per_epoch = buckets.updates_per_epoch(
+            usable, plan.group_rows, plan.groups_per_update, plan.leaks
+        )
+        updates = experiment.total_updates(cfg.train, updates_per_epoch)
+        mean_seconds = float((train.samples / audio.SAMPLE_RATE_HZ).mean())
+        self.facts["batches"] = {
+            "train_clips": usable,
+            "train_hours": usable * mean_seconds / 3600,
+            "global_batch_size": cfg.train.global_batch_size,
+            "micro_batches_an_update": plan.groups_per_update,
+            "padding": plan.padding,
+            "updates_per_epoch": updates_per_epoch,
+            "updates": updates,
+            "epochs": updates / updates_per_epoch,
+        }
+        group_norm = seen.start.model_config.feat_extract_norm == "group"
+        self.findings += findings.batches(cfg, plan.padding, group_norm)
+        self.findings += findings.schedule(cfg, updates, seen.fresh_head)
+        self.findings += findings.precision(cfg.train.mixed_precision, seen.devices.platform)
+
+    def _work(self) -> forecast.Work:
+        cfg, seen, batches = self.cfg, self.seen, self.facts["batches"]
+        scored_samples = 0.0
+        if seen.corpus.eval is not None:
+            splits = [seen.splits[name] for name in cfg.data.eval_splits]
+            clips = survey.usable(seen.corpus.eval, splits, cfg.data.max_eval_clips)
+            times = math.ceil(batches["updates"] / cfg.train.eval_steps)
+            scored_samples = clips * float(seen.corpus.eval.samples.mean()) * times
+        trained_clips = batches["updates"] * cfg.train.global_batch_size
+        trained_samples = trained_clips * float(seen.corpus.train.samples.mean())
+        real = 1 - batches["padding"]
+        return forecast.Work(
+            model_config=seen.start.model_config,
+            model=cfg.model,
+            trained_samples=trained_samples / real,
+            scored_samples=scored_samples / real,
+            updates=batches["updates"],
+        )
+
+    def _time(self) -> None:
+        cfg, seen, work = self.cfg, self.seen, self._work()
+        timed, samples = seen.timed, seen.asked.samples
+        measured = isinstance(timed, trial.Timed)
+        if measured:
+            samples_per_second = self._rows * samples / timed.accumulate_seconds
+            seconds = work.measured(samples, samples_per_second, timed.update_seconds)
+        else:
+            # A second device of a CPU is the same CPU.
+            count = 1 if seen.devices.platform == "cpu" else seen.devices.count
+            seconds = work.at_least(samples, seen.devices.flops_per_second * count)
+        cheap = None
+        layers = seen.start.model_config.num_hidden_layers
+        if cfg.model.trainable_layers is None and layers > CHEAP_LAYERS:
+            cheap = seconds * work.share_with(CHEAP_LAYERS, samples)
+        self.facts["time"] = {
+            "measured": measured,
+            "update_on_samples": samples,
+            "whole_model": measured and timed.layers == layers,
+            "trial": timed._asdict() if timed is not None else None,
+            "seconds": seconds,
+            "days": seconds / 86400,
+            "cheap_trainable_layers": CHEAP_LAYERS if cheap is not None else None,
+            "cheap_days": cheap / 86400 if cheap is not None else None,
+        }
+        way_out = (CHEAP_LAYERS, cheap / 86400) if cheap is not None else None
+        self.findings += findings.duration(seconds / 86400, way_out, least=not measured)
+
+    def _room(self) -> None:
+        cfg, seen = self.cfg, self.seen
+        optimiser = optim.adamw(cfg.optim, optim.schedule(cfg.optim, 1))
+        state = jax.eval_shape(
+            lambda params: experiment.fresh_state(cfg, params, optimiser),
+            experiment.parameter_shapes(experiment.objective(cfg, seen.start)),
+        )
+        weights = _bytes((state.trainable, state.frozen))
+        checkpoint, gradients = _bytes(state), _bytes(state.trainable)
+        kept = checkpoint * (cfg.train.save_total_limit + 1)
+        prepared = 0
+        if not survey.is_prepared(cfg):
+            seconds = [split.seconds for split in seen.splits.values()]
+            prepared = sum(round(each * audio.SAMPLE_RATE_HZ * 2) for each in seconds)
+        temporary = seen.timed.temporary_bytes if isinstance(seen.timed, trial.Timed) else 0
+        layout = experiment.layout(cfg, state, seen.devices.count)
+        held = partition.device_bytes(state, layout.state, seen.devices.count)
+        per_device = held + gradients + temporary
+        self.facts["room"] = {
+            "parameters": weights // 4,
+            "trained_parameters": gradients // 4,
+            "checkpoint_bytes": checkpoint,
+            "checkpoints_bytes": kept,
+            "export_bytes": weights,
+            "prepared_bytes": prepared,
+            "device_bytes": per_device,
+        }
+        disk, memory = seen.machine["disk"], seen.machine["memory_bytes"]
+        need = {"output_dir": kept + weights, "prepared": prepared}
+        if disk["output_dir"]["device"] == disk["prepared"]["device"]:
+            need = {"output_dir": kept + weights + prepared}
+        for name, count in need.items():
+            free = disk[name]["free_bytes"]
+            self.findings += findings.room(count, free, f"disk of {disk[name]['path']}", True)
+        of_device = seen.devices.memory_bytes
+        if of_device is not None:
+            self.findings += findings.room(per_device, of_device, "memory of a device", True)
+        elif seen.devices.platform == "cpu":
+            self.findings += findings.room(per_device, memory, "memory of this machine", True)
+
+
+def _bytes(tree: PyTree) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -1,0 +1,1 @@
+"""What a run computes, takes and costs, before it is made."""

@@ -1,0 +1,116 @@
+"""Joining the other hosts, where there are several: one process each, the same command on all."""
+
+import logging
+import os
+import threading
+from typing import Any
+
+import jax
+
+from flax_asr import errors
+from flax_asr.hosts import stopping
+
+JOINING_SECONDS = 300
+"""How long a host waits for the last one to start."""
+
+LOST_SECONDS = 100
+"""After so long without a sign of life from a host JAX ends the others by itself."""
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join() -> None:
+    """Joins the other hosts, if there are any; to be called before JAX is asked for its devices.
+
+    `JAX_COORDINATOR_ADDRESS` (HOST:PORT of the first host), `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` name them; else JAX looks whether this is a TPU pod, a job of Slurm or Open MPI
+    with several tasks, or an indexed job of Kubernetes. Where it is none, nothing happens.
+
+    Raises:
+        ConfigError: the variables are not complete, or the address cannot be used.
+    """
+    if jax.distributed.is_initialized():
+        return
+    named = _named()
+    if not named and not _may_have_others():
+        return
+    # JAX's own end of patience is an abort with a page of addresses.
+    patience = threading.Timer(JOINING_SECONDS, _give_up)
+    patience.daemon = True
+    patience.start()
+    # Its handler of SIGTERM and ours would overwrite each other, and ours knows SIGINT too.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **named,
+            local_device_ids=_all_gpus_of_a_node(),
+            initialization_timeout=2 * JOINING_SECONDS,
+            heartbeat_timeout_seconds=LOST_SECONDS,
+        )
+    except ValueError:
+        if named:
+            raise
+        return  # JAX has looked, and there are no others.
+    except RuntimeError as error:
+        raise errors.ConfigError(
+            f"this host cannot join the others: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        patience.cancel()
+    if jax.process_index() > 0:
+        # What concerns all is said by the first.
+        logging.getLogger("flax_asr").setLevel(logging.WARNING)
+
+
+def _give_up() -> None:
+    stopping.say(
+        f"the hosts have not come together within {JOINING_SECONDS} seconds: start the same command"
+        " on all of them; the first one (process 0) must be reachable by the others."
+    )
+    os._exit(stopping.STATUS)
+
+
+def _named() -> dict[str, Any]:
+    """What the environment says, as arguments of `jax.distributed.initialize`."""
+    found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    if not found:
+        return {}
+    missing = [name for name in _VARIABLES if name not in found]
+    if missing:
+        raise errors.ConfigError(
+            f"{' and '.join(found)} without {' and '.join(missing)}: set all three, or none."
+        )
+    address, count, index = found.values()
+    if not address.rpartition(":")[2].isdecimal():
+        raise errors.ConfigError(f"JAX_COORDINATOR_ADDRESS {address!r} is not HOST:PORT.")
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        raise errors.ConfigError(
+            f"JAX_PROCESS_ID {index!r} is not a number from 0 to one below JAX_NUM_PROCESSES"
+            f" {count!r}."
+        )
+    return {
+        "coordinator_address": address,
+        "num_processes": int(count),
+        "process_id": int(index),
+    }
+
+
+def _may_have_others() -> bool:
+    """Whether JAX is to look: not for a single task, nor in a pod that is no part of a job."""
+    for tasks in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if tasks in os.environ:
+            return int(os.environ[tasks]) > 1
+    in_a_job = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
+    return in_a_job or _on_a_tpu_vm()
+
+
+def _on_a_tpu_vm() -> bool:
+    # No public name: JAX has found chips and their library.
+    return jax._src.cloud_tpu_init.running_in_cloud_tpu_vm
+
+
+def _all_gpus_of_a_node() -> list[int] | None:
+    """Of Slurm's only task on its node: JAX would give it the first GPU alone."""
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    alone = os.environ.get("SLURM_NTASKS") == os.environ.get("SLURM_NNODES")
+    return list(range(int(gpus))) if alone and gpus.isdecimal() else None

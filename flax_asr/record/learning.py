@@ -1,0 +1,148 @@
+"""Is it learning? What the losses and blanks of a run say, in words.
+
+A model with a fresh head soon finds that writing nothing is the cheapest answer, and stays there
+until it begins to listen: the blank plateau. Its loss is known before the run (forecast.py), so
+that a run which sits there, never gets there or falls back can be told from one that learns.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax_asr.estimate import forecast
+
+logger = logging.getLogger(__name__)
+
+BEGINNING, PLATEAU, LEARNING, DIVERGING = (
+    "before the blank plateau",
+    "on the blank plateau",
+    "learning",
+    "diverging",
+)
+NEAR = 1.25
+"""Of the plateau's loss: dropout and masks make it a little worse than a perfect unigram model."""
+SILENT = 0.1
+"""Of the share of frames that the transcripts would fill: a model that writes less is silent."""
+PATIENCE = 0.2
+"""Of the run: so long on the plateau is worth a word."""
+
+
+class Watch:
+    """Names the phase of a run at each line of its log, and says when it changes.
+
+    Args:
+        expected: the losses of the training clips.
+        fresh_head: whether the run begins with a head that knows nothing.
+        updates: of the whole run.
+        history: the events of the log so far.
+    """
+
+    def __init__(
+        self,
+        expected: forecast.Losses,
+        fresh_head: bool,
+        updates: int,
+        history: Sequence[Mapping[str, Any]],
+    ):
+        self._expected, self._fresh_head, self._updates = expected, fresh_head, updates
+        self.phase: str | None = None
+        self._since, self._warned = 0, False
+        for event in history:
+            if "phase" in event:
+                self._move(event["phase"], event["step"])
+
+    def expectations(self) -> dict[str, float]:
+        """The first event of the log: what is known before the first update."""
+        first = {"expected_first_loss": self._expected.first} if self._fresh_head else {}
+        return {
+            name: round(value, 4)
+            for name, value in (
+                first
+                | {
+                    "plateau_loss": self._expected.plateau,
+                    "unigram_entropy": self._expected.unigram_entropy,
+                }
+            ).items()
+        }
+
+    def facts(self) -> dict[str, str]:
+        """For the progress bar."""
+        return {} if self.phase is None else {"model": self.phase}
+
+    def look(self, step: int, figures: Mapping[str, float]) -> dict[str, str]:
+        """Judges a line of the log; what is added to it.
+
+        Args:
+            step: updates done.
+            figures: at least `loss` and `blank_fraction`, means since the last line.
+        """
+        before, waited = self.phase, step - self._since
+        self._move(self._judge(figures["loss"], figures["blank_fraction"]), step)
+        said = {
+            BEGINNING: self._beginning,
+            PLATEAU: self._plateau,
+            LEARNING: self._learning,
+            DIVERGING: self._diverging,
+        }
+        if self.phase != before:
+            logger.info("step %d: %s", step, said[self.phase](figures, before, waited))
+        elif self.phase == PLATEAU and self._overdue(step, figures):
+            logger.warning(
+                "step %d: still on the blank plateau after %d of %d updates, with a learning rate"
+                " of %.2g. If the loss does not fall: a rate three times as high or as low, a"
+                " longer optim.warmup_steps, more updates, or fewer masks (mask_time_prob).",
+                step,
+                step - self._since,
+                self._updates,
+                figures["learning_rate"],
+            )
+        return {"phase": self.phase}
+
+    def _move(self, phase: str, step: int) -> None:
+        if phase != self.phase:
+            self.phase, self._since, self._warned = phase, step, False
+
+    def _overdue(self, step: int, figures: Mapping[str, float]) -> bool:
+        """Once for each stay."""
+        late = not self._warned and step - self._since >= PATIENCE * self._updates
+        self._warned |= late
+        return late
+
+    def _judge(self, loss: float, blank_fraction: float) -> str:
+        expected = self._expected
+        if loss > 2 * max(expected.first, expected.plateau):
+            return DIVERGING
+        # In fp16 the first updates may all be skipped, until the loss scale fits.
+        if not math.isfinite(loss) or loss > NEAR * expected.plateau:
+            return BEGINNING if self.phase in (None, BEGINNING) else DIVERGING
+        return PLATEAU if 1 - blank_fraction < SILENT * expected.token_share else LEARNING
+
+    def _beginning(self, figures, before, waited) -> str:
+        if not math.isfinite(figures["loss"]):
+            return "before the blank plateau: no update was finite yet"
+        return (
+            f"before the blank plateau: the loss, {figures['loss']:.4g}, is on its way from about"
+            f" {self._expected.first:.4g} to about {self._expected.plateau:.4g}"
+        )
+
+    def _plateau(self, figures, before, waited) -> str:
+        what = (
+            f"a loss near {self._expected.plateau:.4g} is that of a model which writes nothing and"
+            " only knows how common each character is (unigram entropy"
+            f" {self._expected.unigram_entropy:.4g} nats)"
+        )
+        if before == LEARNING:
+            return f"fell back to the blank plateau: {what}; optim.learning_rate may be too high"
+        return f"on the blank plateau: {what}; usual until it begins to listen"
+
+    def _learning(self, figures, before, waited) -> str:
+        written = 1 - figures["blank_fraction"]
+        left = f"left the blank plateau after {waited} updates" if before == PLATEAU else "learning"
+        return f"{left}: it writes on {written:.1%} of the frames, loss {figures['loss']:.4g}"
+
+    def _diverging(self, figures, before, waited) -> str:
+        return (
+            f"diverging: the loss, {figures['loss']:.4g}, is worse than that of a model which says"
+            f" nothing ({self._expected.plateau:.4g}); optim.learning_rate is probably too high"
+        )

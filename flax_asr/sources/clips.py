@@ -1,0 +1,117 @@
+"""What a corpus is made of, wherever it lies: clips in named splits."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flax_asr import errors
+from flax_asr.sources import tables
+
+# The order in which splits are listed; other tables of a release that hold clips come after them.
+_SPLITS = ("train", "dev", "validation", "test", "validated", "invalidated", "other")
+_ALIASES = {"dev": "validation", "validation": "dev"}
+# Facts and the columns that held them over the years, newest first.
+FACTS = {
+    "speaker": ("client_id", "speaker", "speaker_id"),
+    "age": ("age",),
+    "gender": ("gender",),
+    "accent": ("accents", "accent"),
+}
+
+
+MOST_BYTES = 256 * 2**20
+"""Larger contents are no clips: ten minutes of the densest MP3 take 24 MB, of 48 kHz WAV 60 MB."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Clip:
+    """One recording and what is known of it. Unknown facts are empty strings.
+
+    Attributes:
+        id: its file name, or its place in the source: unique and the same in every run.
+        sentence: the transcript as it was written.
+        audio: the audio file; None where the bytes are given.
+        audio_bytes: the audio file's content; None where its path is given.
+        refused: why the clip cannot be used, where the source itself says so; then there is
+            neither path nor content.
+    """
+
+    id: str
+    sentence: str
+    audio: str | None = None
+    audio_bytes: bytes | None = None
+    speaker: str = ""
+    age: str = ""
+    gender: str = ""
+    accent: str = ""
+    refused: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A corpus: named splits that can be read any number of times, always in the same order.
+
+    Attributes:
+        name: where it lies, for messages and reports.
+        release: which release it is, as far as its names tell.
+        readers: for each split what makes a fresh iterator.
+    """
+
+    name: str
+    release: str
+    readers: Mapping[str, Callable[[], Iterator[Clip]]]
+
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits, train first."""
+        known = [split for split in _SPLITS if split in self.readers]
+        return (*known, *sorted(set(self.readers) - set(known)))
+
+    def read(self, split: str) -> Iterator[Clip]:
+        """The clips of a split. "dev" and "validation" are two names of one split.
+
+        Raises:
+            errors.DataError: there is no such split, or it has no clips.
+        """
+        alias = _ALIASES.get(split, split)
+        found = split if split in self.readers else alias
+        if found not in self.readers:
+            raise errors.DataError(
+                f"{self.name}: no split {split!r}; it has {', '.join(self.splits())}"
+            )
+        return self._clips(found)
+
+    def _clips(self, split: str) -> Iterator[Clip]:
+        empty = True
+        for clip in self.readers[split]():
+            empty = False
+            yield clip
+        if empty:
+            raise errors.DataError(f"{self.name}: the split {split!r} has no clips")
+
+
+def from_row(row: Mapping[str, Any], id: str, column: str, **audio: Any) -> Clip:
+    """A record from a row's columns; a sentence that is no text becomes an empty one."""
+    sentence = row.get(column)
+    facts = {}
+    for fact, columns in FACTS.items():
+        values = (row[name] for name in columns if name in row)
+        facts[fact] = next((str(value) for value in values if value not in (None, "")), "")
+    if tables.EXTRA in row:
+        audio = {"refused": str(row[tables.EXTRA])}
+    return Clip(id, sentence if isinstance(sentence, str) else "", **audio, **facts)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays under the folder it is relative to."""
+    parts = pathlib.PurePosixPath(name.replace("\\", "/")).parts
+    return bool(parts) and parts[0] != "/" and ".." not in parts and "\0" not in name
+
+
+def release_name(path: pathlib.PurePath) -> str:
+    """The part of a path that names a release, else its last part."""
+    for part in reversed(path.parts):
+        if found := re.search(r"cv-corpus-[\w.-]+?(?=\.tar|\.tgz|$)", part):
+            return found.group()
+    return path.name

@@ -1,0 +1,173 @@
+"""Corpora in parquet files, on the Hugging Face hub, or saved by its `datasets` library."""
+
+import dataclasses
+import functools
+import glob
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flax_asr import errors
+from flax_asr.sources import clips, tables
+
+
+def _split_of(file: pathlib.PurePath) -> str:
+    """The split of train-00000-of-00004.parquet, train.parquet and train/0000.parquet: train."""
+    stem = re.sub(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{8,})?$", "", file.stem)
+    if stem in ("", "part", "data", "shard"):
+        stem = file.parent.name or "train"
+    return stem
+
+
+def parquet(pattern: str, column: str) -> clips.Source:
+    """Parquet files as the hub holds them: `audio` with bytes and path, the transcript's column.
+
+    Args:
+        pattern: a shell pattern; `**` stands for any folders. Each file's name tells its split.
+        column: the column of the transcript.
+
+    Raises:
+        errors.DataError: nothing matches, or a file is damaged or lacks a column.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    if not files:
+        raise errors.DataError(f"parquet:{pattern}: no file matches")
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        try:
+            names = pq.read_schema(file).names
+        except (pa.ArrowException, OSError) as error:
+            raise errors.DataError(f"{file}: not a parquet file: {error}") from None
+        tables.need(file, names, ("audio", column))
+        splits.setdefault(_split_of(pathlib.PurePath(file)), []).append(file)
+    readers = {
+        split: functools.partial(_parquet_clips, files, split, column)
+        for split, files in splits.items()
+    }
+    folder = pathlib.PurePath(files[0]).parent
+    return clips.Source(f"parquet:{pattern}", clips.release_name(folder), readers)
+
+
+def _parquet_clips(files: list[str], split: str, column: str) -> Iterator[clips.Clip]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    unique = _Unique(split)
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as table:
+                facts = [name for names in clips.FACTS.values() for name in names]
+                wanted = ["audio", "path", column, *facts]
+                columns = [name for name in table.schema_arrow.names if name in wanted]
+                for batch in table.iter_batches(batch_size=32, columns=columns):
+                    for row in batch.to_pylist():
+                        yield unique(_record(row, column, pathlib.Path(file).parent))
+        except (pa.ArrowException, OSError) as error:
+            raise errors.DataError(f"{file}: damaged: {error}") from None
+
+
+class _Unique:
+    """Gives a clip its number for a name where it has none, or one that an earlier clip has.
+
+    File names in such corpora often stand in different folders that nobody wrote down.
+    """
+
+    def __init__(self, split: str):
+        self._split = split
+        self._count = 0
+        self._seen: set[str] = set()
+
+    def __call__(self, clip: clips.Clip) -> clips.Clip:
+        if not clip.id or clip.id in self._seen:
+            clip = dataclasses.replace(clip, id=f"{self._split}-{self._count}")
+        self._seen.add(clip.id)
+        self._count += 1
+        return clip
+
+
+def _record(row: Mapping[str, Any], column: str, folder: pathlib.Path | None) -> clips.Clip:
+    """A clip from a row whose `audio` is bytes, a path, or the hub's pair of both."""
+    audio = row["audio"]
+    if not isinstance(audio, Mapping):
+        is_path = isinstance(audio, str)
+        audio = {"bytes": None if is_path else audio, "path": audio if is_path else None}
+    if not {"bytes", "path"} <= audio.keys():
+        return clips.from_row(row, "", column, refused="its audio is neither bytes nor a path")
+    content, path = audio["bytes"], audio["path"]
+    named = path or row.get("path")
+    id = named if isinstance(named, str) else ""
+    if not clips.is_inside(id) or "://" in id:
+        id = pathlib.PurePosixPath(id).name
+    if isinstance(content, bytes):
+        return clips.from_row(row, id, column, audio_bytes=content)
+    if not path:
+        return clips.from_row(row, id, column, refused="neither audio bytes nor a path")
+    if folder is None:
+        return clips.from_row(row, id, column, audio=path)
+    if not clips.is_inside(path):
+        return clips.from_row(row, id, column, refused=f"the path {path!r} leads out of the folder")
+    return clips.from_row(row, id, column, audio=str(folder / path))
+
+
+def dataset(name: str, column: str) -> clips.Source:
+    """A dataset of the hub or a local one, streamed; or a folder that `save_to_disk` wrote.
+
+    Args:
+        name: NAME or NAME:CONFIG, where NAME may be a local folder.
+        column: the column of the transcript.
+
+    Raises:
+        errors.DataError: it cannot be opened or lacks a column.
+    """
+    import datasets
+
+    name, _, config = name.partition(":")
+    folder = pathlib.Path(name).expanduser()
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(folder))
+            if not isinstance(loaded, Mapping):
+                loaded = {str(loaded.split or "train"): loaded}
+            release = folder.name
+        else:
+            source = str(folder) if folder.exists() else name
+            builder = datasets.load_dataset_builder(source, config or None)
+            loaded = builder.as_streaming_dataset()
+            release = f"{name}@{builder.hash}" if builder.hash else name
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise errors.DataError(f"hf:{name}: cannot be opened: {error}") from None
+    readers = {}
+    for split, table in loaded.items():
+        # A stream of CSV or JSON lines has no columns before its first row.
+        columns = list(table.column_names or next(iter(table), {}))
+        tables.need(f"hf:{name}, split {split}", columns, ("audio", column))
+        if table.features and isinstance(table.features["audio"], datasets.Audio):
+            table = table.cast_column("audio", datasets.Audio(decode=False))
+        readers[str(split)] = functools.partial(_hub_clips, f"hf:{name}", split, table, column)
+    return clips.Source(f"hf:{name}", release, readers)
+
+
+def _hub_clips(name: str, split: str, table: Any, column: str) -> Iterator[clips.Clip]:
+    import datasets
+    import fsspec
+
+    try:
+        unique = _Unique(split)
+        for row in table:
+            clip = unique(_record(row, column, None))
+            if clip.audio is not None and "://" in clip.audio:
+                with fsspec.open(clip.audio, "rb") as stream:
+                    content = stream.read(clips.MOST_BYTES + 1)
+                clip = dataclasses.replace(clip, audio=None, audio_bytes=content)
+                if len(content) > clips.MOST_BYTES:
+                    clip = dataclasses.replace(
+                        clip, audio_bytes=None, refused=f"over {clips.MOST_BYTES} bytes are no clip"
+                    )
+            yield clip
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise errors.DataError(f"{name}, split {split}: reading stopped: {error}") from None

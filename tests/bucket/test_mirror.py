@@ -458,7 +458,7 @@ def test_local_copies_lie_apart(monkeypatch, tmp_path):
 def refused(statement: str, **environment: str) -> str:
     """The message of a fresh process that opens a store."""
     code = (
-        f"{statement}\nfrom flax_asr import errors, store\n"
+        f"{statement}\nfrom flax_asr import errors\nfrom flax_asr.bucket import store\n"
         "try: store.Store('gs://bucket/run').list()\n"
         "except errors.StoreError as error: print(error)"
     )

@@ -89,7 +89,7 @@ def test_a_wrong_environment_is_refused(joined, change, message):
 
 def _alone(environment: dict[str, str]) -> subprocess.CompletedProcess:
     code = (
-        "from flax_asr import cluster; cluster.JOINING_SECONDS = 2; cluster.join();"
+        "from flax_asr.hosts import cluster; cluster.JOINING_SECONDS = 2; cluster.join();"
         "import jax; print(jax.distributed.is_initialized(), jax.process_count())"
     )
     return subprocess.run(

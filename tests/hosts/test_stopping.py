@@ -11,7 +11,7 @@ from flax_asr.hosts import stopping
 
 SCRIPT = """
 import contextlib, os, signal, sys, time
-from flax_asr import stopping
+from flax_asr.hosts import stopping
 deferred, signals = sys.argv[1] == "deferred", sys.argv[2].split(",")
 with stopping.Stop() as stop, stop.deferred() if deferred else contextlib.nullcontext():
     for name in signals:

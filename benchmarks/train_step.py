@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, experiment, optim, parallel
+from flax_asr import config, experiment, optim, origins, parallel
 from flax_asr.data import buckets, loader
 
 QUIET = dict.fromkeys(
@@ -86,7 +86,7 @@ class Ours:
         devices: parallel.Devices | None = None,
     ):
         self.devices = parallel.Devices(jax.devices()[:1]) if devices is None else devices
-        objective = experiment.objective(cfg, experiment.Origin(model, None, None, True, True, {}))
+        objective = experiment.objective(cfg, origins.Origin(model, None, None, True, True, {}))
         learning_rate = optim.schedule(cfg.optim, 1000)
         optimiser = optim.adamw(cfg.optim, learning_rate)
         fresh = experiment.fresh_state(cfg, params, optimiser)

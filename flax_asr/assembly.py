@@ -9,7 +9,19 @@ from typing import Any
 import jax
 
 import flax_asr
-from flax_asr import checkpoint, compat, config, experiment, optim, parallel, run_folder, step, text
+from flax_asr import (
+    checkpoint,
+    compat,
+    config,
+    corpora,
+    experiment,
+    optim,
+    origins,
+    parallel,
+    run_folder,
+    step,
+    text,
+)
 from flax_asr.console import progress
 from flax_asr.estimate import forecast
 from flax_asr.hosts import multihost
@@ -36,8 +48,8 @@ class Assembly:
     def __init__(self, cfg: config.Config, devices: parallel.Devices, past: checkpoint.Meta | None):
         self.cfg, self.devices, self.past = cfg, devices, past
         self.group_rows = run_folder.group_rows(cfg, devices.count, past)
-        start = experiment.origin(cfg.model) if past is None else experiment.resumed_origin(past)
-        self.corpus = experiment.corpus(cfg, start)
+        start = origins.read(cfg.model) if past is None else origins.resumed(past)
+        self.corpus = corpora.prepared(cfg, start)
         if past is None:
             start, self._params = experiment.initial_model(cfg, start, self.corpus)
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import flax_asr
-from flax_asr import checkpoint, config, text
+from flax_asr import checkpoint, config, scoring, text
 from flax_asr.console import terminal
 from flax_asr.record import curves, lineage, runlog
 
@@ -123,22 +123,6 @@ def _early_stop(saved: checkpoint.SavedModel, history: Sequence[Mapping[str, Any
     )
 
 
-def scoring_rule(normalization: Any, spaced: bool, padded: bool = False) -> str:
-    """How a score came about, in one line: two scores with the same line can be compared."""
-    steps = ", ".join(
-        step if isinstance(step, str) else ": ".join(map(str, next(iter(step.items()))))
-        for step in normalization
-    )
-    return "; ".join(
-        [
-            "greedy, " + ("padded frames too" if padded else "real frames only"),
-            "CER over code points, spaces " + ("counted" if spaced or padded else "not counted"),
-            "an unknown character is " + ('written "[UNK]"' if padded else "one error"),
-            f"normalisation: {steps or 'none'}",
-        ]
-    )
-
-
 def versions() -> dict[str, str]:
     """Of everything that has a say in the numbers, as it is installed."""
     found = {"flax_asr": flax_asr.__version__, "Python": platform.python_version()}
@@ -214,7 +198,7 @@ def _padded(scores: Mapping[str, Mapping[str, float]]) -> bool:
 def _rule(
     saved: checkpoint.SavedModel, cfg: config.Config, scores: Mapping[str, Mapping[str, float]]
 ) -> str:
-    return scoring_rule(saved.normalization, _spaced(cfg), _padded(scores))
+    return scoring.rule(saved.normalization, _spaced(cfg), _padded(scores))
 
 
 def _metadata(

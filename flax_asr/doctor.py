@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, config, errors, experiment, vocabulary
+from flax_asr import audio, config, corpora, errors, experiment, origins, vocabulary
 from flax_asr.console import results, terminal
 from flax_asr.data import buckets, examples, pool
 from flax_asr.diagnosis import (
@@ -130,11 +130,11 @@ class Examination:
         except errors.FlaxAsrError as error:
             self.findings.append(findings.Finding(part, 1.0, str(error), fatal=True))
 
-    def _origin(self) -> experiment.Origin:
+    def _origin(self) -> origins.Origin:
         with self._noting("model"):
             return workload.origin(self.cfg.model)
         # So that the data can be judged all the same; frames are those of every wav2vec 2.0 model.
-        return experiment.Origin(Wav2Vec2Config(), None, None, True, True, {})
+        return origins.Origin(Wav2Vec2Config(), None, None, True, True, {})
 
     def _splits(self, splits: dict[str, survey.Split]) -> None:
         data = self.cfg.data
@@ -165,13 +165,11 @@ class Examination:
                 {name: len(split.audio_keys) for name, split in others.items()},
             )
 
-    def _corpus(
-        self, start: experiment.Origin, splits: dict[str, survey.Split]
-    ) -> experiment.Corpus:
-        """As `experiment.corpus`, of the clips whose length is known."""
+    def _corpus(self, start: origins.Origin, splits: dict[str, survey.Split]) -> corpora.Corpus:
+        """As `corpora.prepared`, of the clips whose length is known."""
         for split in splits.values():
             survey.require_clips(split)
-        corpus = experiment.gather(
+        corpus = corpora.gather(
             self.cfg,
             start,
             splits,
@@ -183,7 +181,7 @@ class Examination:
         self._text(corpus, sentences, "".join(map(corpus.normalizer, sentences)))
         return corpus
 
-    def _text(self, corpus: experiment.Corpus, sentences: list[str], written: str) -> None:
+    def _text(self, corpus: corpora.Corpus, sentences: list[str], written: str) -> None:
         step = max(1, len(sentences) // _MOST_REPORTED)
         changes = corpus.normalizer.report(sentences[::step])
         counts = Counter(written)
@@ -213,7 +211,7 @@ class Examination:
             drawn = spectrograms.draw(Path(self.pictures), recordings)
             self.facts["spectrograms"] = [str(path) for path in drawn]
 
-    def _shapes(self, start: experiment.Origin, corpus: experiment.Corpus) -> trial.Asked:
+    def _shapes(self, start: origins.Origin, corpus: corpora.Corpus) -> trial.Asked:
         cfg = self.cfg
         train = corpus.train
         shapes = experiment.shapes(cfg, start.model_config, [train], cfg.data.augment.fastest)
@@ -289,7 +287,7 @@ class Examination:
         return devices, timed
 
 
-def _sized(start: experiment.Origin, found: vocabulary.Vocabulary) -> experiment.Origin:
+def _sized(start: origins.Origin, found: vocabulary.Vocabulary) -> origins.Origin:
     sizes = {"vocab_size": found.size, "pad_token_id": found.blank}
     return dataclasses.replace(
         start, model_config=Wav2Vec2Config(**(start.model_config.to_dict() | sizes))

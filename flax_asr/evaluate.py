@@ -1,7 +1,4 @@
-"""One pass over examples -> loss, WER and CER, with their uncertainty.
-
-Of a clip only five numbers are kept; what was said and what was heard goes straight to a file.
-"""
+"""One pass over examples: every clip is scored once, what was said and heard goes to a file."""
 
 import contextlib
 import dataclasses
@@ -9,17 +6,15 @@ import functools
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from flax_asr import (
     alignment,
-    card,
     config,
     errors,
     experiment,
@@ -27,6 +22,7 @@ from flax_asr import (
     metrics,
     parallel,
     run_folder,
+    scoring,
     step,
     text,
     vocabulary,
@@ -43,142 +39,6 @@ Forward = Callable[[loader.Batch], Sequence[np.ndarray]]
 _NO_CHARACTER = "\uffff"
 """Stands for the unknown token where errors are counted: one character, and a wrong one."""
 
-FACTS = ("gender", "age", "accent")
-"""What Common Voice may know about a speaker, and scores are told apart by."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Errors for each unit, with the bounds of its 95 % interval over clips."""
-
-    counts: metrics.ErrorCounts
-    low: float
-    high: float
-
-    @property
-    def value(self) -> float:
-        return self.counts.rate
-
-
-@dataclass(frozen=True)
-class PaddedScores:
-    """What the scripts of 2022 gave for the same outputs; they read the padding too."""
-
-    wer: Rate
-    cer: Rate
-
-
-@dataclass(frozen=True)
-class GroupScores:
-    """The clips of which a fact has this value."""
-
-    fact: str
-    value: str
-    clips: int
-    cer: float
-    wer: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a model does on a set of clips.
-
-    Attributes:
-        loss: mean over the clips that have an alignment, in the unit that training minimises.
-        wer, cer: of all clips together.
-        clips: how many were scored.
-        infeasible: how many of them have no alignment, and so an infinite loss.
-        blank_fraction: share of the real frames where nothing is written.
-        groups: the same by gender, age and accent, where that is known.
-        spaced: whether the language separates words, so that spaces count and WER has a meaning.
-        release, hash: of the clips, as in `examples.Examples`.
-        rule: how the error rates came about.
-        padded: scored as the scripts of 2022 did, where that was asked for.
-    """
-
-    loss: float
-    wer: Rate
-    cer: Rate
-    clips: int
-    infeasible: int
-    blank_fraction: float
-    groups: tuple[GroupScores, ...]
-    spaced: bool
-    release: str
-    hash: str
-    rule: str
-    padded: PaddedScores | None = None
-
-    def as_metrics(self, prefix: str) -> dict[str, float | str]:
-        """The figures as the log spells them: `PREFIX_loss`, `PREFIX_wer`, `PREFIX_cer`, ...
-
-        Where padded ones were asked for, these are the error rates, and those over real frames
-        stand beside them as `PREFIX_real_wer` and `PREFIX_real_cer`.
-        """
-        wer, cer = (self.wer, self.cer) if self.padded is None else vars(self.padded).values()
-        figures = {
-            "loss": self.loss,
-            "wer": wer.value,
-            "cer": cer.value,
-            "clips": self.clips,
-            "cer_low": cer.low,
-            "cer_high": cer.high,
-            "wer_low": wer.low,
-            "wer_high": wer.high,
-            "infeasible_clips": self.infeasible,
-            "blank_fraction": round(self.blank_fraction, 4),
-            "release": self.release,
-            "hash": self.hash,
-            "rule": self.rule,
-        }
-        if self.padded is not None:
-            figures |= {"real_wer": self.wer.value, "real_cer": self.cer.value}
-        return {f"{prefix}_{name}": value for name, value in figures.items()}
-
-    def describe(self, name: str) -> str:
-        """A line for people, and one that says what was scored and how."""
-        parts = [
-            f"{name} CER {self.cer.value:.4f} (95 %: {self.cer.low:.4f} to {self.cer.high:.4f})",
-            f"WER {self.wer.value:.4f}" + ("" if self.spaced else " (says little: no spaces)"),
-            f"loss {self.loss:.4f}",
-            f"{self.clips} clips",
-            f"{self.blank_fraction:.0%} blank",
-        ]
-        if self.infeasible:
-            parts.append(f"{self.infeasible} clips without an alignment are not in the loss")
-        if self.padded is not None:
-            parts.append(
-                "as the scripts of 2022 scored, with padded frames:"
-                f" CER {self.padded.cer.value:.4f}, WER {self.padded.wer.value:.4f}"
-            )
-        return f"{', '.join(parts)}\n  {self.release}, {self.hash[:16]}; {self.rule}"
-
-    def table(self) -> str:
-        """Groups of speakers, one a line; "" where nothing is known about them."""
-        return "\n".join(
-            f"  {g.fact:<7} {g.value[:40]:<40} {g.clips:>6} clips  CER {g.cer:.4f}  WER {g.wer:.4f}"
-            for g in self.groups
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Counts:
-    """Of each row; written by row, so that no row can count twice."""
-
-    losses: Float[np.ndarray, " rows"]
-    characters: Int[np.ndarray, "rows 2"]
-    words: Int[np.ndarray, "rows 2"]
-    frames: Int[np.ndarray, "rows 2"]
-    padded_characters: Int[np.ndarray, "rows 2"]
-    padded_words: Int[np.ndarray, "rows 2"]
-
-    @classmethod
-    def empty(cls, rows: int) -> "_Counts":
-        return cls(
-            np.full(rows, np.nan),
-            *(np.full((rows, 2), -1, np.int32) for _ in range(5)),
-        )
-
 
 def score(
     forward: Forward,
@@ -193,7 +53,7 @@ def score(
     predictions: Path | None = None,
     speakers: bool = False,
     padded: bool = False,
-) -> Scores:
+) -> scoring.Scores:
     """Scores every example once.
 
     Args:
@@ -213,7 +73,7 @@ def score(
             are "[UNK]" there, which the model can say.
     """
     spaced = not text.writes_without_spaces(language)
-    counts = _Counts.empty(len(data))
+    counts = scoring.Counts.empty(len(data))
     host, hosts = jax.process_index(), jax.process_count()
     with (
         loader.evaluation(data, plan, host, hosts, tokens=tokens) as batches,
@@ -254,8 +114,8 @@ def score(
                     line |= {"speaker": data.facts(row)["speaker"]} if speakers else {}
                     lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             bar.advance(int(real.sum()))
-    rule = card.scoring_rule(normalization, spaced, padded)
-    return _summary(counts, data, spaced, padded, rule, seed)
+    rule = scoring.rule(normalization, spaced, padded)
+    return scoring.summary(counts, data, spaced, padded, rule, seed)
 
 
 @contextlib.contextmanager
@@ -272,59 +132,6 @@ def _lines(path: Path | None) -> Iterator[TextIO | None]:
         unfinished.replace(path)
     except OSError as error:
         raise errors.CheckpointError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-def _summary(
-    counts: _Counts, data: examples.Examples, spaced: bool, padded: bool, rule: str, seed: int
-) -> Scores:
-    aligned = ~np.isposinf(counts.losses)
-    return Scores(
-        loss=float(counts.losses[aligned].mean()) if aligned.any() else float("inf"),
-        wer=_rate(counts.words, seed),
-        cer=_rate(counts.characters, seed),
-        clips=len(data),
-        infeasible=int((~aligned).sum()),
-        blank_fraction=_pooled(counts.frames).rate,
-        groups=tuple(_groups(counts, data)),
-        spaced=spaced,
-        release=data.release,
-        hash=data.hash,
-        rule=rule,
-        padded=(
-            PaddedScores(_rate(counts.padded_words, seed), _rate(counts.padded_characters, seed))
-            if padded
-            else None
-        ),
-    )
-
-
-def _pooled(pairs: Int[np.ndarray, "rows 2"]) -> metrics.ErrorCounts:
-    wrong, units = pairs.sum(axis=0, dtype=np.int64)
-    return metrics.ErrorCounts(int(wrong), int(units))
-
-
-def _rate(pairs: Int[np.ndarray, "rows 2"], seed: int) -> Rate:
-    return Rate(_pooled(pairs), *metrics.bootstrap_interval(pairs[:, 0], pairs[:, 1], seed))
-
-
-def _groups(counts: _Counts, data: examples.Examples) -> Iterator[GroupScores]:
-    """Facts that are known of some clip; the largest groups first, unknown ones as such."""
-    rows_of: dict[str, dict[str, list[int]]] = {fact: {} for fact in FACTS}
-    for row in range(len(data)):
-        known = data.facts(row)
-        for fact in FACTS:
-            rows_of[fact].setdefault(known[fact], []).append(row)
-    for fact, groups in rows_of.items():
-        if groups.keys() == {""}:
-            continue
-        for value, rows in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
-            yield GroupScores(
-                fact,
-                value or "unknown",
-                len(rows),
-                _pooled(counts.characters[rows]).rate,
-                _pooled(counts.words[rows]).rate,
-            )
 
 
 class InOrder:
@@ -450,12 +257,12 @@ def _score_splits(
             line = {"split": name, **scores.as_metrics("eval")}
             for what in ("clips", "release", "hash", "rule"):
                 line[what] = line.pop(f"eval_{what}")
-            line |= {"seconds": round(data.seconds, 2), "left_out": data.left_out_summary()}
+            line |= {"seconds": round(data.seconds, 2), "left_out": data.left_outscores.summary()}
             line["groups"] = [dataclasses.asdict(group) for group in scores.groups]
             if legacy:
                 in_order = InOrder(data.samples, shapes.samples, rows)
                 old = scored(plan=in_order, padded=True).padded
-                rule = card.scoring_rule(normalize.spec, scores.spaced, padded=True)
+                rule = scoring.rule(normalize.spec, scores.spaced, padded=True)
                 line |= {"legacy_wer": old.wer.value, "legacy_cer": old.cer.value}
                 line["legacy_rule"] = rule
                 terminal.show(
@@ -485,7 +292,7 @@ def _caveats(loaded: loading.LoadedModel, data: examples.Examples) -> str:
     """What a reader must know beside the numbers, each a line of its own."""
     found = []
     if data.left_out:
-        found.append(f"left out: {data.left_out_summary()}")
+        found.append(f"left out: {data.left_outscores.summary()}")
     if not loaded.ignores_padding:
         found.append("this model hears padding: its scores depend a little on the batches")
     return "".join(f"{line}\n  " for line in found)

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, checkpoint, config, errors, experiment, step, vocabulary
+from flax_asr import audio, checkpoint, config, errors, experiment, origins, step, vocabulary
 from flax_asr.bucket import copies, store
 from flax_asr.models import convert, wav2vec2, weights
 from flax_asr.record import lineage
@@ -132,7 +132,7 @@ def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedMo
 
 
 def _from_hugging_face(model: str, place: str) -> LoadedModel:
-    origin = experiment.origin(config.ModelConfig(pretrained=place))
+    origin = origins.read(config.ModelConfig(pretrained=place))
     wav2vec2.check(origin.model_config)
     _check_sampling_rate(origin.folder)
     if origin.vocabulary is None:

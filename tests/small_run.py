@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from flax_asr import config, experiment, optim, parallel, step
+from flax_asr import config, experiment, optim, origins, parallel, step
 from flax_asr.data import loader
 
 SAMPLES, TOKENS = 1600, 8
@@ -42,7 +42,7 @@ def joined(*batches):
 
 def objective(model_config, mixed_precision: str = "fp32", **changes) -> step.Objective:
     cfg = config.Config(train=config.TrainConfig(mixed_precision=mixed_precision))
-    start = experiment.Origin(model_config, None, None, True, True, {})
+    start = origins.Origin(model_config, None, None, True, True, {})
     return dataclasses.replace(experiment.objective(cfg, start), **changes)
 
 

@@ -17,12 +17,13 @@ LAYERS = (
     "errors options config languages containers console seals hosts.stopping bucket.store"
     " bucket.lease record.runlog estimate.chips estimate.hlo",
     "metrics alignment vocabulary text compat record.lineage",
-    "audio sources common_voice record.curves data",
+    "audio sources common_voice record.curves data scoring",
     "diagnosis.survey diagnosis.findings diagnosis.consultation diagnosis.host"
     " diagnosis.spectrograms torch_logits",
     "ctc ctc_kernel optim models partition estimate.flops estimate.forecast record.learning",
     "step",
-    "hosts parallel checkpoint run_folder bucket.copies record.window card experiment",
+    "hosts parallel checkpoint run_folder bucket.copies record.window card experiment"
+    " origins corpora",
     "assembly estimate diagnosis bucket.mirror",
     "loading evaluate transcribe export",
     "loop plan doctor",

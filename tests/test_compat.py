@@ -9,7 +9,7 @@ import small_run
 from data import small_splits
 from test_step import QUIET, _model, _quick_compilation  # noqa: F401
 
-from flax_asr import compat, config, experiment
+from flax_asr import compat, config, corpora, experiment, origins
 from flax_asr.data import buckets, loader
 from flax_asr.record import window
 
@@ -143,15 +143,15 @@ def test_the_old_log_hides_bad_losses_and_counts_skipped_updates():
     assert _logged(False, good, Update(float("nan"), False)) == 4.0
 
 
-def _corpus(cfg, train, dev=None) -> experiment.Corpus:
+def _corpus(cfg, train, dev=None) -> corpora.Corpus:
     splits = {"train": train} | ({"dev": dev} if dev is not None else {})
     names = [name for name in splits if name != "train"]
     cfg = config.build(
         config.as_dict(cfg),
         [f"--data.eval_splits=[{','.join(names)}]", "--data.test_splits=[]"],
     )
-    start = experiment.origin(config.ModelConfig(config={"vocab_size": 8}))
-    return experiment.gather(cfg, start, splits)
+    start = origins.read(config.ModelConfig(config={"vocab_size": 8}))
+    return corpora.gather(cfg, start, splits)
 
 
 def test_vocabulary_and_targets_are_those_of_the_old_example(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import small_saved
 from huggingface_hub import ModelCard
 
-from flax_asr import card, config, errors, experiment, export
+from flax_asr import card, config, corpora, errors, experiment, export, origins
 from flax_asr.record import lineage
 
 LETTERS = "".join(small_saved.VOCABULARY.characters)
@@ -34,7 +34,7 @@ def splits(tmp_path_factory):
     }
 
 
-def _started(splits, exported, said: str, *more: str) -> tuple[experiment.Origin, dict, dict]:
+def _started(splits, exported, said: str, *more: str) -> tuple[origins.Origin, dict, dict]:
     """The run's beginning on a split; parameters of it and of the export, flat."""
     options = [
         f"--model.pretrained={exported}",
@@ -45,8 +45,8 @@ def _started(splits, exported, said: str, *more: str) -> tuple[experiment.Origin
         *more,
     ]
     cfg = config.build({}, options)
-    start = experiment.origin(cfg.model)
-    corpus = experiment.gather(cfg, start, {"train": splits[said]})
+    start = origins.read(cfg.model)
+    corpus = corpora.gather(cfg, start, {"train": splits[said]})
     start, params = experiment.initial_model(cfg, start, corpus)
     old = flax.traverse_util.flatten_dict(small_saved.saved().params, sep="/")
     return start, flax.traverse_util.flatten_dict(params, sep="/"), old

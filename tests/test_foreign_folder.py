@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_asr import config, errors, experiment, loading, options
+from flax_asr import config, errors, loading, options, origins
 
 CONFIG = {
     "model_type": "wav2vec2",
@@ -58,7 +58,7 @@ def _write(folder, **changed):
 
 
 def _read(folder):
-    return experiment.origin(config.ModelConfig(pretrained=str(folder)))
+    return origins.read(config.ModelConfig(pretrained=str(folder)))
 
 
 def test_the_folder_that_is_spoilt_below_is_sound(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_asr import __main__, config, errors, experiment, parallel, plan
+from flax_asr import __main__, config, corpora, errors, experiment, parallel, plan
 from flax_asr.data import prepare
 from flax_asr.estimate import chips, hlo, outlook, workload
 from flax_asr.models import wav2vec2
@@ -187,7 +187,7 @@ def test_prepared_data_take_the_place_of_guesses(prepared):
     work = workload.of(prepared, 2)
     assert work.guesses == ()
     assert work.updates == 3 * 2  # ten clips in updates of eight
-    corpus = experiment.corpus(prepared, workload.origin(prepared.model))
+    corpus = corpora.prepared(prepared, workload.origin(prepared.model))
     assert work.objective.config.vocab_size == corpus.vocabulary.size
     expected = experiment.shapes(prepared, work.objective.config, [corpus.train])
     assert (work.train_shapes.samples, work.train_shapes.tokens) == (

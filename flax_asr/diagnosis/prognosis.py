@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from flax_asr import audio, config, experiment, optim, partition, run_folder
+from flax_asr import audio, config, corpora, experiment, optim, origins, partition, run_folder
 from flax_asr.data import buckets, pool
 from flax_asr.diagnosis import findings, survey, trial
 from flax_asr.estimate import forecast
@@ -31,8 +31,8 @@ class Seen:
         machine: the facts of `host`.
     """
 
-    start: experiment.Origin
-    corpus: experiment.Corpus
+    start: origins.Origin
+    corpus: corpora.Corpus
     splits: Mapping[str, survey.Split]
     shapes: tuple[int, ...]
     asked: trial.Asked

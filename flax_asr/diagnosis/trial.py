@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, experiment, optim, parallel, step
+from flax_asr import config, experiment, optim, origins, parallel, step
 from flax_asr.data import loader, pool
 
 _SHALLOW, _DEEPER = 1, 3
@@ -153,7 +153,7 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
         cfg = dataclasses.replace(cfg, model=model)
     devices = parallel.Devices()
     model_config = Wav2Vec2Config(**(asked.model_config | {"num_hidden_layers": layers}))
-    origin = experiment.Origin(
+    origin = origins.Origin(
         model_config, None, None, asked.do_normalize, asked.use_attention_mask, {}
     )
     objective = experiment.objective(cfg, origin)

@@ -14,7 +14,18 @@ import numpy as np
 import optax
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, config, experiment, languages, optim, partition, step, vocabulary
+from flax_asr import (
+    audio,
+    config,
+    corpora,
+    experiment,
+    languages,
+    optim,
+    origins,
+    partition,
+    step,
+    vocabulary,
+)
 from flax_asr.data import buckets, loader, prepare, shards
 from flax_asr.models import configuration, wav2vec2
 
@@ -130,7 +141,7 @@ def of(cfg: config.Config, device_count: int) -> Workload:
         FlaxAsrError: the model or the prepared data cannot be used.
     """
     start = origin(cfg.model)
-    found = experiment.corpus(cfg, start) if is_prepared(cfg) else None
+    found = corpora.prepared(cfg, start) if is_prepared(cfg) else None
     measured = (
         _measured(cfg, start, found, device_count) if found is not None else _guessed(cfg, start)
     )
@@ -156,12 +167,12 @@ def of(cfg: config.Config, device_count: int) -> Workload:
     )
 
 
-def origin(model: config.ModelConfig) -> experiment.Origin:
-    """As `experiment.origin`; of well-known encoders without a download."""
+def origin(model: config.ModelConfig) -> origins.Origin:
+    """As `origins.read`; of well-known encoders without a download."""
     if model.pretrained in KNOWN:
         known = {**KNOWN[model.pretrained], **model.config}
-        return experiment.origin(dataclasses.replace(model, pretrained=None, config=known))
-    return experiment.origin(model)
+        return origins.read(dataclasses.replace(model, pretrained=None, config=known))
+    return origins.read(model)
 
 
 def is_prepared(cfg: config.Config) -> bool:
@@ -176,7 +187,7 @@ def is_prepared(cfg: config.Config) -> bool:
     return all(shards.is_finished(folder / urllib.parse.quote(name, safe="")) for name in names)
 
 
-def _measured(cfg, start, corpus: experiment.Corpus, device_count: int) -> dict[str, Any]:
+def _measured(cfg, start, corpus: corpora.Corpus, device_count: int) -> dict[str, Any]:
     train, scored = cfg.train, corpus.scored()
     train_shapes = experiment.shapes(
         cfg, start.model_config, [corpus.train], cfg.data.augment.fastest
@@ -211,7 +222,7 @@ def _groups(samples, shapes, train: config.TrainConfig, device_count: int) -> tu
     return tuple(counted[shape] for shape in range(len(shapes)))
 
 
-def _guessed(cfg: config.Config, start: experiment.Origin) -> dict[str, Any]:
+def _guessed(cfg: config.Config, start: origins.Origin) -> dict[str, Any]:
     data, train = cfg.data, cfg.train
     shapes = even_shapes(data.max_seconds, data.num_buckets, start.model_config)
     symbols, reason = _symbols(cfg, start)
@@ -255,7 +266,7 @@ def even_shapes(max_seconds: float, num_buckets: int, model_config: Wav2Vec2Conf
     return Shapes(ascending, tokens)
 
 
-def _symbols(cfg: config.Config, start: experiment.Origin) -> tuple[int, str]:
+def _symbols(cfg: config.Config, start: origins.Origin) -> tuple[int, str]:
     if cfg.text.vocabulary is not None:
         return vocabulary.Vocabulary.from_folder(cfg.text.vocabulary).size, "text.vocabulary"
     if "vocab_size" in cfg.model.config:

@@ -1,0 +1,163 @@
+"""What a run is trained and scored on: examples of its splits, and the vocabulary they share."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flax_asr import compat, config, errors, origins, text, vocabulary
+from flax_asr.data import examples, prepare
+from flax_asr.models import wav2vec2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The examples of a run; the scored ones are None where no split is named."""
+
+    normalizer: text.Normalizer
+    vocabulary: vocabulary.Vocabulary
+    train: examples.Examples
+    eval: examples.Examples | None
+    test: examples.Examples | None
+
+    def scored(self) -> dict[str, examples.Examples]:
+        """Examples to be scored, by the prefix of their figures in the log."""
+        named = {"eval": self.eval, "test": self.test}
+        return {name: found for name, found in named.items() if found is not None}
+
+
+def prepared(cfg: config.Config, start: origins.Origin) -> Corpus:
+    """Prepares the splits, makes the vocabulary and encodes the transcripts.
+
+    Raises:
+        ConfigError, DataError: what is asked for is not there.
+    """
+    cfg.require("data.source", "data.language")
+    return gather(cfg, start, prepare.prepare(cfg))
+
+
+def gather(
+    cfg: config.Config,
+    start: origins.Origin,
+    splits: Mapping[str, Any],
+    *,
+    heeded: Callable[[Any], Iterable[str]] = lambda split: split.sentences,
+    usable: Callable[[Any], Any] = lambda split: split,
+) -> Corpus:
+    """The corpus of splits that are there.
+
+    Args:
+        cfg: of the run.
+        start: where its weights come from.
+        splits: by name, prepared ones or such as only were looked at.
+        heeded: the sentences of a split that the vocabulary is made of.
+        usable: what of a split has audio; the rest is only held out.
+
+    Raises:
+        ConfigError, DataError: nothing can be made of them.
+    """
+    data = cfg.data
+    normalizer = compat.normalizer(cfg)
+
+    def texts(names: Sequence[str]) -> list[str]:
+        return [normalizer(sentence) for name in names for sentence in heeded(splits[name])]
+
+    found = _vocabulary(cfg, start, texts)
+    scored_names = dict.fromkeys((*data.eval_splits, *data.test_splits))
+    held_out = [splits[n] for n in scored_names if n not in data.train_splits]
+
+    def build(names: Sequence[str], **options: Any) -> examples.Examples | None:
+        if not names:
+            return None
+        return examples.build(
+            [usable(splits[name]) for name in names],
+            normalize=normalizer,
+            vocabulary=found,
+            frame_lengths=functools.partial(wav2vec2.frame_lengths, start.model_config),
+            seed=cfg.seed,
+            between=(data.min_seconds, data.max_seconds) if compat.of(cfg).open_bounds else None,
+            **options,
+        )
+
+    return Corpus(
+        normalizer=normalizer,
+        vocabulary=found,
+        train=build(
+            data.train_splits,
+            exclude=held_out if "validated" in data.train_splits else (),
+            max_clips=data.max_train_clips,
+        ),
+        eval=build(data.eval_splits, max_clips=data.max_eval_clips),
+        test=build(data.test_splits, max_clips=data.max_eval_clips),
+    )
+
+
+def _vocabulary(
+    cfg: config.Config, start: origins.Origin, texts: Callable[[Sequence[str]], list[str]]
+) -> vocabulary.Vocabulary:
+    """What is asked for, the pretrained head's where that serves, or the characters of the text.
+
+    Args:
+        cfg: of the run.
+        start: where its weights come from.
+        texts: normalised transcripts of the splits of these names.
+
+    Raises:
+        ConfigError, DataError, ModelError: there is none, or it cannot write the transcripts.
+    """
+    data, semantics = cfg.data, compat.of(cfg)
+    if cfg.text.vocabulary is not None:
+        found = vocabulary.Vocabulary.from_folder(cfg.text.vocabulary)
+        _check_vocabulary(cfg.text.vocabulary, found, texts(data.train_splits))
+        return found
+    found = vocabulary.Vocabulary.from_transcripts(
+        texts([*data.train_splits, *(data.eval_splits if semantics.vocabulary_of_eval else ())]),
+        min_count=cfg.text.min_count,
+        layout=semantics.layout,
+    )
+    if cfg.text.min_count > 1:
+        rare = found.lacks(texts(data.train_splits))
+        logger.info(
+            "text.min_count %d: %d characters of the training text, in %d places, have no symbol:"
+            " %s",
+            cfg.text.min_count,
+            len(rare),
+            rare.total(),
+            text.shown(rare),
+        )
+    return start.vocabulary if keeps_head(cfg.model, start, found) else found
+
+
+def _check_vocabulary(name: str, found: vocabulary.Vocabulary, texts: Sequence[str]) -> None:
+    """Says what of the training text a given vocabulary cannot write.
+
+    Raises:
+        ConfigError: it has no token for unknown characters either, or it lacks most of the text.
+    """
+    lacking = found.lacks(texts)
+    if not lacking:
+        return
+    places = sum(map(len, texts))
+    what = (
+        f"text.vocabulary {name} has no symbol for {len(lacking)} characters of the training text,"
+        f" in {lacking.total()} places of {places}: {text.shown(lacking)}"
+    )
+    mend = "Change text.normalization, add them, or leave text.vocabulary out."
+    if found.unknown is None:
+        raise errors.ConfigError(f"{what}; and no token for unknown characters. {mend}")
+    if lacking.total() > places / 2:
+        raise errors.ConfigError(f"{what}; it is that of another language or spelling. {mend}")
+    logger.warning("warning: %s. They become %s. %s", what, found.tokens[found.unknown], mend)
+
+
+def keeps_head(
+    model: config.ModelConfig, start: origins.Origin, ours: vocabulary.Vocabulary
+) -> bool:
+    """Whether the stored head writes exactly the characters that are needed."""
+    if start.vocabulary is None or model.reset_head:
+        return False
+    spaces = ours.delimiter is None or start.vocabulary.delimiter is not None
+    return spaces and start.vocabulary.characters == ours.characters

@@ -1,0 +1,124 @@
+"""Where a model's weights come from, and what that place says about them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Wav2Vec2Config
+
+from flax_asr import checkpoint, config, errors, vocabulary
+from flax_asr.bucket import copies, store
+from flax_asr.models import configuration, weights
+from flax_asr.record import lineage
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's weights come from.
+
+    Attributes:
+        model_config: its configuration, with this run's overrides.
+        folder: where the weights are, None for random ones.
+        vocabulary: what its head writes, None where it has no head.
+        do_normalize: whether clips are brought to zero mean and unit variance.
+        use_attention_mask: whether the model is told where clips end.
+        facts: for the card.
+    """
+
+    model_config: Wav2Vec2Config
+    folder: Path | None
+    vocabulary: vocabulary.Vocabulary | None
+    do_normalize: bool
+    use_attention_mask: bool
+    facts: dict[str, Any]
+
+
+def read(model: config.ModelConfig) -> Origin:
+    """Reads what a pretrained folder, run or hub model says about itself.
+
+    Raises:
+        ConfigError: an override is not a field of its configuration.
+        ModelError: it cannot be read.
+    """
+    if model.pretrained is None:
+        model_config = Wav2Vec2Config()
+        folder = revision = None
+    else:
+        folder, revision = _pretrained_folder(model.pretrained)
+        model_config = configuration.read(folder)
+    configuration.override(model_config, overrides(model))
+    facts = {
+        "started_from": model.pretrained,
+        "revision": revision,
+        "lineage": lineage.behind(folder) if folder is not None else [],
+    }
+    return _described(model_config, folder, facts)
+
+
+def _pretrained_folder(name: str) -> tuple[Path, str | None]:
+    """A model's folder and its commit on the hub; of a run, its export."""
+    if store.is_remote(name):
+        name = str(copies.pretrained(name))
+    run = Path(name)
+    if not checkpoint.is_run(run):
+        return weights.resolve(name)
+    if not (run / "export" / "config.json").is_file():
+        raise errors.ModelError(
+            f"{run} is a run that has not finished: export it first with"
+            f" `flax-asr export {run} FOLDER` and give model.pretrained that folder."
+        )
+    return run / "export", None
+
+
+def resumed(meta: checkpoint.Meta) -> Origin:
+    """What a checkpoint says about its own model."""
+    return Origin(
+        model_config=Wav2Vec2Config(**meta.model_config),
+        folder=None,
+        vocabulary=vocabulary.Vocabulary.from_json(meta.vocabulary),
+        do_normalize=meta.do_normalize,
+        use_attention_mask=meta.use_attention_mask,
+        facts={
+            name: meta.facts[name]
+            for name in ("started_from", "revision", "lineage", "head")
+            if name in meta.facts
+        },
+    )
+
+
+def overrides(model: config.ModelConfig) -> dict[str, Any]:
+    """Fields of the model's configuration that a run sets."""
+    return {"ctc_loss_reduction": "mean", **model.config}
+
+
+def _described(model_config: Wav2Vec2Config, folder: Path | None, facts: dict) -> Origin:
+    settings = _preprocessor(folder)
+    return Origin(
+        model_config=model_config,
+        folder=folder,
+        vocabulary=(
+            vocabulary.Vocabulary.from_folder(folder)
+            if folder is not None and (folder / "vocab.json").is_file()
+            else None
+        ),
+        do_normalize=bool(settings["do_normalize"]),
+        use_attention_mask=(
+            model_config.feat_extract_norm == "layer"
+            if settings["return_attention_mask"] is None
+            else bool(settings["return_attention_mask"])
+        ),
+        facts=facts,
+    )
+
+
+def _preprocessor(folder: Path | None) -> dict[str, Any]:
+    """The settings of a feature extractor, with transformers' defaults."""
+    defaults = {"do_normalize": True, "return_attention_mask": None}
+    path = folder / "preprocessor_config.json" if folder is not None else None
+    if path is None or not path.is_file():
+        return defaults
+    try:
+        return defaults | json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise errors.ModelError(f"{path} cannot be read: {error}") from error

@@ -257,7 +257,7 @@ def _score_splits(
             line = {"split": name, **scores.as_metrics("eval")}
             for what in ("clips", "release", "hash", "rule"):
                 line[what] = line.pop(f"eval_{what}")
-            line |= {"seconds": round(data.seconds, 2), "left_out": data.left_outscores.summary()}
+            line |= {"seconds": round(data.seconds, 2), "left_out": data.left_out_summary()}
             line["groups"] = [dataclasses.asdict(group) for group in scores.groups]
             if legacy:
                 in_order = InOrder(data.samples, shapes.samples, rows)
@@ -292,7 +292,7 @@ def _caveats(loaded: loading.LoadedModel, data: examples.Examples) -> str:
     """What a reader must know beside the numbers, each a line of its own."""
     found = []
     if data.left_out:
-        found.append(f"left out: {data.left_outscores.summary()}")
+        found.append(f"left out: {data.left_out_summary()}")
     if not loaded.ignores_padding:
         found.append("this model hears padding: its scores depend a little on the batches")
     return "".join(f"{line}\n  " for line in found)

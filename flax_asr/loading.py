@@ -1,7 +1,6 @@
 """What `--model` names -> a model that can be run, and what it knows about itself."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,17 @@ from typing import Any
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, checkpoint, config, errors, experiment, origins, step, vocabulary
+from flax_asr import (
+    audio,
+    checkpoint,
+    config,
+    errors,
+    experiment,
+    json_object,
+    origins,
+    step,
+    vocabulary,
+)
 from flax_asr.bucket import copies, store
 from flax_asr.models import convert, wav2vec2, weights
 from flax_asr.record import lineage
@@ -190,21 +199,9 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 
 def _check_sampling_rate(folder: Path) -> None:
     path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return
-    settings = _read_json(path)
+    settings = json_object.read(path) or {}
     if "sampling_rate" in settings and settings["sampling_rate"] != audio.SAMPLE_RATE_HZ:
         raise errors.ModelError(
             f"{path}: the model listens at {settings['sampling_rate']} Hz; only"
             f" {audio.SAMPLE_RATE_HZ} Hz is supported."
         )
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise errors.ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise errors.ModelError(f"{path} is not a JSON object.")
-    return content

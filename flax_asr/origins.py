@@ -1,13 +1,12 @@
 """Where a model's weights come from, and what that place says about them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import Wav2Vec2Config
 
-from flax_asr import checkpoint, config, errors, vocabulary
+from flax_asr import checkpoint, config, errors, json_object, vocabulary
 from flax_asr.bucket import copies, store
 from flax_asr.models import configuration, weights
 from flax_asr.record import lineage
@@ -115,10 +114,5 @@ def _described(model_config: Wav2Vec2Config, folder: Path | None, facts: dict) -
 def _preprocessor(folder: Path | None) -> dict[str, Any]:
     """The settings of a feature extractor, with transformers' defaults."""
     defaults = {"do_normalize": True, "return_attention_mask": None}
-    path = folder / "preprocessor_config.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return defaults
-    try:
-        return defaults | json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise errors.ModelError(f"{path} cannot be read: {error}") from error
+    found = None if folder is None else json_object.read(folder / "preprocessor_config.json")
+    return defaults | (found or {})

@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from flax_asr import errors
+from flax_asr import errors, json_object
 
-_MOST_BYTES = 64 * 2**20
 # What Wav2Vec2CTCTokenizer assumes where a folder says nothing, in its order.
 _ASSUMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
@@ -223,14 +222,14 @@ class Vocabulary:
         """
         folder = pathlib.Path(folder)
         file = folder / "vocab.json" if folder.is_dir() else folder
-        places = _read_object(file)
+        places = json_object.read(file)
         if places is None:
             raise errors.ModelError(f"{file}: no such file; a wav2vec2-CTC folder has a vocab.json")
         settings, special, added = {}, {}, {}
         if folder.is_dir():
-            settings = _read_object(folder / "tokenizer_config.json") or {}
-            special = _read_object(folder / "special_tokens_map.json") or {}
-            added = _read_object(folder / "added_tokens.json") or {}
+            settings = json_object.read(folder / "tokenizer_config.json") or {}
+            special = json_object.read(folder / "special_tokens_map.json") or {}
+            added = json_object.read(folder / "added_tokens.json") or {}
         kind = str(settings.get("tokenizer_class", "Wav2Vec2CTCTokenizer"))
         if not kind.startswith("Wav2Vec2CTC"):
             raise errors.ModelError(
@@ -265,21 +264,6 @@ class Vocabulary:
             eos=found["eos_token"],
             lower_case=bool(settings.get("do_lower_case", False)),
         )
-
-
-def _read_object(file: pathlib.Path) -> dict | None:
-    """A JSON object, or None where there is no such file."""
-    if not file.is_file():
-        return None
-    if file.stat().st_size > _MOST_BYTES:
-        raise errors.ModelError(f"{file}: {file.stat().st_size} bytes are no vocabulary")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise errors.ModelError(f"{file}: not JSON in UTF-8: {error}") from None
-    if not isinstance(content, dict):
-        raise errors.ModelError(f"{file}: holds a {type(content).__name__}, not an object")
-    return content
 
 
 def _numbered(settings: dict, folder: pathlib.Path) -> list[tuple[int, object]]:

@@ -1,12 +1,11 @@
 """Where weights come from: the runs behind an exported folder, oldest first."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flax_asr import errors
+from flax_asr import errors, json_object
 
 FILE = "flax_asr.json"
 """Beside the weights of our exports: language, normalisation, release, split hashes, origin."""
@@ -80,13 +79,4 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: the file cannot be read or is no JSON object.
     """
-    path = folder / FILE
-    if not path.is_file():
-        return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise errors.ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(facts, dict):
-        raise errors.ModelError(f"{path} is not a JSON object.")
-    return facts
+    return json_object.read(folder / FILE) or {}

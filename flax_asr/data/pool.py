@@ -1,39 +1,20 @@
-"""A process pool for work that may kill or hang its process: that costs one task, not the run.
-
-Processes are spawned, never forked (a fork of a process with jax's threads may deadlock), and
-import only what the function's module imports.
-"""
+"""A process pool for work that may kill or hang its process: that costs one task, not the run."""
 
 import collections
 import contextlib
-import multiprocessing
 import multiprocessing.connection
 import os
-import queue
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax_asr import errors
+from flax_asr.data import worker
 
-_TASKS_AHEAD = 2  # the next task is there when a process finishes one
+Failure = worker.Failure
+_BATCHES_AHEAD = 2  # the next batch is there when a process finishes one
 _WINDOW_PER_WORKER = 8
 _START_SECONDS = 120.0
-_READY = -1
-
-
-class Failure(NamedTuple):
-    """Stands for the result of a task that has none.
-
-    Attributes:
-        reason: "crashed" (its process died), "timeout", or "failed" (the function raised).
-        detail: what was seen.
-    """
-
-    reason: str
-    detail: str
 
 
 def available_cores() -> int:
@@ -49,6 +30,7 @@ def run_ordered(
     *,
     workers: int,
     limit_seconds: float,
+    batch: int = 1,
 ) -> Iterator[tuple[Any, Any]]:
     """Computes `function(task)` in `workers` processes; gives the results in order.
 
@@ -56,11 +38,13 @@ def run_ordered(
     start when there is work for them, and end with the iterator, used up or not.
 
     Args:
-        function: of one task; importable by name.
+        function: of one task; importable by name, and not from `__main__`.
         tasks: pairs of an item, which stays here, and its task, which must pickle; a task None is
             not computed, its result is None. May be lazy.
         workers: the most processes.
-        limit_seconds: after so long with one task, its process is killed.
+        limit_seconds: after so long with one batch, its process is killed.
+        batch: as many tasks are handed over at once, at most 4, which is cheaper where they are
+            short. The tasks of a batch whose process dies or hangs are tried again one by one.
 
     Yields:
         Each item with the result of its task, or a `Failure`.
@@ -71,13 +55,14 @@ def run_ordered(
     source = enumerate(tasks)
     exhausted = False
     order: collections.deque[tuple[int, Any]] = collections.deque()
-    ready: collections.deque[tuple[int, Any]] = collections.deque()
+    ready = _Ready(batch)
     results: dict[int, Any] = {}
     pool: list[_Worker] = []
     try:
         while True:
             while True:
-                if not ready and not exhausted and len(order) < workers * _WINDOW_PER_WORKER:
+                room = workers * _WINDOW_PER_WORKER
+                while not exhausted and len(ready) < batch and len(order) < room:
                     number, pair = next(source, (None, None))
                     exhausted = number is None
                     if not exhausted:
@@ -85,126 +70,127 @@ def run_ordered(
                         order.append((number, item))
                         if task is None:
                             results[number] = None
-                            continue
-                        ready.append((number, task))
-                worker = _with_room(pool, workers, function) if ready else None
-                if worker is None:
+                        else:
+                            ready.append(number, task)
+                process = _with_room(pool, workers, function) if ready else None
+                if process is None:
                     break
-                worker.give(*ready.popleft())
+                process.give(ready.next_batch())
             while order and order[0][0] in results:
                 number, item = order.popleft()
                 yield item, results.pop(number)
-            if order:
-                for number, result in _next_results(pool, ready, limit_seconds):
-                    results[number] = result
-            elif exhausted:
+            if order and pool:
+                results.update(_next_results(pool, ready, limit_seconds))
+            elif exhausted and not order:
                 return
     finally:
-        for worker in pool:
-            worker.kill()
+        for process in pool:
+            process.kill()
+
+
+class _Ready:
+    """Tasks that wait for a process, with their numbers, and how many go at once."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self._tasks: collections.deque[tuple[int, Any]] = collections.deque()
+        self._alone: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def append(self, number: int, task: Any) -> None:
+        self._tasks.append((number, task))
+
+    def next_batch(self) -> list[tuple[int, Any]]:
+        batch = [self._tasks.popleft()]
+        if batch[0][0] not in self._alone:
+            while self._tasks and len(batch) < self._batch:
+                if self._tasks[0][0] in self._alone:
+                    break
+                batch.append(self._tasks.popleft())
+        return batch
+
+    def give_back(self, batches: Iterable[list[tuple[int, Any]]], *, alone: bool) -> None:
+        """Puts batches back in front, in their order."""
+        tasks = [task for batch in batches for task in batch]
+        self._tasks.extendleft(reversed(tasks))
+        if alone:
+            self._alone.update(number for number, _ in tasks)
 
 
 class _Worker:
-    """One process, what it was given, and since when it has been at the first of that."""
+    """One process, the batches it was given, and since when it has been at the first of them."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, function), daemon=True)
-        self.process.start()
-        theirs.close()  # so that the end of the process ends the connection
-        self.tasks: collections.deque[tuple[int, Any]] = collections.deque()
+        self.process, self.connection = worker.start(function)
+        self.batches: collections.deque[list[tuple[int, Any]]] = collections.deque()
         self.is_ready = False
         self.since = time.monotonic()
 
-    def give(self, number: int, task: Any) -> None:
-        if self.is_ready and not self.tasks:
+    def give(self, batch: list[tuple[int, Any]]) -> None:
+        if self.is_ready and not self.batches:
             self.since = time.monotonic()
-        self.tasks.append((number, task))
+        self.batches.append(batch)
         # If it is dead, the loop finds that out, with the reason, when it reads.
         with contextlib.suppress(OSError):
-            self.connection.send((number, task))
+            self.connection.send([task for _, task in batch])
 
     def deadline(self, limit_seconds: float) -> float:
         if not self.is_ready:
             return self.since + _START_SECONDS
-        return self.since + limit_seconds if self.tasks else float("inf")
+        return self.since + limit_seconds if self.batches else float("inf")
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.wait()
         self.connection.close()
 
 
 def _with_room(pool: list[_Worker], workers: int, function: Callable[[Any], Any]) -> _Worker | None:
-    idlest = min(pool, key=lambda worker: len(worker.tasks), default=None)
-    if idlest is not None and not idlest.tasks:
+    idlest = min(pool, key=lambda process: len(process.batches), default=None)
+    if idlest is not None and not idlest.batches:
         return idlest
     if len(pool) < workers:
         pool.append(_Worker(function))
         return pool[-1]
-    return idlest if idlest is not None and len(idlest.tasks) < _TASKS_AHEAD else None
+    return idlest if idlest is not None and len(idlest.batches) < _BATCHES_AHEAD else None
 
 
 def _next_results(
-    pool: list[_Worker], ready: collections.deque[tuple[int, Any]], limit_seconds: float
+    pool: list[_Worker], ready: _Ready, limit_seconds: float
 ) -> Iterator[tuple[int, Any]]:
     """Waits for results; a worker that died or hangs is removed and its other tasks given back."""
-    timeout_seconds = min(worker.deadline(limit_seconds) for worker in pool) - time.monotonic()
-    connections = [worker.connection for worker in pool]
+    timeout_seconds = min(process.deadline(limit_seconds) for process in pool) - time.monotonic()
+    connections = [process.connection for process in pool]
     readable = multiprocessing.connection.wait(connections, max(timeout_seconds, 0))
-    for worker in list(pool):
+    for process in list(pool):
         failure = None
-        if worker.connection in readable:
+        if process.connection in readable:
             try:
-                number, result = worker.connection.recv()
+                found = process.connection.recv()
             except (EOFError, OSError):
-                worker.process.join()
-                failure = Failure("crashed", f"exit code {worker.process.exitcode}")
+                failure = Failure("crashed", f"exit code {process.process.wait()}")
             else:
-                worker.since = time.monotonic()
-                if number == _READY:
-                    worker.is_ready = True
-                else:
-                    worker.tasks.popleft()
-                    yield number, result
-        elif time.monotonic() >= worker.deadline(limit_seconds):
+                process.since = time.monotonic()
+                if process.is_ready:
+                    batch = process.batches.popleft()
+                    yield from ((n, result) for (n, _), result in zip(batch, found, strict=True))
+                process.is_ready = True
+        elif time.monotonic() >= process.deadline(limit_seconds):
             failure = Failure("timeout", f"more than {limit_seconds:g} s")
         if failure is not None:
-            pool.remove(worker)
-            worker.kill()
-            if not worker.is_ready:
+            pool.remove(process)
+            process.kill()
+            if not process.is_ready:
                 raise errors.DataError(
-                    f"Worker processes cannot start ({failure.reason}, {failure.detail}). If this"
-                    ' is called from your own script, put it under `if __name__ == "__main__":`.'
+                    f"Worker processes cannot start ({failure.reason}, {failure.detail});"
+                    " what they printed says why."
                 )
-            if worker.tasks:
-                number, _ = worker.tasks.popleft()
-                ready.extendleft(reversed(worker.tasks))
-                yield number, failure
-
-
-def _work(
-    connection: multiprocessing.connection.Connection, function: Callable[[Any], Any]
-) -> None:
-    """The life of a process: take tasks, send results, until the connection ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    tasks: queue.SimpleQueue = queue.SimpleQueue()
-    # A thread takes tasks in, or both sides could wait for each other with full pipes.
-    threading.Thread(target=_take_in, args=(connection, tasks), daemon=True).start()
-    connection.send((_READY, None))
-    while True:
-        number, task = tasks.get()
-        try:
-            result = function(task)
-        except Exception as error:  # one task's failure is its result, whatever it is
-            result = Failure("failed", f"{type(error).__name__}: {error}")
-        connection.send((number, result))
-
-
-def _take_in(connection: multiprocessing.connection.Connection, tasks: queue.SimpleQueue) -> None:
-    while True:
-        try:
-            tasks.put(connection.recv())
-        except (EOFError, OSError):
-            os._exit(0)  # the parent is gone, and the main thread may hang
+            if process.batches:
+                batch = process.batches.popleft()
+                ready.give_back(process.batches, alone=False)
+                if len(batch) > 1:
+                    ready.give_back([batch], alone=True)
+                else:
+                    yield batch[0][0], failure

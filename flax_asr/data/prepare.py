@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 CLIP_LIMIT_SECONDS = 60.0
 _FLUSH_CLIPS = 64
+_BATCH_CLIPS = 4
 _FINGERPRINTED_BYTES = 512 * 2**20
 
 
@@ -221,6 +222,7 @@ def _prepare_split(
                     _tasks(cfg, clips, writer.done, folder),
                     workers=workers,
                     limit_seconds=CLIP_LIMIT_SECONDS,
+                    batch=_BATCH_CLIPS,
                 )
             ) as results,
         ):

@@ -92,9 +92,10 @@ def start(folder: pathlib.Path, until: int) -> dict[str, float]:
 
 
 def read(log: pathlib.Path) -> list[dict]:
-    """Whole lines of a log, however far it is written."""
+    """The updates of a log, however far it is written."""
     text = log.read_text() if log.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if "data_wait_seconds" in line]
 
 
 def wait(process: subprocess.Popen, output: pathlib.Path) -> None:

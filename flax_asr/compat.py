@@ -24,6 +24,7 @@ class Semantics:
         leaks: what fills no update at the end of an epoch joins the next, as in
             `buckets.TrainPlan`; an update divides by the global batch size whatever is in it.
         hides_bad_losses: the loss in the log is a mean in which bad ones do not show.
+        logs_next_rate: the learning rate in the log is that of the update after the line.
         padded_scores: error rates of a run are those of `evaluate.score` with `padded`.
     """
 
@@ -34,6 +35,7 @@ class Semantics:
     open_bounds: bool = False
     leaks: bool = False
     hides_bad_losses: bool = False
+    logs_next_rate: bool = False
     padded_scores: bool = False
 
 
@@ -48,6 +50,7 @@ _SEMANTICS = {
         open_bounds=True,
         leaks=True,
         hides_bad_losses=True,
+        logs_next_rate=True,
         padded_scores=True,
     ),
 }

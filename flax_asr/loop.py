@@ -141,7 +141,9 @@ class Run:
         if not self.log.events:
             self._log(self.watch.expectations())
         self.window = window.Window(
-            {} if past is None else past.window, made.semantics.hides_bad_losses
+            {} if past is None else past.window,
+            made.semantics.hides_bad_losses,
+            made.semantics.logs_next_rate,
         )
 
     def close(self) -> None:

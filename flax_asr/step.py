@@ -91,10 +91,14 @@ class Sums:
 
 
 class Metrics(NamedTuple):
-    """Figures of one update over all devices; `loss` is the mean over its clips."""
+    """Figures of one update over all devices; `loss` is the mean over its clips.
+
+    `learning_rate` is what it moved with, `next_learning_rate` what the schedule has come to.
+    """
 
     loss: Float[Array, ""]
     learning_rate: Float[Array, ""]
+    next_learning_rate: Float[Array, ""]
     grad_norm: Float[Array, ""]
     finite: Bool[Array, ""]
     clips: Float[Array, ""]
@@ -231,7 +235,6 @@ def update(
     average = state.average
     if ema_decay is not None:
         average = optax.incremental_update(moved, average, 1.0 - ema_decay)
-    done = state.step - state.skipped
     bad_in_a_row = jnp.where(finite, 0, state.bad_in_a_row + state.loss_scale.is_smallest)
     new = state.replace(
         step=state.step + 1,
@@ -242,9 +245,12 @@ def update(
         bad_in_a_row=bad_in_a_row,
         average=optim.select(finite, average, state.average),
     )
+    done, then_done = (count.step - count.skipped for count in (state, new))
     metrics = Metrics(
         loss=total.loss / clips,
         learning_rate=jnp.asarray(learning_rate(done), jnp.float32),
+        # At the end of a schedule rounding may leave it a little below zero.
+        next_learning_rate=jnp.maximum(jnp.float32(learning_rate(then_done)), 0.0),
         grad_norm=norm,
         finite=finite,
         clips=total.clips,

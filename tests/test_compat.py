@@ -122,7 +122,9 @@ class Update:
     def __init__(self, loss: float, finite: bool):
         self.loss, self.finite = np.float32(loss), np.bool_(finite)
         self.blank_fraction = self.infeasible = np.float32(0)
-        self.learning_rate = self.grad_norm = self.loss_scale = self.skipped = np.float32(0)
+        self.learning_rate = self.next_learning_rate = self.grad_norm = self.loss_scale = (
+            self.skipped
+        ) = np.float32(0)
 
 
 def _logged(hides: bool, *updates: Update) -> float:

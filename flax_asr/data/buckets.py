@@ -212,14 +212,18 @@ class TrainPlan:
         )
 
     def epoch(self, step: int) -> float:
-        """Passes over the rows after `step` updates, left-overs not counted until they are used.
+        """Passes over the rows after `step` updates.
 
-        Source: transformers 4.17, `Trainer._inner_training_loop`, epoch + (i + 1) / micro-batches.
+        With `leaks` an epoch's last update is not its end: what is left over is not counted until
+        the first update of the next epoch is.
+
+        Source: transformers 4.17, `Trainer.train`, epoch + (i + 1) / micro-batches.
         """
-        if not self.leaks:
+        if not self.leaks or step == 0:
             return step / self.updates_per_epoch
-        epoch, update = divmod(step, self.updates_per_epoch)
-        return epoch + update * self.groups_per_update / -(-len(self.samples) // self.group_rows)
+        epoch, update = divmod(step - 1, self.updates_per_epoch)
+        groups = -(-len(self.samples) // self.group_rows)
+        return epoch + min((update + 1) * self.groups_per_update, groups) / groups
 
     def row_weight(self, group: Group) -> float:
         """What each clip of the group counts."""

@@ -24,10 +24,16 @@ class Window:
         figures: what `as_json` gave at the checkpoint, or nothing.
         hides_bad_losses: the loss is a mean over all updates, in which a loss that is not finite
             counts as the mean before it.
+        looks_ahead: the learning rate is that of the next update, not of the last one.
     """
 
-    def __init__(self, figures: Mapping[str, float], hides_bad_losses: bool = False):
-        self._hides_bad_losses = hides_bad_losses
+    def __init__(
+        self,
+        figures: Mapping[str, float],
+        hides_bad_losses: bool = False,
+        looks_ahead: bool = False,
+    ):
+        self._hides_bad_losses, self._looks_ahead = hides_bad_losses, looks_ahead
         self._figures = dict.fromkeys((*_SUMS, *_LATEST, *_FINITE), 0) | dict(figures)
         self._started = time.monotonic()
         self._paused_seconds = 0.0
@@ -61,6 +67,8 @@ class Window:
             self._figures[name] += value
         for name in _LATEST:
             self._figures[name] = getattr(metrics, name).item()
+        if self._looks_ahead:
+            self._figures["learning_rate"] = metrics.next_learning_rate.item()
         if finite:
             last = (step_number, float(metrics.loss), float(metrics.grad_norm))
             self._figures |= zip(_FINITE, last, strict=True)

@@ -26,6 +26,7 @@ def metrics(loss: float, finite: bool = True, skipped: int = 0) -> step.Metrics:
     return step.Metrics(
         loss=jnp.float32(loss if finite else jnp.nan),
         learning_rate=jnp.float32(1e-3 * loss),
+        next_learning_rate=jnp.float32(2e-3 * loss),
         grad_norm=jnp.float32(2 * loss if finite else jnp.nan),
         finite=jnp.bool_(finite),
         clips=jnp.float32(3),

@@ -211,7 +211,11 @@ def _score_splits(
     loaded = loading.load(model)
     cfg = _resolved(loaded, overrides)
     normalize = text.normalizer(cfg.text.normalization or cfg.data.language)
-    hosts.work_ahead(prepare.prepared_folder(cfg), lambda: prepare.prepare(cfg))
+    hosts.work_ahead(
+        prepare.prepared_folder(cfg),
+        lambda: prepare.prepare(cfg),
+        for_all=prepare.is_in_bucket(cfg),
+    )
     splits = prepare.prepare(cfg)
     sets = {
         name: examples.build(

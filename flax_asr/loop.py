@@ -19,13 +19,15 @@ from flax_asr import (
     run_folder,
     step,
 )
-from flax_asr.bucket import mirror, store
+from flax_asr.bucket import follower, mirror, store
 from flax_asr.console import progress
 from flax_asr.data import buckets, loader, prepare
 from flax_asr.hosts import cluster, multihost, stopping
 from flax_asr.record import curves, learning, runlog, window
 
 logger = logging.getLogger(__name__)
+
+Mirrored = mirror.Mirror | follower.Follower | follower.Nowhere
 
 _MOST_NAMED = 32  # clips in a message
 
@@ -50,15 +52,19 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
         multihost.Hosts() as hosts,
         hosts.first_only(run_folder.owned(folder)),
         stopping.Stop(hosts.leave) as stop,
-        contextlib.closing(mirror.attached(cfg, folder, restart, hosts.count)) as mirrored,
+        contextlib.closing(mirror.attached(cfg, folder, restart, hosts)) as mirrored,
     ):
         hosts.agree("configuration", run_folder.same_on_all_hosts(cfg))
-        past = _resume_point(hosts, folder, cfg, restart)
+        past = _resume_point(hosts, folder, cfg, restart, mirrored)
         if past is not None and hosts.decided(lambda: run_folder.is_finished(folder, past, cfg)):
             mirrored.wait()
             logger.info("%s is finished: %d updates. Nothing to do.", cfg.output_dir, past.step)
             return
-        hosts.work_ahead(prepare.prepared_folder(cfg), lambda: prepare.prepare(cfg))
+        hosts.work_ahead(
+            prepare.prepared_folder(cfg),
+            lambda: prepare.prepare(cfg),
+            for_all=prepare.is_in_bucket(cfg),
+        )
         made = assembly.Assembly(cfg, devices, past)
         hosts.agree("data or weights", made.digests() if hosts.count > 1 else {})
         if hosts.is_first:
@@ -66,7 +72,7 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
             run_folder.record(folder, cfg)
         for warning in made.warnings():
             logger.warning("warning: %s", warning)
-        programs = made.compile(folder / mirror.COMPILED)
+        programs = made.compile(folder / run_folder.COMPILED)
         with contextlib.closing(Run(made, programs, folder, stop, hosts, mirrored)) as run:
             hosts.wait()  # or the first sum would, and not for long
             with stop.deferred():
@@ -77,7 +83,11 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
 
 
 def _resume_point(
-    hosts: multihost.Hosts, folder: Path, cfg: config.Config, restart: bool
+    hosts: multihost.Hosts,
+    folder: Path,
+    cfg: config.Config,
+    restart: bool,
+    mirrored: Mirrored,
 ) -> checkpoint.Meta | None:
     """Where all hosts go on; the first one looks.
 
@@ -86,17 +96,19 @@ def _resume_point(
     """
     if hosts.count == 1:
         return run_folder.resume_point(folder, cfg, restart)
-    if not hosts.share(folder):
+    if not hosts.share(folder) and not store.is_remote(cfg.output_dir):
         raise errors.CheckpointError(
             f"output_dir {folder} is not that of the first host: the checkpoints must be on a disk"
-            " that all hosts see."
+            " that all hosts see, or in a bucket."
         )
 
     def look() -> int | None:
         past = run_folder.resume_point(folder, cfg, restart)
+        mirrored.wait()  # the others take it from there
         return None if past is None else past.step
 
     step = hosts.decided(look)
+    mirrored.bring(step)
     return None if step is None else checkpoint.read_meta(folder, step)
 
 
@@ -118,7 +130,7 @@ class Run:
         folder: Path,
         stop: stopping.Stop,
         hosts: multihost.Hosts,
-        mirrored: mirror.Mirror | mirror.Nowhere,
+        mirrored: Mirrored,
     ):
         self.made, self.programs, self.folder, self.hosts = made, programs, folder, hosts
         self.mirrored = mirrored
@@ -398,6 +410,10 @@ class Run:
         """The best checkpoint, as the first host sees it."""
         if self.hosts.is_first:
             saved = checkpoint.load_model(self.folder)
+            if self.hosts.count > 1:
+                self.mirrored.wait()
             self.hosts.gather(saved.step)
             return saved
-        return checkpoint.load_model(self.folder, self.hosts.gather(None)[0])
+        best = self.hosts.gather(None)[0]
+        self.mirrored.bring(best)
+        return checkpoint.load_model(self.folder, best)

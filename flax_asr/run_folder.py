@@ -24,6 +24,7 @@ from flax_asr.record import runlog
 logger = logging.getLogger(__name__)
 
 CONFIG, CARD, EXPORT = "config.yaml", "README.md", "export"
+COMPILED = "compilation_cache"
 LOCK, FINISHED = ".lock", ".finished"
 
 FREE_TO_CHANGE = frozenset(

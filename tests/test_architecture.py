@@ -24,7 +24,7 @@ LAYERS = (
     "step",
     "hosts parallel checkpoint run_folder bucket.copies record.window card experiment"
     " origins corpora",
-    "assembly estimate diagnosis bucket.mirror",
+    "assembly estimate diagnosis bucket.follower bucket.mirror",
     "loading evaluate transcribe export",
     "loop plan doctor",
     "__main__",

@@ -23,30 +23,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flax_asr import checkpoint, config, errors, run_folder, seals
-from flax_asr.bucket import lease, store
+from flax_asr.bucket import follower, lease, store
+from flax_asr.hosts import multihost
 from flax_asr.record import runlog
 
 logger = logging.getLogger(__name__)
 
-COMPILED = "compilation_cache"
 LOOK_SECONDS = 3.0
 PATIENCE_SECONDS = 60.0
 """For what the thread is at when the run ends by an error."""
 _NEEDED = (run_folder.CONFIG, runlog.FILE, run_folder.CARD, run_folder.FINISHED)
 _NEEDED_OF_EXPORT = f"{run_folder.EXPORT}/config.json"
-
-
-class Nowhere:
-    """For a run in a folder of its own: there is nothing to keep in step."""
-
-    def check(self) -> None:
-        pass
-
-    def wait(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Mirror:
@@ -115,6 +102,9 @@ class Mirror:
                 raise self._explained(error) from error
             self._failure = None
 
+    def bring(self, step: int | None) -> None:
+        """Nothing to do: what is in the store is here."""
+
     def close(self) -> None:
         """Ends the thread and lets go of the URL, whatever is in the store."""
         self._closing.set()
@@ -147,55 +137,29 @@ class Mirror:
 
     def _fetch(self) -> None:
         """Brings what is needed and not here; unsound checkpoints of the store are unsealed."""
-        wanted = [
-            name
-            for name in self._listed
-            if name in _NEEDED or name == _NEEDED_OF_EXPORT or name.startswith(f"{COMPILED}/")
-        ]
+        wanted = [name for name in self._listed if name in _NEEDED or name == _NEEDED_OF_EXPORT]
         absent = {n: self._folder / n for n in wanted if not (self._folder / n).exists()}
         self._store.download(absent)
-        newest = next((n for n in checkpoint.steps(self._folder) if self._is_sound(n)), -1)
+        follower.fetch_compiled(self._store, self._listed, self._folder)
+        here = follower.newest(self._folder)
         problems = {}
         for step in sorted(self._sealed, reverse=True):
-            if step > newest:
+            if here is None or step > here:
                 try:
-                    self._fetch_checkpoint(step)
+                    follower.fetch_checkpoint(self._store, self._listed, self._folder, step)
                     # The one here may end before this step.
                     self._store.download({runlog.FILE: self._folder / runlog.FILE})
                 except errors.CheckpointError as error:
                     logger.warning("the checkpoint of step %d is not used: %s", step, error)
                     problems[step] = error
-        if problems and not any(map(self._is_sound, checkpoint.steps(self._folder))):
+        if problems and follower.newest(self._folder) is None:
             told = "; ".join(str(error) for error in problems.values())
             raise errors.CheckpointError(
                 f"no checkpoint in {self._store.url} is sound: {told}. Begin again with --restart."
             )
-        self._store.remove([_seal(step) for step in problems])
+        self._store.remove([follower.seal(step) for step in problems])
         for step in problems:
             del self._sealed[step]
-
-    def _fetch_checkpoint(self, step: int) -> None:
-        begin = f"{checkpoint.FOLDER}/{step}/"
-        unfinished = checkpoint.unfinished(self._folder, step)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        names = [name for name in self._listed if name.startswith(begin)]
-        logger.info("fetching the checkpoint of step %d from %s", step, self._store.url)
-        self._store.download({name: unfinished / name.removeprefix(begin) for name in names})
-        try:
-            seals.verify(unfinished)
-        except errors.CheckpointError:
-            shutil.rmtree(unfinished)
-            raise
-        there = self._folder / checkpoint.FOLDER / str(step)
-        shutil.rmtree(there, ignore_errors=True)
-        unfinished.rename(there)
-
-    def _is_sound(self, step: int) -> bool:
-        try:
-            seals.verify(self._folder / checkpoint.FOLDER / str(step))
-        except errors.CheckpointError:
-            return False
-        return True
 
     def _score(self, step: int) -> float | None:
         """The score of a checkpoint in the store."""
@@ -261,14 +225,14 @@ class Mirror:
         if not unchanged:  # the run has removed or replaced it in the meantime
             self._store.remove(f"{begin}{name}" for name in names)
             return
-        self._store.write(_seal(step), seal)
+        self._store.write(follower.seal(step), seal)
         self._sealed[step] = seal
         self._scores[step] = checkpoint.score(meta)
 
     def _unseal(self, step: int) -> None:
         """From here on the store has no checkpoint of this step."""
         if step in self._sealed:
-            self._store.remove([_seal(step)])
+            self._store.remove([follower.seal(step)])
             del self._sealed[step], self._scores[step]
 
     def _send_changed(self, names: list[str]) -> None:
@@ -311,10 +275,6 @@ def _order(name: str) -> tuple[bool, str]:
     return name != run_folder.CONFIG, name
 
 
-def _seal(step: int) -> str:
-    return f"{checkpoint.FOLDER}/{step}/{seals.FILE}"
-
-
 def _sealed(place: store.Store, listed: dict[str, store.Entry]) -> dict[int, bytes]:
     """The seal of every checkpoint that the store has; what has none is removed."""
     steps: dict[int, list[str]] = {}
@@ -324,8 +284,8 @@ def _sealed(place: store.Store, listed: dict[str, store.Entry]) -> dict[int, byt
             steps.setdefault(int(parts[1]), []).append(name)
     found = {}
     for step, names in steps.items():
-        if _seal(step) in names:
-            found[step] = place.read(_seal(step))
+        if follower.seal(step) in names:
+            found[step] = place.read(follower.seal(step))
         else:
             place.remove(names)
     return found
@@ -362,18 +322,19 @@ def _put_aside(place: store.Store, url: str) -> None:
         logger.info("the old run is kept in %s", url)
 
 
-def attached(cfg: config.Config, folder: Path, restart: bool, host_count: int) -> Mirror | Nowhere:
-    """What keeps `output_dir` in step with its local folder.
+def attached(
+    cfg: config.Config, folder: Path, restart: bool, hosts: multihost.Hosts
+) -> Mirror | follower.Follower | follower.Nowhere:
+    """What keeps `output_dir` in step with its local folder; the first host alone writes there.
 
     Raises:
-        ConfigError: it is in a bucket, and there are several hosts.
+        ConfigError: it is in a bucket on one host and not on another.
     """
     url = cfg.output_dir
+    hosts.agree("bucket", {"output_dir": url} if store.is_remote(url) else {})
     if not store.is_remote(url):
-        return Nowhere()
-    if host_count > 1:
-        raise errors.ConfigError(
-            f"output_dir {url} is in a bucket, which is for one host so far: give a folder that all"
-            " hosts see."
-        )
-    return Mirror(url, folder, cfg.train.save_total_limit, restart)
+        return follower.Nowhere()
+    shared = hosts.share(folder)
+    if hosts.is_first:
+        return Mirror(url, folder, cfg.train.save_total_limit, restart)
+    return follower.Nowhere() if shared else follower.Follower(url, folder)

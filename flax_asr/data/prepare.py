@@ -53,6 +53,11 @@ def prepared_folder(cfg: config.Config) -> Path:
     return parent / f"prepared-{key}"
 
 
+def is_in_bucket(cfg: config.Config) -> bool:
+    """Whether what one machine prepares is there for all."""
+    return cfg.data.prepared_dir is not None and store.is_remote(cfg.data.prepared_dir)
+
+
 def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.PreparedSplit]:
     """Opens every split that the configuration names, preparing those that are not there yet.
 
@@ -105,7 +110,7 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
 def _in_bucket(cfg: config.Config, folders: Mapping[str, Path]) -> dict[str, str]:
     """The URL of every split, where `data.prepared_dir` is one."""
     place = cfg.data.prepared_dir
-    if place is None or not store.is_remote(place):
+    if not is_in_bucket(cfg):
         return {}
     return {split: f"{place.rstrip('/')}/{folder.name}" for split, folder in folders.items()}
 

@@ -161,14 +161,19 @@ class Hosts:
             (folder / mark).unlink()
         return seen
 
-    def work_ahead(self, folder: Path, work: Callable[[], Any]) -> None:
+    def work_ahead(self, folder: Path, work: Callable[[], Any], for_all: bool = False) -> None:
         """Does what each host would find undone in its folder, once for each disk.
 
         Those that see the first one's folder wait for it; the others work at the same time.
+
+        Args:
+            folder: where the work's result lies.
+            work: does it.
+            for_all: all hosts will find the first one's result, wherever their folder is.
         """
         if self.count == 1:
             return
-        shared = self.share(folder)
+        shared = for_all or self.share(folder)
         if self.is_first or not shared:
             work()
         self.wait(PREPARING_SECONDS)

@@ -201,8 +201,8 @@ def test_a_checkpoint_that_goes_while_it_is_sent_leaves_nothing(url, disks, begu
 def test_an_empty_disk_gets_what_it_needs(url, disks, attach, begun):
     one, other = disks("one"), disks("other")
     mirrored = begun(one, finished=True)
-    (one / mirror.COMPILED).mkdir()
-    (one / mirror.COMPILED / "program").write_bytes(b"code")
+    (one / run_folder.COMPILED).mkdir()
+    (one / run_folder.COMPILED / "program").write_bytes(b"code")
     (one / "export" / "model.safetensors").write_bytes(b"weights")
     mirrored.wait()
     mirrored.close()

@@ -7,6 +7,13 @@ from typing import Any, TextIO
 from flax_asr.console import terminal
 
 LINE_SECONDS = 30.0
+_shown = True
+
+
+def hide() -> None:
+    """Nothing of it from this process any more: another host shows it."""
+    global _shown
+    _shown = False
 
 
 class Progress:
@@ -43,7 +50,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._start = self._last_line = time.monotonic()
-        if self._stream.isatty():
+        if _shown and self._stream.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -82,6 +89,8 @@ class Progress:
 
     def _write_line(self) -> None:
         self._last_line = time.monotonic()
+        if not _shown:
+            return
         elapsed_seconds = max(self._last_line - self._start, 1e-9)
         per_second = (self.done - self._initial) / elapsed_seconds
         count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from flax_asr import errors
+from flax_asr.console import progress
 from flax_asr.hosts import stopping
 
 JOINING_SECONDS = 300
@@ -60,6 +61,7 @@ def join() -> None:
     if jax.process_index() > 0:
         # What concerns all is said by the first.
         logging.getLogger("flax_asr").setLevel(logging.WARNING)
+        progress.hide()
 
 
 def _give_up() -> None:

@@ -12,7 +12,7 @@ import pytest
 import small_folder
 
 from flax_asr import checkpoint, errors, run_folder, seals
-from flax_asr.bucket import lease, mirror, store
+from flax_asr.bucket import follower, lease, mirror, store
 from flax_asr.record import runlog
 
 
@@ -285,7 +285,7 @@ def test_a_copy_that_was_not_complete_is_made_again(url, disks, attach, begun, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(mirror.Mirror, "_fetch_checkpoint", killed)
+        patch.setattr(follower, "fetch_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             attach(other)
     assert checkpoint.steps(other) == []

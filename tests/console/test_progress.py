@@ -72,3 +72,13 @@ def test_standard_output_stays_clean(capsys):
     assert found.out == ""
     assert "a: 1/1 b" in found.err
     assert "note" in found.err
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_other_hosts_than_the_first_show_none(monkeypatch, stream):
+    monkeypatch.setattr(progress, "_shown", True)
+    progress.hide()
+    out = stream()
+    with Progress(3, "training", "updates", stream=out, line_seconds=0) as bar:
+        bar.advance(3)
+    assert out.getvalue() == ""

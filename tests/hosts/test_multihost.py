@@ -40,6 +40,7 @@ def test_two_hosts_train_as_one_with_as_many_devices(pair, whole, tmp_path):
     assert len(list((run / "tensorboard").iterdir())) == 1
     # What concerns all is said once.
     assert output.count("updates of 8 clips") == 1
+    assert output.count("training: 8/8 updates") == 1
     assert "Traceback" not in output
 
 

@@ -5,8 +5,8 @@
 The tiny run of the tests (two fake CPU devices; dropout, SpecAugment, layerdrop and accumulation
 on) is killed again and again, until it ends before the next kill; then its log, and parameters,
 optimiser state and figures of every checkpoint are compared, bit for bit, with the uninterrupted
-run's. Then the next run begins, until enough kills have hit. A kill comes at a random moment of some
-seconds that follow compilation, fewer where a run ended before: most hit updates, some saving,
+run's. Then the next run begins, until enough kills have hit. A kill comes at a random moment of the
+seconds after compilation, fewer of them where a run ended before: most hit updates, some saving,
 scoring, exporting.
 """
 

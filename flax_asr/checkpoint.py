@@ -223,7 +223,7 @@ def restore(run: Path, step: int, like: PyTree) -> PyTree:
     folder = (run / FOLDER / str(step) / STATE).absolute()
     with _reader() as checkpointer:
         shapes = jax.tree.map(_as_stored, template)
-        _check_same(folder, _shapes(shapes), _shapes(_stored(checkpointer, folder)))
+        _check_same(folder, _kinds(shapes), _kinds(_stored(checkpointer, folder)))
         restored = jax.tree.map(_placed, template, checkpointer.restore(folder, shapes))
     return flax.serialization.from_state_dict(like, restored)
 
@@ -436,14 +436,15 @@ def _stored(checkpointer: ocp.StandardCheckpointer, folder: Path) -> PyTree:
     return checkpointer.metadata(folder).item_metadata.tree
 
 
-def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+def _kinds(tree: PyTree) -> dict[str, str]:
+    """The type and shape of every array, by its name."""
     return {
-        "/".join(str(key.key) for key in path): tuple(leaf.shape)
+        "/".join(str(key.key) for key in path): f"{np.dtype(leaf.dtype)} {tuple(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-def _check_same(folder: Path, ours: dict[str, tuple], theirs: dict[str, tuple]) -> None:
+def _check_same(folder: Path, ours: dict[str, str], theirs: dict[str, str]) -> None:
     """Refuses a checkpoint of another architecture, vocabulary or optimiser."""
     differing = [
         f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here"

@@ -9,6 +9,7 @@ import resource
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_folder
@@ -305,17 +306,30 @@ def test_another_architecture_or_vocabulary_is_refused_with_the_difference(two):
         checkpoint.restore(two, 4, shapes(fresh(params=larger.params)))
     message = str(refusal.value)
     assert f"{two / checkpoint.FOLDER / '4'} is of another model or optimiser: " in message
-    assert re.search(r"\S+ is \([\d, ]+\) there and \([\d, ]+\) here; .*; \d+ more\.", message)
+    assert re.search(
+        r"\S+ is \w+ \([\d, ]+\) there and \w+ \([\d, ]+\) here; .*; \d+ more", message
+    )
     assert "--restart" in message
     deeper = small_saved.saved(num_hidden_layers=3)
-    with pytest.raises(errors.CheckpointError, match=r"layers/2/.* is absent there and \("):
+    with pytest.raises(errors.CheckpointError, match=r"layers/2/.* is absent there and float32 \("):
         checkpoint.restore(two, 4, shapes(fresh(params=deeper.params)))
+
+
+def test_another_type_of_number_is_refused_with_the_difference(two):
+    halved = jax.tree.map(
+        lambda leaf: leaf.update(dtype=jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf,
+        shapes(fresh()),
+    )
+    with pytest.raises(errors.CheckpointError, match=r"is float32 \(.*\) there and bfloat16 \("):
+        checkpoint.restore(two, 4, halved)
 
 
 def test_another_optimiser_is_refused_with_the_difference(two):
     unclipped = dataclasses.replace(CONFIGURATION.optim, max_grad_norm=None)
     other = fresh(optimiser=optim.adamw(unclipped, lambda count: 1e-3))
-    with pytest.raises(errors.CheckpointError, match=r"optimiser/\S+ is absent there and \("):
+    with pytest.raises(
+        errors.CheckpointError, match=r"optimiser/\S+ is absent there and float32 \("
+    ):
         checkpoint.restore(two, 4, shapes(other))
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array
 
+from flax_asr import errors
 from flax_asr.models import configuration, convert, outputs, wav2vec2, weights
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import Wav2Vec2Config
 
 Tree = dict[str, Any]
+
+_WITHOUT_EFFECT = frozenset("force_download resume_download trust_remote_code".split())
+"""Of transformers' `from_pretrained`: a model's code is never run, the cache is always checked."""
 
 _logger = logging.getLogger("flax_asr")
 
@@ -322,12 +326,14 @@ class _PretrainedModel:
             _do_init: False returns (model, params), parameters outside of the model.
             seed: of a fresh head.
             options: fields of the configuration to change; others go to the class, as
-                `input_shape` does.
+                `input_shape` does. `force_download`, `resume_download` and `trust_remote_code`
+                are accepted, without effect.
 
         Raises:
             ModelError: not found, damaged, or not a wav2vec 2.0 model.
         """
         del from_pt
+        options = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
         folder, _ = weights.resolve(
             pretrained_model_name_or_path, revision, cache_dir, local_files_only, token
         )
@@ -357,13 +363,31 @@ class _PretrainedModel:
         return model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, params: Mapping[str, Any] | None = None
+        self,
+        save_directory: str | os.PathLike,
+        params: Mapping[str, Any] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
+        token: str | bool | None = None,
+        safe_serialization: bool = True,
     ) -> None:
         """Writes config.json and model.safetensors, which PyTorch's class of this name loads.
+
+        Args:
+            save_directory: the folder.
+            params: what is written; None: the model's own.
+            push_to_hub: refused where true: the folder is what `hf upload` takes.
+            max_shard_size, token, safe_serialization: accepted; it is one file of safetensors.
 
         Raises:
             ModelError: the folder cannot be written, or `params` do not fit the configuration.
         """
+        del max_shard_size, token, safe_serialization
+        if push_to_hub:
+            raise errors.ModelError(
+                "save_pretrained does not upload: leave push_to_hub out, then run `hf upload"
+                f" NAME {save_directory}`."
+            )
         tree = flax.core.unfreeze(self.params if params is None else params)
         stored = copy.deepcopy(self.config)
         stored.architectures = [type(self).__name__.removeprefix("Flax")]

@@ -165,6 +165,19 @@ def test_given_parameters_are_saved_instead_of_the_models_own(model, tmp_path):
     assert _equal(FlaxWav2Vec2ForCTC.from_pretrained(tmp_path).params, zeros)
 
 
+def test_calls_of_old_scripts_are_taken_and_uploads_are_refused(model, tmp_path):
+    model.save_pretrained(
+        tmp_path, params=model.params, push_to_hub=False, max_shard_size="10GB", token=None
+    )
+    back = FlaxWav2Vec2ForCTC.from_pretrained(
+        tmp_path, force_download=False, resume_download=None, trust_remote_code=True
+    )
+    assert _equal(back.params, model.params)
+    with pytest.raises(errors.ModelError, match=f"hf upload NAME {tmp_path / 'new'}"):
+        model.save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_model_without_head_saves_pytorchs_class(folder, tmp_path):
     FlaxWav2Vec2Model.from_pretrained(folder).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Wav2Vec2Model"]

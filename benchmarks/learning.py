@@ -3,7 +3,7 @@
     python benchmarks/learning.py [--updates 300] [--json FILE]
 
 A tiny model learns a language of eight tones, which takes a healthy run a few hundred updates, at
-three learning rates. Printed for each: the phases that the log names, with the update where each
+five learning rates. Printed for each: the phases that the log names, with the update where each
 began, the last training loss and the character error rate on the dev split.
 """
 
@@ -16,7 +16,7 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
-RATES = {"healthy": 3e-3, "too small": 1e-5, "too large": 0.3}
+RATES = {"healthy": 3e-3, "too small": 1e-5, "small": 1e-4, "large": 0.03, "too large": 0.3}
 
 
 def main() -> int:

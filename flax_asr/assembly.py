@@ -129,8 +129,6 @@ class Assembly:
             )
         if cfg.train.mixed_precision == "fp16" and self.devices.platform == "tpu":
             yield "TPUs compute in bf16: train.mixed_precision fp16 only adds a loss scale."
-        if self.layout.axes and self.devices.host_count > 1:
-            yield "train.zero_sharding has not been tried on several hosts: watch the first save."
         if cfg.train.zero_sharding and not self.layout.axes:
             yield (
                 f"train.zero_sharding changes nothing: no matrix of the model can be cut over"

@@ -21,8 +21,12 @@ _THAI_SPELLING = {
     **{_NIKHAHIT + tone + _SARA_AA: tone + _SARA_AM for tone in _THAI_TONES},
     "\u0e40\u0e40": "\u0e41",
 }
-# Vowel signs and the elongation mark: written or left out as the writer likes.
-_ARABIC_OPTIONAL = "\u0640\u064b\u064c\u064d\u064e\u064f\u0650\u0651\u0652\u0670"
+# Vowel signs and the elongation mark are written or left out as the writer likes; the signs of
+# honour and of reading are those of religious texts, some of which Common Voice has.
+_ARABIC_OPTIONAL = "\u0640\u064b\u064c\u064d\u064e\u064f\u0650\u0651\u0652\u0653\u0670" + "".join(
+    map(chr, [*range(0x0610, 0x061B), *range(0x0656, 0x0660), *range(0x06D6, 0x06EE)])
+)
+_ALEF_WASLA, _ALEF = "\u0671", "\u0627"
 
 
 def _spaced(
@@ -61,7 +65,7 @@ _THAI: tuple[Step, ...] = (
 DEFAULT = _spaced("'-")
 
 RULES: dict[str, tuple[Step, ...]] = {
-    "ar": _spaced("", first=({"remove": _ARABIC_OPTIONAL},)),
+    "ar": _spaced("", first=({"remove": _ARABIC_OPTIONAL}, {"replace": {_ALEF_WASLA: _ALEF}})),
     "az": _spaced("-", first=({"remove": "'"},), lower={"lower": "az"}),
     "ca": _spaced("'-·"),
     "de": _spaced("'"),
@@ -87,7 +91,8 @@ RULES: dict[str, tuple[Step, ...]] = {
     "lo": _THAI,
     "pt": _spaced("'-"),
     "ru": _spaced("-", first=({"replace": {"\u0301": "", "ё": "е"}},)),
-    "sv": _spaced("'"),
+    # The colon joins an ending to an abbreviation: "EU:s".
+    "sv": _spaced("':"),
     "th": _THAI,
     # The apostrophe before a suffix ("Ankara'da") is not heard.
     "tr": _spaced("", first=({"remove": "'"},), lower={"lower": "tr"}),

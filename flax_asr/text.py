@@ -152,10 +152,9 @@ class Step:
     def changes(self, before: str, after: str) -> Iterator[tuple[str, str]]:
         """What became what between a text and this step's result, one pair for each place."""
         if self.name in ("nfc", "nfkc"):
-            matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-            for kind, start, end, result_start, result_end in matcher.get_opcodes():
-                if kind != "equal":
-                    yield before[start:end], after[result_start:result_end]
+            for piece in _composed(before, self):
+                if self(piece) != piece:
+                    yield piece, self(piece)
         elif self.name == "replace":
             table = dict(self.argument)
             for match in _pattern(self.argument).finditer(before):
@@ -164,6 +163,18 @@ class Step:
             for character in (Counter(before) - Counter(after)).elements():
                 result = self(character)
                 yield character, "" if result == character else result
+
+
+def _composed(text: str, form: Callable[[str], str]) -> Iterator[str]:
+    """The pieces that a normal form treats alone: a character with all that it combines with."""
+    piece = ""
+    for character in text:
+        alone = form(piece + character) == form(piece) + form(character)
+        if alone and not unicodedata.combining(character):
+            yield piece
+            piece = ""
+        piece += character
+    yield piece
 
 
 @dataclasses.dataclass(frozen=True)

@@ -264,9 +264,14 @@ def assert_same(folder: pathlib.Path, other: pathlib.Path) -> None:
 
 def state(folder: pathlib.Path, step: int) -> dict[str, bytes]:
     """Every array of a checkpoint, as bytes."""
+    return {name: array.tobytes() for name, array in arrays(folder, step).items()}
+
+
+def arrays(folder: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint."""
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore((folder / checkpoint.FOLDER / str(step) / "state").absolute())
     flat = flax.traverse_util.flatten_dict(tree, sep="/")
-    return {name: np.asarray(leaf).tobytes() for name, leaf in flat.items()}
+    return {name: np.asarray(leaf) for name, leaf in flat.items()}

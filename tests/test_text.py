@@ -51,7 +51,9 @@ def test_each_language_is_written_its_own_way(language):
         ("ko", "\u1112\u1161\u11ab\u1100\u1173\u11af ㅋㅋ ＫＢＳ", "한글 ㅋㅋ kbs"),
         ("tr", "DİYARBAKIR'ın kâğıdı; IĞDIR", "diyarbakırın kâğıdı ığdır"),
         ("de", "STRASSE, Straße, GROẞ; O\u0308l", "strasse straße groß öl"),
-        ("ar", "الــعــربية ﻻ أُمٌّ ٱلْحَمْدُ", "العربية لا أم ٱلحمد"),
+        ("ar", "الــعــربية ﻻ أُمٌّ ٱلْحَمْدُ", "العربية لا أم الحمد"),
+        ("ar", "قَالُوا\u06da هُوَ \u06d6 اللَّهُ \u0610", "قالوا هو الله"),
+        ("sv", "EU:s möte: kl. 12:30", "eu:s möte kl 12 30"),
         ("th", "นํ้า เเดง ๆ ฯลฯ", "น้ำแดงๆฯลฯ"),
         ("en", "the cats’ tails, ’tis O’Brien’s", "the cats tails tis o'brien's"),
         ("fr", "Aujourd’hui, « peut-être » l’œuvre", "aujourd'hui peut-être l'œuvre"),
@@ -150,6 +152,21 @@ def test_the_report_counts_every_place():
         ("remove", "!", ""): 2,
     }
     assert "EXCLAMATION MARK removed: 2" in changes[0].describe() + changes[1].describe()
+
+
+def test_the_report_of_a_normal_form_names_each_character_with_what_it_combines_with():
+    """Half-width letters and their marks, full-width ones in a row, letters of Hangul, accents."""
+    text = "ﾊﾞﾅﾅ？３\u1112\u1161\u11abe\u0301a\u0323\u0307"
+    changes = normalizer(["nfkc"]).report([text])
+    assert {(change.before, change.after): change.count for change in changes} == {
+        ("ﾊﾞ", "バ"): 1,
+        ("ﾅ", "ナ"): 2,
+        ("？", "?"): 1,
+        ("３", "3"): 1,
+        ("\u1112\u1161\u11ab", "한"): 1,
+        ("e\u0301", "é"): 1,
+        ("a\u0323\u0307", "ạ\u0307"): 1,
+    }
 
 
 def test_a_report_shows_invisible_characters_as_escapes():

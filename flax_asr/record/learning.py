@@ -25,7 +25,20 @@ NEAR = 1.25
 SILENT = 0.1
 """Of the share of frames that the transcripts would fill: a model that writes less is silent."""
 PATIENCE = 0.2
-"""Of the run: so long on the plateau is worth a word."""
+"""Of the run: so long on the plateau, or before it, is worth a word."""
+_ADVICE = {
+    BEGINNING: "Even to write nothing takes it that long: the rate, or the number of updates, is"
+    " probably much too small.",
+    PLATEAU: "If the loss does not fall: a rate three times as high or as low, a longer"
+    " optim.warmup_steps, more updates, or fewer masks (mask_time_prob).",
+}
+_ENDS = {
+    BEGINNING: "before it has learnt how common each character is: its model writes noise."
+    " optim.learning_rate or the number of updates is much too small.",
+    PLATEAU: "on the blank plateau: its model writes next to nothing.",
+    DIVERGING: "diverging: its model is worse than one that writes nothing; optim.learning_rate is"
+    " probably too high.",
+}
 
 
 class Watch:
@@ -87,23 +100,29 @@ class Watch:
         }
         if self.phase != before:
             logger.info("step %d: %s", step, said[self.phase](figures, before, waited))
-        elif self.phase == PLATEAU and self._overdue(step, figures):
+        elif self.phase in _ADVICE and self._overdue(step):
             logger.warning(
-                "step %d: still on the blank plateau after %d of %d updates, with a learning rate"
-                " of %.2g. If the loss does not fall: a rate three times as high or as low, a"
-                " longer optim.warmup_steps, more updates, or fewer masks (mask_time_prob).",
+                "step %d: still %s after %d of %d updates, with a loss of %.4g and a learning rate"
+                " of %.2g. %s",
                 step,
+                self.phase,
                 step - self._since,
                 self._updates,
+                figures["loss"],
                 figures["learning_rate"],
+                _ADVICE[self.phase],
             )
+        if step == self._updates and self.phase != LEARNING:
+            logger.warning("step %d: the run ends %s", step, _ENDS[self.phase])
         return {"phase": self.phase}
 
     def _move(self, phase: str, step: int) -> None:
         if phase != self.phase:
-            self.phase, self._since, self._warned = phase, step, False
+            # A run is before the plateau from its start, not from its first line in the log.
+            self._since = 0 if phase == BEGINNING else step
+            self.phase, self._warned = phase, False
 
-    def _overdue(self, step: int, figures: Mapping[str, float]) -> bool:
+    def _overdue(self, step: int) -> bool:
         """Once for each stay."""
         late = not self._warned and step - self._since >= PATIENCE * self._updates
         self._warned |= late

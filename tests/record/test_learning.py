@@ -96,6 +96,36 @@ def test_a_long_stay_is_said_once(caplog):
     assert "still on the blank plateau after 200 of 1000 updates" in record.getMessage()
 
 
+def test_a_run_too_timid_for_the_plateau_is_told_once(caplog):
+    watch = _watch(updates=1000)
+    with caplog.at_level(logging.WARNING, logger="flax_asr.record.learning"):
+        for step in range(100, 1000, 100):
+            watch.look(step, _figures(100.0, 0.2))
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "step 200: still before the blank plateau after 200 of 1000 updates" in said
+    assert "much too small" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ((100.0, 0.2), "its model writes noise"),
+        ((6.3, 1.0), "its model writes next to nothing"),
+        ((500.0, 0.5), "worse than one that writes nothing"),
+        ((2.2, 0.93), None),
+    ],
+)
+def test_a_run_that_ends_without_having_learnt_says_so(caplog, line, words):
+    watch = _watch(updates=200)
+    with caplog.at_level(logging.WARNING, logger="flax_asr.record.learning"):
+        watch.look(100, _figures(*line))
+        said = len(caplog.records)
+        watch.look(200, _figures(*line))
+    ends = [r.getMessage() for r in caplog.records[said:] if "the run ends" in r.getMessage()]
+    assert [words in end for end in ends] == ([] if words is None else [True])
+
+
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_resumed_run_says_what_the_whole_one_would(caplog, stop_after):
     lines = [(77.5, 0.3), (6.3, 1.0), (6.2, 1.0), (5.0, 0.97)]

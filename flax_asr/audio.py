@@ -9,7 +9,7 @@ import io
 import os
 import re
 import stat
-from math import ceil
+from math import ceil, isfinite
 
 import numpy as np
 import soundfile
@@ -43,6 +43,7 @@ _FRAMES_A_BYTE = 64
 _MP3_SLACK_FRAMES = 3 * 1152
 # Channels whose mean is this much quieter than the first of them cancel each other.
 _CANCELLED = 0.01
+_GLANCE_SAMPLES = 4096
 # 64 ms, for voices.
 _VOCODER_SAMPLES = 1024
 
@@ -110,13 +111,13 @@ def _decode(
     if not np.isfinite(mono).all():
         raise errors.AudioError("not_finite", "it holds NaN or infinity")
     mono = _resample(mono, rate_hz)
-    if not np.isfinite(mono).all():
+    peak = _peak(mono)  # NaN where one of them is
+    if not isfinite(peak):
         raise errors.AudioError("not_finite", "its samples are too large to resample")
     if len(mono) > longest * SAMPLE_RATE_HZ:
         raise errors.AudioError(
             "too_long", f"{len(mono) / SAMPLE_RATE_HZ:.2f} s, more than {longest:g} s"
         )
-    peak = _peak(mono)
     if peak < SILENT_PEAK:
         raise errors.AudioError("silent", f"its loudest sample is {peak:.1e}")
     return mono
@@ -202,6 +203,8 @@ def _check_length(
 def _uncancelled(
     mean: Float32[np.ndarray, " frames"], first: Float32[np.ndarray, " frames"]
 ) -> Float32[np.ndarray, " frames"]:
+    if first is mean:
+        return mean
     return first if _peak(mean) < _CANCELLED * _peak(first) else mean
 
 
@@ -217,7 +220,14 @@ def _resample(
         return samples
     size = ceil(len(samples) * (SAMPLE_RATE_HZ / rate_hz))
     resampled = soxr.resample(samples, rate_hz, SAMPLE_RATE_HZ, quality="HQ")[:size]
-    return np.pad(resampled, (0, size - len(resampled)))
+    return _lengthened(resampled, size)
+
+
+def _lengthened(
+    samples: Float32[np.ndarray, " samples"], size: int
+) -> Float32[np.ndarray, " size"]:
+    """With zeros behind it; without a copy where it is as long already."""
+    return samples if len(samples) == size else np.pad(samples, (0, size - len(samples)))
 
 
 def encode_int16(
@@ -230,8 +240,12 @@ def encode_int16(
     """
     low, high = samples.min(initial=0), samples.max(initial=0)
     if low >= -1 and high < 1:
-        scaled = samples * np.float32(32768)  # a power of two: nothing is rounded
-        if np.array_equal(scaled, np.rint(scaled)):
+        # A power of two rounds nothing, and a few samples show that most recordings are others.
+        for part in (samples[:_GLANCE_SAMPLES], samples):
+            scaled = part * np.float32(32768)
+            if not np.array_equal(scaled, np.rint(scaled)):
+                break
+        else:
             return scaled.astype(np.int16), 1 / 32768
     gain = float(np.float32(max(-low, high) / 32767)) or 1.0
     integers = np.divide(samples, gain, dtype=np.float64)
@@ -270,7 +284,7 @@ def stretch(
     if length == len(samples):
         return samples
     played = soxr.resample(samples, len(samples), length, quality="HQ")[:length]
-    return np.pad(played, (0, length - len(played)))
+    return _lengthened(played, length)
 
 
 def shift_pitch(

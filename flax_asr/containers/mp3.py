@@ -7,6 +7,7 @@ Source: ISO/IEC 11172-3 section 2.4.1.3 and 13818-3 section 2.4.1.3, layer III.
 """
 
 import dataclasses
+import functools
 
 # Kilobits a second by index, MPEG-1 and MPEG-2/2.5; index 0 is "free", 15 is forbidden.
 _KILOBITS = (
@@ -39,20 +40,29 @@ def extent(data: bytes) -> Extent | None:
     while data[place : place + 3] == b"ID3" and len(data) >= place + 10:
         size = data[place + 6 : place + 10]
         place += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
-    samples = 0
-    while place + 4 <= len(data):
-        header = int.from_bytes(data[place : place + 4], "big")
-        version, bitrate, rate = header >> 19 & 3, header >> 12 & 15, header >> 10 & 3
-        is_frame = header >> 21 == 0x7FF and header >> 17 & 3 == 1 and version != 1
-        if not is_frame or bitrate in (0, 15) or rate == 3:
+    samples, end = 0, len(data)
+    while place + 4 <= end:
+        frame = _frame(data[place : place + 3])
+        if frame is None:
             is_tag = data[place : place + 3] == b"TAG" or data[place : place + 8] == b"APETAGEX"
             return Extent(samples, 0) if is_tag or not data[place:].strip(b"\0") else None
-        first_version = version == 3
-        bits = 1000 * _KILOBITS[not first_version][bitrate]
-        length = (144 if first_version else 72) * bits // _RATES_HZ[version][rate]
-        length += header >> 9 & 1
-        if place + length > len(data):
-            return Extent(samples, place + length - len(data))
-        samples += 1152 if first_version else 576
+        length, frame_samples = frame
+        if place + length > end:
+            return Extent(samples, place + length - end)
+        samples += frame_samples
         place += length
     return Extent(samples, 0)
+
+
+@functools.lru_cache(maxsize=1024)  # a file has few kinds of frames, and thousands of them
+def _frame(header: bytes) -> tuple[int, int] | None:
+    """Bytes and samples of the frame that begins with these three bytes; None if none does."""
+    bits = int.from_bytes(header, "big")
+    version, bitrate, rate = bits >> 11 & 3, bits >> 4 & 15, bits >> 2 & 3
+    is_frame = bits >> 13 == 0x7FF and bits >> 9 & 3 == 1 and version != 1
+    if not is_frame or bitrate in (0, 15) or rate == 3:
+        return None
+    first_version = version == 3
+    bits_a_second = 1000 * _KILOBITS[not first_version][bitrate]
+    length = (144 if first_version else 72) * bits_a_second // _RATES_HZ[version][rate]
+    return length + (bits >> 1 & 1), 1152 if first_version else 576

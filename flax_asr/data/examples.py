@@ -73,6 +73,21 @@ class Examples:
         start = self._token_start[row]
         return self._tokens[start : start + self.label_lengths[row]]
 
+    def padded_labels(
+        self, rows: Int[np.ndarray, " rows"], lengths: Int32[np.ndarray, " rows"], width: int
+    ) -> Int32[np.ndarray, "rows width"]:
+        """The first `lengths` token ids of each row, padded with 0.
+
+        Raises:
+            ValueError: one of the lengths is above `width`.
+        """
+        if lengths.max(initial=0) > width:
+            raise ValueError(f"a row has {lengths.max()} labels, more than the width {width}")
+        columns = np.arange(width)
+        places = self._token_start[rows][:, None] + columns
+        tokens = self._tokens.take(places, mode="clip")
+        return np.where(columns < lengths[:, None], tokens, np.int32(0))
+
     def facts(self, row: int) -> dict[str, str]:
         """Speaker, age, gender and accent; "" where unknown."""
         split, clip = self.splits[self._split_of[row]], self._clip_of[row]

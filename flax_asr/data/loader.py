@@ -64,29 +64,27 @@ def assemble(
     real = rows >= 0
     found = np.where(real, rows, 0)
     lengths, gains = data.samples[found], data.gains[found]
-    recordings = (data.audio(row) for row in rows[real])
+    recordings = (data.audio(row) for row in rows[real].tolist())
     if heard is not None:
         lengths[real] = [len(clip) for clip, _ in heard]
         gains[real] = [gain for _, gain in heard]
         recordings = (clip for clip, _ in heard)
     # Fresh arrays each time: the device may read them long after the next batch is assembled.
-    batch = Batch(
-        audio=np.empty((len(rows), samples), np.int16),
+    audio = np.empty((len(rows), samples), np.int16)
+    sample_lengths = np.where(real, lengths, np.int32(0))
+    label_lengths = np.where(real, data.label_lengths[found], np.int32(0))
+    for padded, is_real, length in zip(audio, real.tolist(), sample_lengths.tolist(), strict=True):
+        if is_real:
+            padded[:length] = next(recordings)
+        padded[length:] = 0
+    return Batch(
+        audio=audio,
         gains=np.where(real, gains, np.float32(1)),
-        sample_lengths=np.where(real, lengths, np.int32(0)),
-        labels=np.zeros((len(rows), tokens), np.int32),
-        label_lengths=np.where(real, data.label_lengths[found], np.int32(0)),
+        sample_lengths=sample_lengths,
+        labels=data.padded_labels(found, label_lengths, tokens),
+        label_lengths=label_lengths,
         weights=real.astype(np.float32),
     )
-    for place, (row, length) in enumerate(
-        zip(rows.tolist(), batch.sample_lengths.tolist(), strict=True)
-    ):
-        if row >= 0:
-            batch.audio[place, :length] = next(recordings)
-            label = data.labels(row)
-            batch.labels[place, : len(label)] = label
-        batch.audio[place, length:] = 0
-    return batch
 
 
 class Prefetched(Generic[_Item]):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int16, Int32, Int64
+from jaxtyping import Float32, Int16, Int32, Int64, UInt8
 
 from flax_asr import audio, errors
 
@@ -64,7 +64,9 @@ class ClipFacts:
 
 def pcm_digest(pcm: Int16[np.ndarray, " samples"], gain: float) -> str:
     """Names the decoded audio: equal for clips that sound bit for bit the same."""
-    return hashlib.sha256(pcm.astype(_PCM, copy=False).tobytes() + repr(gain).encode()).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(pcm, _PCM))
+    digest.update(repr(gain).encode())
+    return digest.hexdigest()
 
 
 class ShardWriter:
@@ -115,7 +117,7 @@ class ShardWriter:
         self, facts: ClipFacts, pcm: Int16[np.ndarray, " samples"], gain: float, digest: str
     ) -> None:
         """Appends a clip; `digest` is its `pcm_digest`."""
-        data = pcm.astype(_PCM, copy=False).tobytes()
+        data = np.ascontiguousarray(pcm, _PCM).view(np.uint8)
         if self._opens_shard(len(data)):
             self._next_shard()
         self._audio.write(data)
@@ -213,7 +215,14 @@ class ShardWriter:
         self._hashes.append(hashlib.sha256())
         self._shard_sizes.append(0)
 
-    def _record(self, data: bytes, samples: int, gain: float, digest: str, clip_id: str) -> None:
+    def _record(
+        self,
+        data: bytes | UInt8[np.ndarray, " bytes"],
+        samples: int,
+        gain: float,
+        digest: str,
+        clip_id: str,
+    ) -> None:
         self._index["samples"].append(samples)
         self._index["gains"].append(gain)
         self._index["shards"].append(len(self._hashes) - 1)

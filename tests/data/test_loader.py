@@ -13,7 +13,7 @@ from small_splits import write_split
 from flax_asr import errors
 from flax_asr.data.buckets import EvalPlan, TrainPlan, choose_shapes
 from flax_asr.data.examples import build
-from flax_asr.data.loader import Batch, Prefetched, evaluation, label_widths, updates
+from flax_asr.data.loader import Batch, Prefetched, assemble, evaluation, label_widths, updates
 from flax_asr.text import Vocabulary
 
 CLIPS = 23
@@ -200,3 +200,11 @@ def test_waiting_is_measured():
         time.sleep(0.2)
         assert list(stream) == [0, 1, 2]
         assert stream.wait_seconds < 0.1
+
+
+def test_labels_that_do_not_fit_are_refused(data):
+    rows = np.array([int(data.label_lengths.argmax())])
+    width = int(data.label_lengths.max())
+    assert assemble(data, rows, 40_000, width).labels.tolist() == [data.labels(rows[0]).tolist()]
+    with pytest.raises(ValueError, match="more than the width"):
+        assemble(data, rows, 40_000, width - 1)

@@ -26,10 +26,18 @@ class Updates:
         devices: how many.
         zero_sharding: whether moments are cut.
         mixed_precision: fp16 has a loss scale.
+        freeze_encoder_steps: in so many updates at first only the head moves.
         **optimiser: options of `optim`.
     """
 
-    def __init__(self, devices, zero_sharding, mixed_precision="fp32", **optimiser):
+    def __init__(
+        self,
+        devices,
+        zero_sharding,
+        mixed_precision="fp32",
+        freeze_encoder_steps=0,
+        **optimiser,
+    ):
         options = {"learning_rate": 3e-2, "warmup_steps": 3, "weight_decay": 0.1} | optimiser
         cfg = config.Config(
             optim=config.OptimConfig(**options),
@@ -37,7 +45,7 @@ class Updates:
         )
         self.devices = parallel.Devices(jax.devices()[:devices])
         learning_rate = optim.schedule(cfg.optim, 40)
-        adamw = optim.adamw(cfg.optim, learning_rate)
+        adamw = optim.adamw(cfg.optim, learning_rate, freeze_encoder_steps)
         rng = np.random.default_rng(0)
         params = {path: rng.standard_normal(s, np.float32) for path, s in SHAPES.items()}
         fresh = experiment.fresh_state(

@@ -52,10 +52,25 @@ def compare(devices: int, *, cuts: int, **kinds):
         {"max_grad_norm": 1e6, "ema_decay": 0.9},
         {"mixed_precision": "fp16"},
         {"max_grad_norm": None, "head_learning_rate": 1e-2},
+        {"freeze_encoder_steps": 15, "ema_decay": 0.9},
     ],
 )
 def test_updates_are_the_same_with_moments_cut(kinds):
     compare(2, cuts=3, **kinds)
+
+
+def test_with_moments_cut_the_encoder_waits_too():
+    updates = small_update.Updates(2, True, freeze_encoder_steps=5)
+    before = updates.params
+    updates.run(0, 5)
+    moved = {
+        path for path, value in updates.params.items() if value.tobytes() != before[path].tobytes()
+    }
+    assert moved == {"lm_head/kernel", "lm_head/bias"}
+    updates.run(5, 6)
+    assert updates.params["wav2vec2/encoder/pos_conv_embed/kernel"].tobytes() != (
+        before["wav2vec2/encoder/pos_conv_embed/kernel"].tobytes()
+    )
 
 
 def through_checkpoints(run: pathlib.Path, *kinds: tuple[int, bool]) -> None:

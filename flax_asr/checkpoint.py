@@ -279,7 +279,7 @@ def steps(run: Path) -> list[int]:
     folder = run / FOLDER
     if not folder.is_dir():
         return []
-    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True)
 
 
 def newest_sound(run: Path) -> int | None:
@@ -310,11 +310,19 @@ def read_meta(run: Path, step: int) -> Meta:
     """What stands beside the arrays of a step.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, of another version of this program, or of another step.
     """
     folder = run / FOLDER / str(step)
     seals.verify(folder, META)
-    return Meta(**json.loads((folder / META).read_text(encoding="utf-8")))
+    try:
+        meta = Meta(**json.loads((folder / META).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise errors.CheckpointError(
+            f"{folder / META} was not written by this version of flax_asr: {error}"
+        ) from error
+    if meta.step != step:
+        raise errors.CheckpointError(f"{folder} is the checkpoint of step {meta.step}, renamed")
+    return meta
 
 
 def meta_config(meta: Meta) -> config.Config:
@@ -377,6 +385,7 @@ def _first_sound(run: Path, candidates: list[int]) -> int:
     for step in candidates:
         try:
             seals.verify(run / FOLDER / str(step))
+            read_meta(run, step)
         except errors.CheckpointError as error:
             problems.append(str(error))
             logger.warning("the checkpoint of step %d is not used: %s", step, error)

@@ -101,7 +101,7 @@ def _release_folder(path: pathlib.Path, language: str, column: str) -> Source:
 
 
 def _folder_clips(file: pathlib.Path, recordings: pathlib.Path, column: str) -> Iterator[Clip]:
-    with open(file, "rb") as stream:
+    with tables.opened(file) as stream:
         for number, row in tables.rows(stream, str(file), ".tsv", ("path", column)):
             clip = _member_clip(number, row, column)
             path = None if clip.refused else str(recordings / clip.id)
@@ -195,7 +195,7 @@ def _manifest(path: pathlib.Path, column: str) -> Source:
 
 
 def _manifest_rows(path: pathlib.Path, column: str) -> Iterator[tables.Row]:
-    with open(path, "rb") as stream:
+    with tables.opened(path) as stream:
         yield from tables.rows(stream, str(path), path.suffix.lower(), ("path", column))
 
 

@@ -91,7 +91,7 @@ def load(model: str) -> LoadedModel:
     folder = copies.model(model) if store.is_remote(model) else Path(model).expanduser()
     if checkpoint.is_run(folder):
         return _from_checkpoint(model, folder, None)
-    if folder.name.isdigit() and folder.parent.name == checkpoint.FOLDER:
+    if folder.name.isdecimal() and folder.parent.name == checkpoint.FOLDER:
         return _from_checkpoint(model, folder.parent.parent, int(folder.name))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise errors.ModelError(

@@ -209,7 +209,7 @@ def is_finished(folder: Path, past: checkpoint.Meta, asked: config.Config) -> bo
         return False
     marked = folder / FINISHED
     written = (folder / CARD).is_file() and (folder / EXPORT / "config.json").is_file()
-    return written and marked.is_file() and marked.read_text().strip() == str(past.step)
+    return written and marked.is_file() and marked.read_bytes().strip() == b"%d" % past.step
 
 
 def out_of_patience(history: Sequence[Mapping[str, Any]], train: config.TrainConfig) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flax_asr import errors
@@ -63,4 +63,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     )
     if not whole or not sealed:
         raise errors.CheckpointError(f"{path} is not a seal any more")
+    for name in map(PurePosixPath, sealed):
+        if name.is_absolute() or ".." in name.parts:
+            raise errors.CheckpointError(f"{path} names {name}, which is not in its folder")
     return sealed

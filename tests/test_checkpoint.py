@@ -300,6 +300,44 @@ def test_a_damaged_step_is_not_loaded(run):
         checkpoint.load_model(run, 4)
 
 
+def changed_meta(run, step, change):
+    """As somebody does who knows how to seal."""
+    folder = run / checkpoint.FOLDER / str(step)
+    meta = json.loads((folder / checkpoint.META).read_text())
+    change(meta)
+    (folder / checkpoint.META).write_text(json.dumps(meta))
+    seals.write(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda meta: meta.update(new=1), r"4/meta\.json was not written by this version"),
+        (lambda meta: meta.pop("window"), r"4/meta\.json was not written by this version"),
+        (lambda meta: meta.update(step=8), "checkpoint of step 8, renamed"),
+    ],
+)
+def test_a_checkpoint_that_says_something_else_is_passed_over(run, caplog, damage, message):
+    changed_meta(run, 4, damage)
+    assert checkpoint.newest_sound(run) == 2
+    assert re.search(f"step 4 is not used: .*{message}", caplog.text)
+
+
+def test_only_a_number_is_the_name_of_a_step(run):
+    for name in ("²", "4x", "-4", "x"):
+        (run / checkpoint.FOLDER / name).mkdir()
+    assert checkpoint.steps(run) == [4, 2]
+
+
+def test_a_seal_of_files_elsewhere_does_not_hold(run):
+    path = run / checkpoint.FOLDER / "4" / seals.FILE
+    sealed = json.loads(path.read_text())
+    for name in ("../2/meta.json", "/etc/hostname"):
+        path.write_text(json.dumps(sealed | {name: {"bytes": 1, "sha256": "0"}}))
+        with pytest.raises(errors.CheckpointError, match="which is not in its folder"):
+            seals.verify(run / checkpoint.FOLDER / "4")
+
+
 def test_another_architecture_or_vocabulary_is_refused_with_the_difference(two):
     larger = small_saved.saved(hidden_size=36, vocab_size=12)
     with pytest.raises(errors.CheckpointError) as refusal:

@@ -252,6 +252,20 @@ def test_a_table_that_cannot_be_read_is_named(release, content, message):
         read(release)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    ],
+)
+def test_a_table_that_is_no_file_is_named(release, make, message):
+    (release / "train.tsv").unlink()
+    make(release / "train.tsv")
+    with pytest.raises(DataError, match=rf"train\.tsv cannot be read: {message}\."):
+        read(release)
+
+
 def test_another_text_column_can_be_named(release):
     (release / "train.tsv").write_bytes(b"path\ttext\na\tb\n")
     assert [clip.sentence for clip in read(release, text_column="text")] == ["b"]

@@ -280,7 +280,7 @@ def _sealed(place: store.Store, listed: dict[str, store.Entry]) -> dict[int, byt
     steps: dict[int, list[str]] = {}
     for name in listed:
         parts = name.split("/")
-        if parts[0] == checkpoint.FOLDER and len(parts) > 2 and parts[1].isdigit():
+        if parts[0] == checkpoint.FOLDER and len(parts) > 2 and parts[1].isdecimal():
             steps.setdefault(int(parts[1]), []).append(name)
     found = {}
     for step, names in steps.items():

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flax_asr import errors
+
+logger = logging.getLogger(__name__)
 
 FILE = "log.jsonl"
 
@@ -35,6 +38,14 @@ class RunLog:
         self._path = run / FILE
         self._writes, self._complete = writes, not writes
         self.events = read(run)[:keep]
+        if writes and len(self.events) < keep:
+            logger.warning(
+                "warning: %s has %d of the %d events that were there: the others are lost, and so"
+                " are their scores",
+                self._path,
+                len(self.events),
+                keep,
+            )
         self.flush()
         self._board = _board(run, after) if writes else None
 
@@ -151,14 +162,17 @@ def evaluations_since_best(history: Iterable[Mapping[str, Any]], name: str) -> i
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; a line cut short by a kill ends them."""
+    """The events of a run, oldest first; a line that is cut short, or not an event, ends them."""
     path = run / FILE
     if not path.is_file():
         return []
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(event, dict) or not isinstance(event.get("step"), int):
+            break
+        events.append(event)
     return events

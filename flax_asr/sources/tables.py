@@ -9,6 +9,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from flax_asr import errors
@@ -18,6 +19,18 @@ Row = tuple[int, dict[str, object]]
 _MOST_LINE_BYTES = 2**20
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 EXTRA = "\0extra"  # the key of a row's fields past the header's columns
+
+
+def opened(path: Path) -> BinaryIO:
+    """The file of a table, to be read.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise errors.DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:

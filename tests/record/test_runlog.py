@@ -37,6 +37,20 @@ def test_events_after_those_of_the_checkpoint_are_dropped(tmp_path):
     assert [event["step"] for event in runlog.read(tmp_path)] == [2, 4, 4, 5]
 
 
+@pytest.mark.parametrize("line", ["1", "[2]", '"x"', "null", '{"loss": 1}', "[" * 100_000])
+def test_a_line_that_is_no_event_ends_the_log(tmp_path, line):
+    (tmp_path / runlog.FILE).write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+    assert runlog.read(tmp_path) == [{"step": 1}]
+
+
+def test_events_that_a_checkpoint_had_and_the_log_has_not_are_told_of(tmp_path, caplog):
+    (tmp_path / runlog.FILE).write_text('{"step": 1}\n')
+    runlog.RunLog(tmp_path, 1, after=1).close()
+    assert caplog.text == ""
+    runlog.RunLog(tmp_path, 3, after=1).close()
+    assert "log.jsonl has 1 of the 3 events that were there" in caplog.text
+
+
 def test_a_line_cut_by_a_kill_ends_the_log_and_is_mended(tmp_path):
     path = tmp_path / runlog.FILE
     path.write_bytes(b'{"step": 1}\n{"step": 2, "note": "\xc3')

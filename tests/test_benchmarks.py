@@ -15,6 +15,7 @@ TINY = {
     "cpu_step": "--small --layers 1 --runs 1 --cores 1",
     "ctc": "--runs 1",
     "damage": "--cases 4",
+    "doctor": "--clips 60",
     "full_size": "--small",
     "fuzz_audio": "--files 20 --tables 4",
     "gpu": "--small --updates 1 --rounds 1 --rows 2",

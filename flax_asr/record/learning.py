@@ -33,7 +33,7 @@ _ADVICE = {
     " optim.warmup_steps, more updates, or fewer masks (mask_time_prob).",
 }
 _ENDS = {
-    BEGINNING: "before it has learnt how common each character is: its model writes noise."
+    BEGINNING: "before it has learnt how common each character is: its model is of no use."
     " optim.learning_rate or the number of updates is much too small.",
     PLATEAU: "on the blank plateau: its model writes next to nothing.",
     DIVERGING: "diverging: its model is worse than one that writes nothing; optim.learning_rate is"

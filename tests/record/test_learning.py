@@ -110,7 +110,7 @@ def test_a_run_too_timid_for_the_plateau_is_told_once(caplog):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ((100.0, 0.2), "its model writes noise"),
+        ((100.0, 0.2), "its model is of no use"),
         ((6.3, 1.0), "its model writes next to nothing"),
         ((500.0, 0.5), "worse than one that writes nothing"),
         ((2.2, 0.93), None),

@@ -72,7 +72,8 @@ class Sums:
     """What the micro-batches of one update add up to, on one device.
 
     `loss` is the sum of the clips' losses, `gradients` of that sum times the loss scale. Clips
-    without an alignment are in `infeasible` and nowhere else.
+    without an alignment are in `infeasible` and nowhere else. With no `micro_batches`, whatever
+    stands in `gradients` counts for nothing: writing zeros there took a fifth of an update on TPU.
     """
 
     gradients: Parameters
@@ -194,11 +195,11 @@ def accumulate(
 
     learnt = {path: leaf for path, leaf in state.trainable.items() if learning[path]}
     gradients, counts = jax.grad(scaled_loss, has_aux=True)(learnt)
-    added = {
-        path: sums.gradients[path] + rows * g.astype(jnp.float32) for path, g in gradients.items()
-    }
+    is_first = sums.micro_batches == 0
+    before = {path: jnp.where(is_first, 0.0, total) for path, total in sums.gradients.items()}
+    added = {path: before[path] + rows * g.astype(jnp.float32) for path, g in gradients.items()}
     return sums.replace(
-        gradients={**sums.gradients, **added},
+        gradients={**before, **added},
         micro_batches=sums.micro_batches + 1,
         **{name: getattr(sums, name) + count for name, count in counts.items()},
     )
@@ -260,7 +261,8 @@ def update(
         skipped=new.skipped,
         bad_in_a_row=bad_in_a_row,
     )
-    return new, jax.tree.map(jnp.zeros_like, sums), metrics
+    empty = jax.tree.map(jnp.zeros_like, sums.replace(gradients={}))
+    return new, empty.replace(gradients=sums.gradients), metrics
 
 
 def evaluate(

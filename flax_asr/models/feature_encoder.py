@@ -27,11 +27,15 @@ def strided_convolution(
 
 
 class _Convolution(nn.Module):
-    """Kernel and bias under the names they have in a checkpoint, initialised as in PyTorch."""
+    """Kernel and bias under the names they have in a checkpoint, initialised as in PyTorch.
+
+    With `centred` the mean over the features is taken from every frame, by way of the parameters.
+    """
 
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype
     layer: int
+    centred: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch times channels"]) -> Array:
@@ -40,11 +44,34 @@ class _Convolution(nn.Module):
         channels = x.shape[-1]
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         kernel = self.param("kernel", kaiming, (taps, channels, features))
+        if self.centred:
+            kernel = _less_mean(kernel)
         y = strided_convolution(x.astype(self.dtype), kernel.astype(self.dtype), stride)
         if self.config.conv_bias:
             init = layers.uniform(1.0 / math.sqrt(channels * taps))
-            y = y + self.param("bias", init, (features,)).astype(self.dtype)
+            bias = self.param("bias", init, (features,))
+            y = y + (_less_mean(bias) if self.centred else bias).astype(self.dtype)
         return y
+
+
+def _less_mean(parameters: Float[Array, "... features"]) -> Float[Array, "... features"]:
+    return parameters - jnp.mean(parameters, axis=-1, keepdims=True)
+
+
+class _CentredLayerNorm(nn.Module):
+    """LayerNorm over channels whose mean is zero already, statistics in float32."""
+
+    dtype: layers.Dtype
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch frames channels"]) -> Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(self.dtype)
 
 
 class _InstanceNorm(nn.Module):
@@ -66,15 +93,27 @@ class _InstanceNorm(nn.Module):
 
 
 class _ConvLayer(nn.Module):
+    """Convolution, norm where there is one, activation.
+
+    In half precision the mean that a LayerNorm would take from each frame is taken from kernel and
+    bias instead, where it costs nothing: XLA for TPU computes the first convolution once more for
+    each statistic of its many frames. The rounding of the kernel leaves a mean far below that of
+    the frames.
+    """
+
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype
     layer: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch times channels"]) -> Array:
-        y = _Convolution(self.config, self.dtype, self.layer, name="conv")(x)
+        normalised = self.config.feat_extract_norm == "layer"
+        centred = normalised and jnp.dtype(self.dtype) != jnp.float32
+        y = _Convolution(self.config, self.dtype, self.layer, centred, name="conv")(x)
         # PyTorch keeps its default epsilon here, whatever config.layer_norm_eps is
-        if self.config.feat_extract_norm == "layer":
+        if centred:
+            y = _CentredLayerNorm(self.dtype, name="layer_norm")(y)
+        elif normalised:
             y = layers.layer_norm(self.dtype, "layer_norm")(y)
         elif self.layer == 0:
             y = _InstanceNorm(self.dtype, name="layer_norm")(y)

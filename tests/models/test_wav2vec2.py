@@ -314,6 +314,25 @@ def test_half_precision_is_near_float32_and_trains_float32_parameters(name, dtyp
             close(gradient, reference, 0.2, key)
 
 
+def test_a_mean_taken_from_the_parameters_is_the_mean_of_the_layer_norm():
+    _, module, params = pair("xls-r")
+    params = params["params"]["wav2vec2"]["feature_extractor"]
+    shifted = {
+        number: layer
+        | {"conv": {name: p + 0.5 * abs(p).max() for name, p in layer["conv"].items()}}
+        for number, layer in params["conv_layers"].items()
+    }
+    values, _ = batch()
+
+    def features(dtype):
+        encoder = feature_encoder.FeatureEncoder(module.config, dtype, "none", False)
+        return np.asarray(encoder.apply({"params": {"conv_layers": shifted}}, values), np.float32)
+
+    expected = features(jnp.float32)
+    error = np.abs(features(jnp.float16) - expected).max() / np.abs(expected).max()
+    assert error < 0.01
+
+
 def products(jaxpr):
     """Every dot and convolution of a program, those inside calls included."""
     for equation in jaxpr.eqns:

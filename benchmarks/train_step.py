@@ -86,13 +86,15 @@ class Ours:
         devices: parallel.Devices | None = None,
     ):
         self.devices = parallel.Devices(jax.devices()[:1]) if devices is None else devices
-        objective = experiment.objective(cfg, origins.Origin(model, None, None, True, True, {}))
+        self.objective = experiment.objective(
+            cfg, origins.Origin(model, None, None, True, True, {})
+        )
         learning_rate = optim.schedule(cfg.optim, 1000)
         optimiser = optim.adamw(cfg.optim, learning_rate)
         fresh = experiment.fresh_state(cfg, params, optimiser)
         self.state = self.devices.replicate(jax.device_get(fresh))
         self._sums = self.devices.zero_sums(self.state.trainable)
-        self._accumulate = parallel.accumulate(objective, self.devices)
+        self._accumulate = parallel.accumulate(self.objective, self.devices)
         update = parallel.update(optimiser, learning_rate, self.devices)
         self.compiled: dict[tuple[int, int, int], Any] = {}
         self.compiled_update = update.lower(self.state, self._sums).compile()
@@ -104,11 +106,21 @@ class Ours:
         self.compiled[rows, samples, tokens] = lowered.compile()
         return self.compiled[rows, samples, tokens]
 
+    def compile_cached(self, rows: int, samples: int, tokens: int) -> Any:
+        """The same for what lower layers gave of such a batch."""
+        shapes = self.devices.train_batch_shapes(self.objective, rows, samples, tokens)
+        return self._accumulate.lower(self.state, self._sums, shapes).compile()
+
     def start(self, host_batch: loader.Batch) -> Any:
         """Starts one update of one micro-batch a device; gives its metrics when they are there."""
         rows = len(host_batch.weights) // self.devices.count
+        shape = rows, host_batch.audio.shape[1], host_batch.labels.shape[1]
+        return self.start_with(self.compiled[shape], host_batch)
+
+    def start_with(self, run: Any, host_batch: loader.Batch | loader.CachedBatch) -> Any:
+        """The same by a program that was compiled for such a batch."""
+        rows = len(host_batch.weights) // self.devices.count
         (placed,) = self.devices.micro_batches(host_batch, rows)
-        run = self.compiled[rows, host_batch.audio.shape[1], host_batch.labels.shape[1]]
         sums = run(self.state, self._sums, placed)
         self.state, self._sums, metrics = self.compiled_update(self.state, sums)
         return metrics

@@ -15,6 +15,7 @@ from flax_asr import (
     config,
     corpora,
     experiment,
+    feature_cache,
     optim,
     origins,
     parallel,
@@ -23,6 +24,7 @@ from flax_asr import (
     text,
 )
 from flax_asr.console import progress
+from flax_asr.data import features
 from flax_asr.estimate import forecast
 from flax_asr.hosts import multihost
 
@@ -49,6 +51,7 @@ class Assembly:
         self.cfg, self.devices, self.past = cfg, devices, past
         self.group_rows = run_folder.group_rows(cfg, devices.count, past)
         start = origins.read(cfg.model) if past is None else origins.resumed(past)
+        feature_cache.check(cfg, start, devices.host_count)
         self.corpus = corpora.prepared(cfg, start)
         if past is None:
             start, self._params = experiment.initial_model(cfg, start, self.corpus)
@@ -162,6 +165,19 @@ class Assembly:
         self._params = None
         return self.devices.place(jax.device_get(fresh), self.layout.state)
 
+    def kept(self, state: step.TrainState) -> features.Features | None:
+        """What frozen layers give of the training clips; None where audio is trained on."""
+        if not self.cfg.data.cache_features:
+            return None
+        return feature_cache.opened(
+            self.cfg,
+            self.objective,
+            self.corpus.train,
+            self.train_shapes,
+            self.devices,
+            {**state.trainable, **state.frozen},
+        )
+
     def compile(self, folder: Path) -> Programs:
         """Compiles every step in every shape, largest first; nothing is compiled later.
 
@@ -181,7 +197,9 @@ class Assembly:
         evaluate = parallel.evaluate(self.objective, devices, self.layout)
         jobs: dict[tuple, tuple] = {}
         for samples, tokens in reversed(list(self.train_shapes)):
-            batch = devices.batch_shapes(train.per_device_train_batch_size, samples, tokens)
+            batch = devices.train_batch_shapes(
+                self.objective, train.per_device_train_batch_size, samples, tokens
+            )
             for kind, function in accumulate.items():
                 jobs[kind, samples] = (function, (state, sums, batch))
         update = parallel.update(

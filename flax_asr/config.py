@@ -76,6 +76,8 @@ class DataConfig:
         max_train_clips: use only so many training clips, drawn once from the seed.
         max_eval_clips: use only so many clips of every other split.
         trim_silence: cut silence from both ends of every clip.
+        cache_features: with model.trainable_layers, compute what the frozen layers give of each
+            training clip once, and keep it beside the prepared data.
     """
 
     source: str | None = None
@@ -92,6 +94,7 @@ class DataConfig:
     max_train_clips: int | None = None
     max_eval_clips: int | None = None
     trim_silence: bool = False
+    cache_features: bool = False
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):

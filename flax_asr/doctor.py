@@ -16,7 +16,16 @@ import jax
 import numpy as np
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, config, corpora, errors, experiment, origins, vocabulary
+from flax_asr import (
+    audio,
+    config,
+    corpora,
+    errors,
+    experiment,
+    feature_cache,
+    origins,
+    vocabulary,
+)
 from flax_asr.console import results, terminal
 from flax_asr.data import buckets, examples, pool
 from flax_asr.diagnosis import (
@@ -91,6 +100,8 @@ class Examination:
         jax.config.update("jax_platforms", "cpu")
         self.facts["machine"] = host.facts(self.cfg)
         start = self._origin()
+        with self._noting("features"):
+            feature_cache.check(self.cfg, start)
         corpus, splits = None, {}
         with self._noting("data"):
             splits = survey.look(self.cfg, read_seconds=READ_SECONDS, hear_seconds=HEAR_SECONDS)

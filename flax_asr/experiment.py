@@ -81,7 +81,15 @@ def objective(cfg: config.Config, start: origins.Origin) -> step.Objective:
         config=start.model_config,
         do_normalize=start.do_normalize,
         use_attention_mask=start.use_attention_mask,
+        lower_layers=_lower_layers(cfg, start.model_config),
     )
+
+
+def _lower_layers(cfg: config.Config, model_config: Wav2Vec2Config) -> int | None:
+    """How many layers a training batch has behind it; None: it is audio."""
+    if not cfg.data.cache_features or cfg.model.trainable_layers is None:
+        return None
+    return optim.first_trained_layer(cfg.model, model_config.num_hidden_layers)
 
 
 def parameter_shapes(model: step.Objective) -> PyTree:

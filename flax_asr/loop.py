@@ -145,6 +145,7 @@ class Run:
                 checkpoint.set_aside(folder, newer_than=past.step)
             self.state = checkpoint.restore(folder, past.step, made.state_shapes())
             logger.info("going on after update %d", past.step)
+        self.kept = made.kept(self.state)
         writes, kept = hosts.is_first, 0 if past is None else past.log_events
         self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit, writes)
         self.log = runlog.RunLog(folder, kept, self.step, writes)
@@ -208,12 +209,14 @@ class Run:
                 devices.host_count,
                 augmentation=self.made.augmentation,
                 tokens=self.made.train_shapes.tokens,
+                kept=self.kept,
             ) as batches,
             progress.Progress(self.made.updates, "training", "updates", initial=self.step) as bar,
         ):
             for number, groups in batches:
-                for batch, _ in groups:
-                    program = self.programs[self.made.accumulates(number), batch.audio.shape[1]]
+                for batch, group in groups:
+                    samples = plan.shapes[group.shape]
+                    program = self.programs[self.made.accumulates(number), samples]
                     for micro in devices.micro_batches(batch, self.cfg.per_device_train_batch_size):
                         sums = program(self.state, sums, micro)
                 self.state, sums, metrics = self.programs["update", 0](self.state, sums)

@@ -135,7 +135,7 @@ def trainable(model: config.ModelConfig, layers: int) -> Callable[[str], bool]:
         return lambda path: (
             not (model.freeze_feature_encoder and path.startswith("wav2vec2/feature_extractor/"))
         )
-    first = layers - model.trainable_layers
+    first = first_trained_layer(model, layers)
     encoder = "wav2vec2/encoder/layers/"
 
     def is_trained(path: str) -> bool:
@@ -146,6 +146,11 @@ def trainable(model: config.ModelConfig, layers: int) -> Callable[[str], bool]:
         return path.startswith("wav2vec2/encoder/layer_norm/") and model.trainable_layers > 0
 
     return is_trained
+
+
+def first_trained_layer(model: config.ModelConfig, layers: int) -> int:
+    """The lowest of the encoder's layers that `trainable_layers` trains; `layers` for none."""
+    return max(0, layers - model.trainable_layers)
 
 
 @flax.struct.dataclass

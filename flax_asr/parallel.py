@@ -18,6 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from flax_asr import errors, partition, step
+from flax_asr.data import loader
+from flax_asr.models import wav2vec2
 
 jax.config.update("jax_threefry_partitionable", True)
 
@@ -62,8 +64,11 @@ class Devices:
             lambda leaf: jax.make_array_from_process_local_data(self._split, leaf), tree
         )
 
-    def micro_batches(self, batch: PyTree, per_device: int) -> Iterator[step.Batch]:
+    def micro_batches(
+        self, batch: PyTree, per_device: int
+    ) -> Iterator[step.Batch | step.CachedBatch]:
         """This host's rows of a group, in device-sized pieces, placed."""
+        kind = step.CachedBatch if isinstance(batch, loader.CachedBatch) else step.Batch
         at_once = self.local_count * per_device
         rows = len(batch.weights)
         if rows % at_once:
@@ -72,7 +77,7 @@ class Devices:
                 f" take {per_device} at a time each."
             )
         for start in range(0, rows, at_once):
-            piece = step.Batch(*(a[start : start + at_once] for a in batch))
+            piece = kind(*(a[start : start + at_once] for a in batch))
             yield self.split(
                 jax.tree.map(lambda a: a.reshape(self.local_count, per_device, *a.shape[1:]), piece)
             )
@@ -116,6 +121,20 @@ class Devices:
                 label_lengths=shape((per_device,), np.int32),
                 weights=shape((per_device,), np.float32),
             )
+        )
+
+    def train_batch_shapes(
+        self, objective: step.Objective, per_device: int, samples: int, tokens: int
+    ) -> step.Batch | step.CachedBatch:
+        """The same as training takes it: audio, or what lower layers gave of it."""
+        batch = self.batch_shapes(per_device, samples, tokens)
+        if objective.lower_layers is None:
+            return batch
+        frames = int(wav2vec2.frame_lengths(objective.config, samples))
+        shape = (self.count, per_device, frames, objective.config.hidden_size)
+        kept = {name: getattr(batch, name) for name in step.CachedBatch._fields[1:]}
+        return step.CachedBatch(
+            jax.ShapeDtypeStruct(shape, objective.module.dtype, sharding=self._split), **kept
         )
 
     def _along(self, axis: int | None) -> NamedSharding:
@@ -189,6 +208,17 @@ def evaluate(
         axis_name=partition.AXIS,
         in_axes=(layout.state.scored if layout.scored else None, 0),
         out_axes=None,
+        devices=devices.devices,
+    )
+
+
+def lower(objective: step.Objective, devices: Devices) -> Callable:
+    """`step.lower(params, batch) -> hidden states` of every device's rows."""
+    return jax.pmap(
+        functools.partial(step.lower, objective.on(devices.platform)),
+        axis_name=partition.AXIS,
+        in_axes=(None, 0),
+        out_axes=0,
         devices=devices.devices,
     )
 

@@ -161,8 +161,10 @@ def jobs(cfg: config.Config, work: workload.Workload, devices: parallel.Devices)
         return Job(function, rows, samples, count, pmapped, arguments, held + own)
 
     rows, (samples, tokens) = train.per_device_train_batch_size, work.train_shapes.largest
-    batch = devices.batch_shapes(rows, samples, tokens)
-    count = sum(flops.gradient(model_config, rows, samples, work.is_trained).values())
+    batch = devices.train_batch_shapes(work.objective, rows, samples, tokens)
+    lower_layers = work.objective.lower_layers
+    counted = flops.gradient(model_config, rows, samples, work.is_trained, lower_layers)
+    count = sum(counted.values())
     accumulate = parallel.accumulate(work.objective, devices, work.layout)
     yield job("accumulate", rows, samples, count, accumulate, state, sums, batch, batch=batch)
     update = parallel.update(
@@ -258,7 +260,8 @@ def _close(
             f" a run compiles {seen.programs}"
         )
         print(
-            "Not counted: saving, waiting for data, what runs beside the arithmetic. Parts that end"
-            f" in{outlook.NO_ESTIMATE} are upper bounds of ours, the others the compiler's guess;"
+            "Not counted: saving, waiting for data, the pass of data.cache_features, what runs"
+            f" beside the arithmetic. Parts that end in{outlook.NO_ESTIMATE} are upper bounds of"
+            " ours, the others the compiler's guess;"
             " other shapes are taken to cost in proportion to their FLOPs."
         )

@@ -28,11 +28,11 @@ COMPILED = "compilation_cache"
 LOCK, FINISHED = ".lock", ".finished"
 
 FREE_TO_CHANGE = frozenset(
-    "output_dir data.source data.num_workers data.prepared_dir model.attention model.remat_policy"
-    " train.gradient_checkpointing train.logging_steps train.eval_steps train.save_steps"
-    " train.save_total_limit train.per_device_train_batch_size train.per_device_eval_batch_size"
-    " train.early_stopping_patience train.max_bad_updates train.on_save_error"
-    " train.zero_sharding".split()
+    "output_dir data.source data.num_workers data.prepared_dir data.cache_features model.attention"
+    " model.remat_policy train.gradient_checkpointing train.logging_steps train.eval_steps"
+    " train.save_steps train.save_total_limit train.per_device_train_batch_size"
+    " train.per_device_eval_batch_size train.early_stopping_patience train.max_bad_updates"
+    " train.on_save_error train.zero_sharding".split()
 )
 """Where and how fast, not what. That a moved source holds the same clips, `check_data` sees to."""
 

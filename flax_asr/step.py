@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from transformers import Wav2Vec2Config
 
 from flax_asr import ctc, optim, partition
-from flax_asr.models import masking, wav2vec2
+from flax_asr.models import masking, upper, wav2vec2
 
 Parameters = dict[str, Array]
 """Arrays by path."""
@@ -28,6 +28,16 @@ class Batch(NamedTuple):
 
     audio: Int[Array, "batch samples"]
     gains: Float[Array, " batch"]
+    sample_lengths: Int[Array, " batch"]
+    labels: Int[Array, "batch tokens"]
+    label_lengths: Int[Array, " batch"]
+    weights: Float[Array, " batch"]
+
+
+class CachedBatch(NamedTuple):
+    """The same where what the lower layers give was kept: `loader.CachedBatch`."""
+
+    hidden_state: Float[Array, "batch frames hidden"]
     sample_lengths: Int[Array, " batch"]
     labels: Int[Array, "batch tokens"]
     label_lengths: Int[Array, " batch"]
@@ -120,12 +130,14 @@ class Objective:
         do_normalize: bring every clip to zero mean and unit variance, as it was pretrained.
         use_attention_mask: tell the model where a clip ends; encoders with group normalisation
             were pretrained without.
+        lower_layers: how many layers a cached batch has passed; None: batches are audio.
     """
 
     module: nn.Module = flax.struct.field(pytree_node=False)
     config: Wav2Vec2Config = flax.struct.field(pytree_node=False)
     do_normalize: bool = flax.struct.field(pytree_node=False, default=True)
     use_attention_mask: bool = flax.struct.field(pytree_node=False, default=True)
+    lower_layers: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def on(self, platform: str) -> "Objective":
         """The same, for compilation for a platform that need not be here."""
@@ -161,7 +173,7 @@ def waveform(batch: Batch, do_normalize: bool) -> Float[Array, "batch samples"]:
 
 
 def accumulate(
-    objective: Objective, head_only: bool, state: TrainState, sums: Sums, batch: Batch
+    objective: Objective, head_only: bool, state: TrainState, sums: Sums, batch: Batch | CachedBatch
 ) -> Sums:
     """Adds one micro-batch of this device to the sums; with `head_only` the head's gradient only.
 
@@ -283,17 +295,48 @@ def first_maximum(logits: Float[Array, "... vocab"]) -> Int[Array, "..."]:
     return jnp.where(logits == largest, symbols, logits.shape[-1] - 1).min(axis=-1)
 
 
+def lower(
+    objective: Objective, params: Parameters, batch: Batch
+) -> Float[Array, "batch frames hidden"]:
+    """What the lower layers give of every row, without anything random; see `CachedBatch`."""
+    audio, attention_mask = _heard(objective, batch)
+    outputs = objective.module.apply(
+        {"params": merge(params, {})}, audio, attention_mask, output_hidden_states=True
+    )
+    return outputs.hidden_states[objective.lower_layers]
+
+
 def _forward(
-    objective: Objective, params: PyTree, batch: Batch, key: Any
+    objective: Objective, params: PyTree, batch: Batch | CachedBatch, key: Any
 ) -> tuple[Float[Array, " batch"], Float[Array, "batch frames vocab"], Int[Array, " batch"]]:
     """Losses, logits and real frames of a batch; with a key, dropout and masks as in training."""
     config = objective.config
-    audio = waveform(batch, objective.do_normalize)
     frame_lengths = wav2vec2.frame_lengths(config, batch.sample_lengths)
-    frames = int(wav2vec2.frame_lengths(config, batch.audio.shape[1]))
-    attention_mask = None
-    if objective.use_attention_mask:
-        attention_mask = jnp.arange(audio.shape[1]) < batch.sample_lengths[:, None]
+    through = _through_upper if isinstance(batch, CachedBatch) else _through_all
+    logits = through(objective, params, batch, frame_lengths, key)
+    losses = ctc.ctc_loss(
+        logits, frame_lengths, batch.labels, batch.label_lengths, blank=config.pad_token_id
+    )
+    if config.ctc_loss_reduction == "mean":
+        losses = losses / jnp.maximum(batch.label_lengths, 1)
+    return losses, logits, frame_lengths
+
+
+def _heard(
+    objective: Objective, batch: Batch
+) -> tuple[Float[Array, "batch samples"], Bool[Array, "batch samples"] | None]:
+    """The audio as the model takes it, and where it is told that clips end."""
+    audio = waveform(batch, objective.do_normalize)
+    if not objective.use_attention_mask:
+        return audio, None
+    return audio, jnp.arange(audio.shape[1]) < batch.sample_lengths[:, None]
+
+
+def _through_all(objective, params, batch: Batch, frame_lengths, key):
+    """Logits of audio."""
+    config = objective.config
+    audio, attention_mask = _heard(objective, batch)
+    frames = int(wav2vec2.frame_lengths(config, audio.shape[1]))
     time_mask = feature_mask = rngs = None
     if key is not None:
         dropout_key, time_key, feature_key = jax.random.split(key, 3)
@@ -318,7 +361,7 @@ def _forward(
                 length=config.mask_feature_length,
                 min_spans=config.mask_feature_min_masks,
             )
-    logits = objective.module.apply(
+    return objective.module.apply(
         {"params": params},
         audio,
         attention_mask=attention_mask,
@@ -327,9 +370,15 @@ def _forward(
         deterministic=key is None,
         rngs=rngs,
     ).logits
-    losses = ctc.ctc_loss(
-        logits, frame_lengths, batch.labels, batch.label_lengths, blank=config.pad_token_id
+
+
+def _through_upper(objective, params, batch: CachedBatch, frame_lengths, key):
+    """Logits of what the lower layers gave, with the dropout that the whole model would draw."""
+    frames = batch.hidden_state.shape[1]
+    return upper.of(objective.module, objective.lower_layers).apply(
+        {"params": params},
+        batch.hidden_state,
+        jnp.arange(frames) < frame_lengths[:, None],
+        deterministic=key is None,
+        rngs=None if key is None else {"dropout": jax.random.split(key, 3)[0]},
     )
-    if config.ctc_loss_reduction == "mean":
-        losses = losses / jnp.maximum(batch.label_lengths, 1)
-    return losses, logits, frame_lengths

@@ -23,7 +23,7 @@ LAYERS = (
     "ctc ctc_kernel optim models partition estimate.flops estimate.forecast record.learning",
     "step",
     "hosts parallel checkpoint run_folder bucket.copies record.window card experiment"
-    " origins corpora",
+    " origins corpora feature_cache",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
     "loading evaluate transcribe export",
     "loop plan doctor",

@@ -16,7 +16,7 @@ TINY = {
     "ctc": "--runs 1",
     "damage": "--cases 4",
     "doctor": "--clips 60",
-    "full_size": "--small",
+    "full_size": "--small --trainable-layers 1 --cached",
     "fuzz_audio": "--files 20 --tables 4",
     "gpu": "--small --updates 1 --rounds 1 --rows 2",
     "kill": "--kills 1",

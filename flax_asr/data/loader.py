@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float32, Int, Int16, Int32
+from jaxtyping import Float32, Int, Int16, Int32, Shaped
 
 from flax_asr import errors
-from flax_asr.data import augment, buckets, examples
+from flax_asr.data import augment, buckets, examples, features
 
 LABEL_MULTIPLE = 8
 _Item = TypeVar("_Item")
@@ -25,6 +25,16 @@ class Batch(NamedTuple):
 
     audio: Int16[np.ndarray, "rows samples"]
     gains: Float32[np.ndarray, " rows"]
+    sample_lengths: Int32[np.ndarray, " rows"]
+    labels: Int32[np.ndarray, "rows tokens"]
+    label_lengths: Int32[np.ndarray, " rows"]
+    weights: Float32[np.ndarray, " rows"]
+
+
+class CachedBatch(NamedTuple):
+    """The same with what frozen layers give in place of the audio; zeros past a clip's end."""
+
+    hidden_state: Shaped[np.ndarray, "rows frames hidden"]
     sample_lengths: Int32[np.ndarray, " rows"]
     labels: Int32[np.ndarray, "rows tokens"]
     label_lengths: Int32[np.ndarray, " rows"]
@@ -85,6 +95,29 @@ def assemble(
         label_lengths=label_lengths,
         weights=real.astype(np.float32),
     )
+
+
+def assemble_cached(
+    data: examples.Examples,
+    kept: features.Features,
+    rows: Int[np.ndarray, " rows"],
+    samples: int,
+    tokens: int,
+) -> CachedBatch:
+    """As `assemble`, with what is kept of the rows."""
+    real = rows >= 0
+    found = np.where(real, rows, 0)
+    batch = CachedBatch(
+        hidden_state=kept.padded(rows, samples),
+        sample_lengths=np.where(real, data.samples[found], np.int32(0)),
+        labels=np.zeros((len(rows), tokens), np.int32),
+        label_lengths=np.where(real, data.label_lengths[found], np.int32(0)),
+        weights=real.astype(np.float32),
+    )
+    for place in np.flatnonzero(real):
+        label = data.labels(rows[place])
+        batch.labels[place, : len(label)] = label
+    return batch
 
 
 class Prefetched(Generic[_Item]):
@@ -166,20 +199,23 @@ def updates(
     prefetch: int = 2,
     tokens: Sequence[int] | None = None,
     augmentation: augment.Augmentation | None = None,
-) -> Prefetched[tuple[int, list[tuple[Batch, buckets.Group]]]]:
+    kept: features.Features | None = None,
+) -> Prefetched[tuple[int, list[tuple[Batch | CachedBatch, buckets.Group]]]]:
     """Endless `(step, [(batch, group), ...])` from `start_step` on, `prefetch` updates ahead.
 
     A batch holds this host's share of the group's rows, the `host_index`-th of `host_count` equal
     parts; the group names all of them. `tokens` are the widths of the labels in each shape, where
     several sets share their shapes; by default `label_widths` of this one. An `augmentation` is
-    that of the plan.
+    that of the plan. With what is `kept` of the rows, batches are made of that.
 
     Raises:
         errors.DataError: the group does not divide by the hosts.
     """
-    share = _Share(data, plan.shapes, tokens, plan.group_rows, host_index, host_count, augmentation)
+    share = _Share(
+        data, plan.shapes, tokens, plan.group_rows, host_index, host_count, augmentation, kept
+    )
 
-    def produce() -> Iterator[tuple[int, list[tuple[Batch, buckets.Group]]]]:
+    def produce() -> Iterator[tuple[int, list[tuple[Batch | CachedBatch, buckets.Group]]]]:
         step = start_step
         while True:
             yield (
@@ -223,6 +259,7 @@ class _Share:
         host_index: int,
         host_count: int,
         augmentation: augment.Augmentation | None = None,
+        kept: features.Features | None = None,
     ) -> None:
         if group_rows % host_count:
             raise errors.DataError(
@@ -234,13 +271,16 @@ class _Share:
         self._shapes = shapes
         self._widths = label_widths(data, shapes) if tokens is None else tokens
         self._rows = slice(host_index * rows, (host_index + 1) * rows)
-        self._augmentation = augmentation
+        self._augmentation, self._kept = augmentation, kept
 
-    def batch(self, group: buckets.Group, row_weight: float = 1.0) -> Batch:
+    def batch(self, group: buckets.Group, row_weight: float = 1.0) -> Batch | CachedBatch:
         samples, tokens = self._shapes[group.shape], self._widths[group.shape]
         rows = group.rows[self._rows]
-        heard = None
-        if self._augmentation is not None:
-            heard = self._augmentation.clips(group.epoch, rows[rows >= 0].tolist())
-        batch = assemble(self._data, rows, samples, tokens, heard)
+        if self._kept is not None:
+            batch = assemble_cached(self._data, self._kept, rows, samples, tokens)
+        else:
+            heard = None
+            if self._augmentation is not None:
+                heard = self._augmentation.clips(group.epoch, rows[rows >= 0].tolist())
+            batch = assemble(self._data, rows, samples, tokens, heard)
         return batch._replace(weights=batch.weights * np.float32(row_weight))

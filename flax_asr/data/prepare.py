@@ -80,7 +80,7 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
     folders = {split: folder / urllib.parse.quote(split, safe="") for split in splits}
     there = _in_bucket(cfg, folders)
     for split, url in there.items():
-        with _alone_in(folders[split]):
+        with alone_in(folders[split]):
             remote.fetch(url, folders[split])
     missing = [split for split in splits if not shards.is_finished(folders[split])]
     if missing:
@@ -94,7 +94,7 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
     for split in splits:
         settings = _settings(cfg) | {"fingerprint": _fingerprint(cfg, split)}
         if split in missing:
-            with _alone_in(folders[split]):
+            with alone_in(folders[split]):
                 # Another process may have finished it while this one waited.
                 if not shards.is_finished(folders[split]):
                     _prepare_split(cfg, source, split, folders[split], settings)
@@ -183,7 +183,7 @@ def _check_settings(split: shards.PreparedSplit, settings: dict[str, Any]) -> No
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Waits until no other process prepares this folder; a lock ends with its process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -173,6 +173,8 @@ def _room(facts: Mapping[str, Any]) -> Iterator[str]:
     )
     if room["prepared_bytes"]:
         yield f"decoded audio {findings.gigabytes(room['prepared_bytes'])}"
+    if room["features_bytes"]:
+        yield f"kept features {findings.gigabytes(room['features_bytes'])}"
     yield f"memory of a device: about {findings.gigabytes(room['device_bytes'])} and the batch"
 
 

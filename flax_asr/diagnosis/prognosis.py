@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from flax_asr import audio, config, corpora, experiment, optim, origins, partition, run_folder
@@ -97,6 +98,9 @@ class Prognosis:
             clips = survey.usable(seen.corpus.eval, splits, cfg.data.max_eval_clips)
             times = math.ceil(batches["updates"] / cfg.train.eval_steps)
             scored_samples = clips * float(seen.corpus.eval.samples.mean()) * times
+        cached = cfg.data.cache_features and cfg.model.trainable_layers is not None
+        if cached:
+            scored_samples += batches["train_clips"] * float(seen.corpus.train.samples.mean())
         trained_clips = batches["updates"] * cfg.train.global_batch_size
         trained_samples = trained_clips * float(seen.corpus.train.samples.mean())
         real = 1 - batches["padding"]
@@ -106,6 +110,7 @@ class Prognosis:
             trained_samples=trained_samples / real,
             scored_samples=scored_samples / real,
             updates=batches["updates"],
+            cached=cached,
         )
 
     def _time(self) -> None:
@@ -150,6 +155,7 @@ class Prognosis:
         if not survey.is_prepared(cfg):
             seconds = [split.seconds for split in seen.splits.values()]
             prepared = sum(round(each * audio.SAMPLE_RATE_HZ * 2) for each in seconds)
+        features = self._features_bytes()
         temporary = seen.timed.temporary_bytes if isinstance(seen.timed, trial.Timed) else 0
         layout = experiment.layout(cfg, state, seen.devices.count)
         held = partition.device_bytes(state, layout.state, seen.devices.count)
@@ -161,12 +167,13 @@ class Prognosis:
             "checkpoints_bytes": kept,
             "export_bytes": weights,
             "prepared_bytes": prepared,
+            "features_bytes": features,
             "device_bytes": per_device,
         }
         disk, memory = seen.machine["disk"], seen.machine["memory_bytes"]
-        need = {"output_dir": kept + weights, "prepared": prepared}
+        need = {"output_dir": kept + weights, "prepared": prepared + features}
         if disk["output_dir"]["device"] == disk["prepared"]["device"]:
-            need = {"output_dir": kept + weights + prepared}
+            need = {"output_dir": kept + weights + prepared + features}
         for name, count in need.items():
             free = disk[name]["free_bytes"]
             self.findings += findings.room(count, free, f"disk of {disk[name]['path']}", True)
@@ -175,6 +182,16 @@ class Prognosis:
             self.findings += findings.room(per_device, of_device, "memory of a device", True)
         elif seen.devices.platform == "cpu":
             self.findings += findings.room(per_device, memory, "memory of this machine", True)
+
+    def _features_bytes(self) -> int:
+        """What data.cache_features writes."""
+        if not self.cfg.data.cache_features:
+            return 0
+        model = self.seen.start.model_config
+        samples = self.facts["batches"]["train_hours"] * 3600 * audio.SAMPLE_RATE_HZ
+        dtype = np.dtype(experiment.DTYPES[self.cfg.train.mixed_precision])
+        frame_bytes = model.hidden_size * dtype.itemsize
+        return round(samples / math.prod(model.conv_stride) * frame_bytes)
 
 
 def _bytes(tree: PyTree) -> int:

@@ -17,6 +17,7 @@ from transformers import Wav2Vec2Config
 
 from flax_asr import config, experiment, optim, origins, parallel, step
 from flax_asr.data import loader, pool
+from flax_asr.models import wav2vec2
 
 _SHALLOW, _DEEPER = 1, 3
 _CAUTION = 1.5
@@ -106,6 +107,11 @@ def _machine(mixed_precision: str) -> Machine:
 def _timed(asked: Asked) -> Timed:
     """The whole model where that is quick, else what two shallow ones tell of it."""
     layers = Wav2Vec2Config(**asked.model_config).num_hidden_layers
+    model = asked.cfg.model
+    if asked.cfg.data.cache_features and model.trainable_layers is not None:
+        # What lies below them is behind every batch: a model of these layers alone takes as long.
+        trained = min(layers, max(1, model.trainable_layers))
+        return _timed_with(asked, trained, trained)._replace(layers=layers)
     if layers <= _DEEPER:
         return _timed_with(asked, layers, layers)
     began = time.monotonic()
@@ -170,9 +176,10 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
     state = devices.place(fresh, layout.state)
     sums = devices.zero_sums(state.trainable)
     per_device = cfg.train.per_device_train_batch_size
-    (batch,) = devices.micro_batches(
-        _batch(devices.local_count * per_device, asked.samples, asked.tokens), per_device
-    )
+    host_batch = _batch(devices.local_count * per_device, asked.samples, asked.tokens)
+    if objective.lower_layers is not None:
+        host_batch = _cached(host_batch, objective)
+    (batch,) = devices.micro_batches(host_batch, per_device)
     started = time.monotonic()
     programs = parallel.compile_all(
         {
@@ -207,7 +214,7 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
     )
 
 
-def _batch(rows: int, samples: int, tokens: int) -> step.Batch:
+def _batch(rows: int, samples: int, tokens: int) -> loader.Batch:
     rng = np.random.default_rng(0)
     return loader.Batch(
         audio=rng.integers(-3000, 3000, (rows, samples), np.int16),
@@ -217,6 +224,12 @@ def _batch(rows: int, samples: int, tokens: int) -> step.Batch:
         label_lengths=np.full(rows, tokens, np.int32),
         weights=np.ones(rows, np.float32),
     )
+
+
+def _cached(batch: loader.Batch, objective: step.Objective) -> loader.CachedBatch:
+    frames = int(wav2vec2.frame_lengths(objective.config, batch.audio.shape[1]))
+    shape = len(batch.weights), frames, objective.config.hidden_size
+    return loader.CachedBatch(np.full(shape, 0.1, objective.module.dtype), *batch[2:])
 
 
 def _repeated(function) -> Iterator[float]:

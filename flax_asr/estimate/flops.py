@@ -93,7 +93,11 @@ def forward(config: Any, rows: int, samples: int) -> dict[str, int]:
 
 
 def gradient(
-    config: Any, rows: int, samples: int, is_trained: Callable[[str], bool]
+    config: Any,
+    rows: int,
+    samples: int,
+    is_trained: Callable[[str], bool],
+    lower_layers: int | None = None,
 ) -> dict[str, int]:
     """Operations of a forward and a backward pass, by part.
 
@@ -105,15 +109,25 @@ def gradient(
         rows: clips.
         samples: padded length.
         is_trained: whether the parameter of this path gets a gradient.
+        lower_layers: of a batch that has so many layers behind it; None: it is audio.
     """
     counted = []
     reached = False  # whether the gradient has to come back this far
-    for product in products(config, rows, samples):
+    for product in _above(products(config, rows, samples), lower_layers):
         trained = product.weight is not None and is_trained(product.weight)
         factors = 2 * reached if product.weight is None else reached + trained
         counted.append((product.part, product.flops * (1 + factors)))
         reached = reached or trained
     return _by_part(counted)
+
+
+def _above(found: list[Product], lower_layers: int | None) -> list[Product]:
+    """What is left to compute; above all layers, whose last one the norm belongs to, the head."""
+    if lower_layers is None:
+        return found
+    layer = f"wav2vec2/encoder/layers/{lower_layers}/"
+    starts = (n for n, product in enumerate(found) if (product.weight or "").startswith(layer))
+    return found[next(starts, len(found) - 1) :]
 
 
 def _by_part(counted) -> dict[str, int]:

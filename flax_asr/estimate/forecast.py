@@ -93,13 +93,18 @@ def _log_binomial(
 
 @dataclass(frozen=True)
 class Work:
-    """All that a run computes: padded samples that are trained on and scored, and updates."""
+    """All that a run computes: padded samples that are trained on and scored, and updates.
+
+    With `cached` training goes on from what its frozen layers gave; the pass that keeps that is
+    among what is scored.
+    """
 
     model_config: Wav2Vec2Config
     model: config.ModelConfig
     trained_samples: float
     scored_samples: float
     updates: int
+    cached: bool = False
 
     def measured(self, samples: int, samples_per_second: float, update_seconds: float) -> float:
         """Seconds of the run where training computes so many samples a second.
@@ -127,8 +132,11 @@ class Work:
         return sum(flops.forward(self.model_config, 1, samples).values())
 
     def _gradient(self, samples: int, model: config.ModelConfig) -> int:
-        is_trained = optim.trainable(model, self.model_config.num_hidden_layers)
-        return sum(flops.gradient(self.model_config, 1, samples, is_trained).values())
+        layers = self.model_config.num_hidden_layers
+        is_trained = optim.trainable(model, layers)
+        lower_layers = optim.first_trained_layer(model, layers) if self.cached else None
+        counted = flops.gradient(self.model_config, 1, samples, is_trained, lower_layers)
+        return sum(counted.values())
 
 
 def histogram(

@@ -246,9 +246,9 @@ def _held_bytes(work: workload.Workload, programs: Sequence[Program]) -> dict[st
 
 def _train_costs(work: workload.Workload) -> list[int]:
     """Operations of a clip in each train shape."""
-    config = work.objective.config
+    config, lower_layers = work.objective.config, work.objective.lower_layers
     return [
-        sum(flops.gradient(config, 1, samples, work.is_trained).values())
+        sum(flops.gradient(config, 1, samples, work.is_trained, lower_layers).values())
         for samples in work.train_shapes.samples
     ]
 

@@ -19,6 +19,7 @@ from flax_asr import (
     config,
     corpora,
     experiment,
+    feature_cache,
     languages,
     optim,
     origins,
@@ -141,6 +142,7 @@ def of(cfg: config.Config, device_count: int) -> Workload:
         FlaxAsrError: the model or the prepared data cannot be used.
     """
     start = origin(cfg.model)
+    feature_cache.check(cfg, start)
     found = corpora.prepared(cfg, start) if is_prepared(cfg) else None
     measured = (
         _measured(cfg, start, found, device_count) if found is not None else _guessed(cfg, start)

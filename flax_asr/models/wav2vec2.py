@@ -167,13 +167,14 @@ class _EncoderLayer(nn.Module):
 
 
 class _Layers(nn.Module):
-    """The transformer's layers; each left out with probability `layerdrop` while training."""
+    """The layers from `first` on; each left out with probability `layerdrop` while training."""
 
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype
     deterministic: bool
     remat_policy: str
     attention: str
+    first: int
 
     @nn.compact
     def __call__(
@@ -186,7 +187,7 @@ class _Layers(nn.Module):
         layer_class = layers.rematerialised(_EncoderLayer, self.remat_policy)
         dropping = config.layerdrop > 0.0 and not self.deterministic and not self.is_initializing()
         hidden_states, attentions = [x], []
-        for index in range(config.num_hidden_layers):
+        for index in range(self.first, config.num_hidden_layers):
             layer = layer_class(
                 config, self.dtype, self.deterministic, self.attention, name=str(index)
             )
@@ -210,12 +211,22 @@ class _Layers(nn.Module):
         return tuple(hidden_states), tuple(attentions)
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
+    """The transformer: from projected features, or from what its lower layers made of them.
+
+    Attributes:
+        config, dtype, deterministic, remat_policy: as of `Wav2Vec2Module`.
+        attention: the form, as `attention.choose` gives it.
+        lower_layers: how many layers the input has passed, so that it is that one of
+            `EncoderOutput.hidden_states`; None for projected features.
+    """
+
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype
     deterministic: bool
     remat_policy: str
     attention: str
+    lower_layers: int | None = None
 
     @nn.compact
     def __call__(
@@ -226,18 +237,21 @@ class _Encoder(nn.Module):
     ) -> tuple[HiddenStates, Attentions]:
         config = self.config
         norm = layers.layer_norm(self.dtype, "layer_norm", config.layer_norm_eps)
-        if frame_mask is not None:
-            x = jnp.where(frame_mask[:, :, None], x, jnp.zeros_like(x))
-        x = x + positional.PositionalConvEmbedding(config, self.dtype, name="pos_conv_embed")(x)
-        if not config.do_stable_layer_norm:
-            x = norm(x)
-        x = layers.Dropout(config.hidden_dropout, self.deterministic)(x)
+        if self.lower_layers is None:
+            if frame_mask is not None:
+                x = jnp.where(frame_mask[:, :, None], x, jnp.zeros_like(x))
+            embed = positional.PositionalConvEmbedding(config, self.dtype, name="pos_conv_embed")
+            x = x + embed(x)
+            if not config.do_stable_layer_norm:
+                x = norm(x)
+            x = layers.Dropout(config.hidden_dropout, self.deterministic)(x)
         stack = _Layers(
             config,
             self.dtype,
             self.deterministic,
             self.remat_policy,
             self.attention,
+            self.lower_layers or 0,
             name="layers",
         )
         frames = x.shape[1]
@@ -245,7 +259,7 @@ class _Encoder(nn.Module):
             x, frame_mask = _in_whole_tiles(x, frame_mask)
         hidden_states, attentions = stack(x, frame_mask, keep_attentions)
         hidden_states = tuple(states[:, :frames] for states in hidden_states)
-        if config.do_stable_layer_norm:
+        if config.do_stable_layer_norm and self.lower_layers != config.num_hidden_layers:
             hidden_states = (*hidden_states[:-1], norm(hidden_states[-1]))
         return hidden_states, attentions
 
@@ -337,7 +351,7 @@ class Wav2Vec2Module(nn.Module):
             deterministic=deterministic,
             keep_weights=output_attentions,
         )
-        encoder = _Encoder(
+        encoder = Encoder(
             config, self.dtype, deterministic, self.remat_policy, kind, name="encoder"
         )
         hidden_states, attentions = encoder(x, frame_mask, output_attentions)
@@ -349,7 +363,7 @@ class Wav2Vec2Module(nn.Module):
         )
 
 
-class _Head(nn.Module):
+class Head(nn.Module):
     """A linear layer whose products add up, and come out, in float32."""
 
     config: layers.Wav2Vec2Config
@@ -414,5 +428,5 @@ class Wav2Vec2ForCTCModule(nn.Module):
             freeze_feature_encoder,
         )
         x = layers.Dropout(self.config.final_dropout, deterministic)(encoded.last_hidden_state)
-        logits = _Head(self.config, self.dtype, name="lm_head")(x)
+        logits = Head(self.config, self.dtype, name="lm_head")(x)
         return CTCOutput(logits, encoded.hidden_states, encoded.attentions)

@@ -133,3 +133,19 @@ def test_xls_r_300m_costs_what_is_known_of_it():
     )
     counted = total(flops.gradient(config, 8, 160_000, trainable()))
     assert counted == pytest.approx(8.7e12, rel=0.03)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_a_batch_with_layers_behind_it_costs_what_is_above_them(trained):
+    config = model()
+    is_trained = optim.trainable(
+        configuration.ModelConfig(trainable_layers=trained), config.num_hidden_layers
+    )
+    lower = config.num_hidden_layers - trained
+    whole = flops.gradient(config, 2, 4000, is_trained)
+    above = flops.gradient(config, 2, 4000, is_trained, lower)
+    forward = flops.forward(config, 2, 4000)
+    layers = "attention", "attention projections", "feed-forward"
+    for part in whole:
+        share = lower / config.num_hidden_layers if part in layers else part != "head"
+        assert whole[part] - above.get(part, 0) == share * forward[part], part

@@ -1,0 +1,178 @@
+"""What the frozen layers give of each training clip, kept on the disk and read in memory maps.
+
+A finished folder holds
+
+    part-00000.bin ...   the frames of some clips one after the other, in the run's precision
+    about.json           what it was made from, for people
+    seal.json            size and sha256 of every file; written last
+
+The clips come in order of their length and are cut into parts of a few dozen megabytes. A part has
+its name only once all of it is safe on the disk: what was computed before an interruption is kept,
+but for the part that was at work.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from flax_asr import errors, seals
+
+logger = logging.getLogger(__name__)
+
+PART_BYTES = 64 * 2**20
+
+
+class Features:
+    """The kept frames of every row of some examples.
+
+    Args:
+        folder: where they are or will be; its name is to tell all that they depend on.
+        samples: of each row.
+        frame_lengths: how many frames come of so many samples.
+        width: numbers in a frame.
+        dtype: of the numbers; one that numpy knows by name only with another library serves too.
+
+    Attributes:
+        bytes: on the disk.
+        parts: the rows of each part.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        samples: Int[np.ndarray, " rows"],
+        frame_lengths: Callable[[Any], Any],
+        width: int,
+        dtype: np.dtype,
+    ) -> None:
+        self.folder = folder
+        self._frame_lengths = frame_lengths
+        self._frames = frame_lengths(samples.astype(np.int64))
+        self._width, self._dtype = width, np.dtype(dtype)
+        sizes = self._frames * width * self._dtype.itemsize
+        self.bytes = int(sizes.sum())
+        order = np.argsort(samples, kind="stable")
+        part_of = (np.cumsum(sizes[order]) - sizes[order]) // PART_BYTES
+        self.parts = np.split(order, np.flatnonzero(np.diff(part_of)) + 1)
+        self._part_of = np.empty(len(samples), np.int64)
+        self._start_of = np.empty(len(samples), np.int64)
+        for number, rows in enumerate(self.parts):
+            self._part_of[rows] = number
+            self._start_of[rows] = np.cumsum(self._frames[rows]) - self._frames[rows]
+        self._maps: list[np.ndarray] = []
+
+    def is_finished(self) -> bool:
+        """Whether everything is there, as it was written; all of it is read.
+
+        What is damaged is named in the log, and removed.
+        """
+        if not (self.folder / seals.FILE).is_file():
+            return False
+        try:
+            seals.verify(self.folder)
+        except errors.CheckpointError as error:
+            logger.warning("warning: %s: the kept features are computed again", error)
+            # Not the folder itself, which whoever computes holds a lock on.
+            for path in self.folder.iterdir():
+                path.unlink()
+            return False
+        return True
+
+    def missing(self) -> Iterator[tuple[int, Int[np.ndarray, " rows"]]]:
+        """Number and rows of every part that is not there."""
+        for number, rows in enumerate(self.parts):
+            if not self._path(number).is_file():
+                yield number, rows
+
+    def write(self, number: int, frames: Sequence[Shaped[np.ndarray, "frames width"]]) -> None:
+        """Writes a part, the frames of each of its rows.
+
+        Raises:
+            DataError: the disk is full or cannot be written.
+        """
+        path = self._path(number)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        try:
+            with open(unfinished, "wb") as file:
+                for own in frames:
+                    file.write(np.ascontiguousarray(own, self._dtype).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def finish(self, about: Mapping[str, Any]) -> None:
+        """Seals the folder, whose parts are all there.
+
+        Raises:
+            DataError: the disk is full or cannot be written.
+        """
+        try:
+            with open(self.folder / "about.json", "w", encoding="utf-8") as file:
+                json.dump(about, file, indent=1)
+            seals.write(self.folder)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def check_room(self) -> None:
+        """Compares what is to be written with the disk.
+
+        Raises:
+            DataError: it does not fit.
+        """
+        there = sum(path.stat().st_size for path in self.folder.glob("part-*.bin"))
+        free = shutil.disk_usage(self.folder).free
+        if self.bytes - there > free:
+            raise errors.DataError(
+                f"data.cache_features needs {(self.bytes - there) / 1e9:.2f} GB in {self.folder},"
+                f" where {free / 1e9:.2f} GB are free: make room, name another data.prepared_dir,"
+                " lower data.max_train_clips, or set data.cache_features false."
+            )
+
+    def open(self) -> None:
+        """Maps the parts into memory."""
+        self._maps = [
+            np.asarray(np.memmap(self._path(number), np.uint8, mode="r"))
+            .view(self._dtype)
+            .reshape(-1, self._width)
+            for number in range(len(self.parts))
+        ]
+
+    def length(self, row: int) -> int:
+        """How many frames the row has."""
+        return int(self._frames[row])
+
+    def frames(self, row: int) -> Shaped[np.ndarray, "frames width"]:
+        """The row's frames, read only, straight from the memory map."""
+        start = self._start_of[row]
+        return self._maps[self._part_of[row]][start : start + self._frames[row]]
+
+    def padded(
+        self, rows: Int[np.ndarray, " rows"], samples: int
+    ) -> Shaped[np.ndarray, "rows frames width"]:
+        """The frames of some rows (-1 = filler), with zeros up to those of so many samples."""
+        found = np.zeros((len(rows), self._frame_lengths(samples), self._width), self._dtype)
+        for place, row in enumerate(rows.tolist()):
+            if row >= 0:
+                found[place, : self._frames[row]] = self.frames(row)
+        return found
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.bin"
+
+    def _unwritable(self, error: OSError) -> errors.DataError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return errors.DataError(
+            f"{self.folder} cannot be written ({error.strerror}):"
+            f" {'make room' if full else 'mend that'}, name another data.prepared_dir, or set"
+            " data.cache_features false. What is computed is kept."
+        )

@@ -1,0 +1,183 @@
+"""What the frozen layers give of every training clip: computed once, then read in every epoch.
+
+With `model.trainable_layers` nothing below these layers moves, and where nothing there is random
+either, its output for a clip is the same in every epoch. `data.features` keeps it.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import time
+
+import numpy as np
+
+from flax_asr import config, errors, experiment, optim, origins, parallel, step
+from flax_asr.console import progress
+from flax_asr.data import buckets, examples, features, loader, prepare
+from flax_asr.hosts import multihost
+from flax_asr.models import wav2vec2
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_RANDOM = "feat_proj_dropout hidden_dropout attention_dropout activation_dropout layerdrop".split()
+_MASKS = ["mask_time_prob", "mask_feature_prob"]
+
+
+def check(cfg: config.Config, start: origins.Origin, host_count: int = 1) -> None:
+    """Refuses `data.cache_features` where training from what is kept would be other training.
+
+    Raises:
+        ConfigError: says what stands against it.
+    """
+    if not cfg.data.cache_features:
+        return
+
+    def refuse(why: str) -> None:
+        raise errors.ConfigError(f"data.cache_features {why}")
+
+    model = start.model_config
+    if cfg.model.trainable_layers is None:
+        refuse(
+            "keeps what the frozen layers give, and none are frozen: set model.trainable_layers"
+            " (to keep the feature encoder's output alone would not pay)."
+        )
+    if cfg.data.augment != config.AugmentConfig():
+        refuse("keeps one form of every clip: it cannot be used with data.augment.")
+    if host_count > 1:
+        refuse(f"works on one host, not on {host_count}.")
+    if model.feat_extract_norm != "layer" or not model.do_stable_layer_norm:
+        refuse(
+            "needs an encoder with layer norms before its layers, such as XLS-R's: in this one a"
+            " clip's features depend on its padding, or a norm below the layers is trained."
+        )
+    if not start.use_attention_mask:
+        refuse(
+            "needs a model that is told where clips end; preprocessor_config.json says"
+            " return_attention_mask false."
+        )
+    varying = [*_RANDOM, *(_MASKS if model.apply_spec_augment else [])]
+    found = {name: getattr(model, name) for name in varying if getattr(model, name) > 0}
+    if found:
+        listed = ", ".join(f"{name} {value:g}" for name, value in found.items())
+        options = " ".join(f"--model.config.{name} 0" for name in found)
+        refuse(
+            f"keeps what the frozen layers give, which changes in every epoch with {listed}."
+            f" Without them: {options}"
+        )
+
+
+def opened(
+    cfg: config.Config,
+    objective: step.Objective,
+    train: examples.Examples,
+    shapes: experiment.Shapes,
+    devices: parallel.Devices,
+    params: step.Parameters,
+) -> features.Features:
+    """What is kept of the training clips, computed first as far as it is not there.
+
+    Args:
+        cfg: of the run, `check`ed.
+        objective: its model.
+        train: the clips.
+        shapes: of the run's batches.
+        devices: where `params` are.
+        params: all parameters; the run moves none below `objective.lower_layers`.
+
+    Raises:
+        DataError: there is no room, or the disk cannot be written.
+    """
+    model = objective.config
+    about = _about(objective, train, params)
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    kept = features.Features(
+        prepare.prepared_folder(cfg) / f"features-{name}",
+        train.samples,
+        functools.partial(wav2vec2.frame_lengths, model),
+        model.hidden_size,
+        objective.module.dtype,
+    )
+    with prepare.alone_in(kept.folder):
+        if not kept.is_finished():
+            _compute(cfg, objective, train, shapes, devices, params, kept)
+            kept.finish(about)
+    kept.open()
+    return kept
+
+
+def _about(
+    objective: step.Objective, train: examples.Examples, params: step.Parameters
+) -> dict[str, str | int]:
+    """All that the kept numbers depend on."""
+    lower = {path: params[path] for path in sorted(params) if _is_below(objective, path)}
+    return {
+        "format": FORMAT,
+        "part_bytes": features.PART_BYTES,
+        "clips": train.hash,
+        "weights": multihost.digest(lower),
+        "lower_layers": objective.lower_layers,
+        "model_config": multihost.digest(objective.config.to_json_string()),
+        "do_normalize": objective.do_normalize,
+        "dtype": np.dtype(objective.module.dtype).name,
+    }
+
+
+def _is_below(objective: step.Objective, path: str) -> bool:
+    """Whether the parameter acts before the kept frames."""
+    only_upper = config.ModelConfig(
+        trainable_layers=objective.config.num_hidden_layers - objective.lower_layers
+    )
+    return not optim.trainable(only_upper, objective.config.num_hidden_layers)(path)
+
+
+def _compute(
+    cfg: config.Config,
+    objective: step.Objective,
+    train: examples.Examples,
+    shapes: experiment.Shapes,
+    devices: parallel.Devices,
+    params: step.Parameters,
+    kept: features.Features,
+) -> None:
+    """Every part that is missing, in batches of the training's shapes."""
+    missing = list(kept.missing())
+    per_device = cfg.train.per_device_train_batch_size
+    logger.info(
+        "keeping what %d layers give of %d clips: %.2f GB in %s",
+        objective.lower_layers,
+        len(train),
+        kept.bytes / 1e9,
+        kept.folder,
+    )
+    kept.check_room()
+    widths = dict(shapes)
+    lower = parallel.lower(objective, devices)
+    jobs = {
+        samples: (lower, (params, devices.batch_shapes(per_device, samples, tokens)))
+        for samples, tokens in reversed(list(shapes))
+    }
+    with progress.Progress(len(jobs), "compiling the frozen layers", "programs") as bar:
+        programs = parallel.compile_all(jobs, lambda key, seconds: bar.advance(1))
+    started = time.monotonic()
+    done = len(train) - sum(len(rows) for _, rows in missing)
+    with progress.Progress(len(train), "keeping features", "clips", initial=done) as bar:
+        for number, rows in missing:
+            plan = buckets.EvalPlan(
+                train.samples[rows], shapes.samples, devices.local_count * per_device
+            )
+            frames: dict[int, np.ndarray] = {}
+            for group in plan:
+                samples = shapes.samples[group.shape]
+                real = group.rows >= 0
+                own = np.where(real, rows[group.rows], -1)
+                batch = loader.assemble(train, own, samples, widths[samples])
+                (placed,) = devices.micro_batches(batch, per_device)
+                given = np.asarray(programs[samples](params, placed))
+                given = given.reshape(-1, *given.shape[2:])
+                for place in np.flatnonzero(real):
+                    frames[own[place]] = given[place, : kept.length(own[place])]
+                bar.advance(int(real.sum()))
+            kept.write(number, [frames[row] for row in rows])
+    logger.info("kept after %.1f minutes", (time.monotonic() - started) / 60)

@@ -385,6 +385,8 @@ def _hyperparameters(meta: checkpoint.Meta, cfg: config.Config) -> str:
     if accumulation > 1:
         found["gradient_accumulation_steps"] = accumulation
     found["total_train_batch_size"] = train.global_batch_size
+    if devices > 1:
+        found["total_eval_batch_size"] = devices * train.per_device_eval_batch_size
     betas = f"({optim.adam_beta1},{optim.adam_beta2})"
     found["optimizer"] = f"Adam with betas={betas} and epsilon={optim.adam_epsilon}"
     if optim.weight_decay:

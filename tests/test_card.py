@@ -110,6 +110,22 @@ def test_the_hyperparameters_are_in_the_published_words():
     assert published in text
 
 
+def test_on_several_devices_the_batches_are_counted_as_the_published_cards_do():
+    """Four devices of two clips: a group of eight rows."""
+    run = config.build(
+        {
+            "data": {"language": "eu"},
+            "train": {
+                "global_batch_size": 16,
+                "per_device_train_batch_size": 2,
+                "per_device_eval_batch_size": 3,
+            },
+        }
+    )
+    assert "- num_devices: 4\n- gradient_accumulation_steps: 2\n" in _render(run)
+    assert "- total_train_batch_size: 16\n- total_eval_batch_size: 12\n" in _render(run)
+
+
 def test_the_sections_are_those_of_the_published_card():
     titles = [line for line in _render().splitlines() if line.startswith("#")]
     assert titles == [

@@ -251,7 +251,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     """`value` as the option's type: integers serve as floats, nothing else is converted.
 
     Raises:
-        ConfigError: another type, or a number that is not finite.
+        ConfigError: another type, a number that is not finite, or a text with NUL.
     """
     import msgspec
 
@@ -259,6 +259,8 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         typed = msgspec.convert(value, kind, strict=True)
         if isinstance(typed, float) and not math.isfinite(typed):
             raise errors.ConfigError(f"{name} is {value}: it must be finite.")
+        if isinstance(typed, str) and "\0" in typed:
+            raise errors.ConfigError(f"{name} is {value!r}: no text may hold the character NUL.")
         return typed
     except msgspec.ValidationError as error:
         choices = " or ".join(

@@ -116,14 +116,17 @@ def _in_bucket(cfg: config.Config, folders: Mapping[str, Path]) -> dict[str, str
 
 
 def command(cfg: config.Config) -> None:
-    """`flax-asr prepare`: decodes what is missing; says what was left out, and what the
-    normalisation does to the transcripts.
+    """`flax-asr prepare`: decodes what is missing and reads again what is there; says what was left
+    out, and what the normalisation does to the transcripts.
+
+    Raises:
+        errors.DataError: as `prepare`; damage to any byte is found here, `train` trusts the audio.
     """
     cfg.require("data.language")
     normalize = compat.normalizer(cfg)
     if normalize.is_default:
         terminal.show(f"no rule is written for {cfg.data.language}: the default serves it")
-    for split in prepare(cfg).values():
+    for split in prepare(cfg, verify=True).values():
         terminal.show(report(split))
         for change in normalize.report(split.sentences):
             terminal.show(f"  {change.describe()}")

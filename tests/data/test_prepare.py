@@ -59,6 +59,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_the_command_finds_a_flipped_bit_in_prepared_audio(release, tmp_path):
+    cfg = configuration(release, tmp_path / "run")
+    prepare.command(cfg)
+    (audio,) = (prepare.prepared_folder(cfg) / "train").glob("audio-*")
+    content = bytearray(audio.read_bytes())
+    content[len(content) // 2] ^= 1
+    audio.write_bytes(content)
+    with pytest.raises(errors.DataError, match=f"{audio.name} is not what was written"):
+        prepare.command(cfg)
+
+
 def test_every_split_is_prepared_once(release, tmp_path, capsys, caplog):
     caplog.set_level("INFO", logger="flax_asr")
     cfg = configuration(release, tmp_path / "run", num_workers=2)

@@ -1,6 +1,7 @@
 """What the TPU compiler expects of one train step of XLS-R 300M on a v5e chip.
 
-    python benchmarks/tpu_plan.py [--layers 24] [--rows 8] [--seconds 10] [--json FILE]
+    python benchmarks/tpu_plan.py [--layers 24] [--rows 8] [--seconds 10]
+        [--checkpointing] [--attention xla] [--json FILE]
 
 The work is that of the deleted Hugging Face Flax class's baseline: 8 clips of 10 s, bf16, 4000
 symbols, 40 labels, feature encoder frozen, no dropout, no SpecAugment, no rematerialisation. Needs
@@ -23,13 +24,16 @@ BASELINE_COMPILE_SECONDS = 173
 SYMBOLS, TOKENS, SAMPLE_RATE_HZ = 4000, 40, 16_000
 
 
-def configuration(layers: int, rows: int, seconds: float, checkpointing: bool) -> config.Config:
+def configuration(
+    layers: int, rows: int, seconds: float, checkpointing: bool, attention: str
+) -> config.Config:
     return config.build(
         {
             "data": {"max_seconds": seconds, "num_buckets": 1, "eval_splits": []},
             "model": {
                 "pretrained": "facebook/wav2vec2-xls-r-300m",
                 "config": {**train_step.QUIET, "num_hidden_layers": layers, "vocab_size": SYMBOLS},
+                "attention": attention,
             },
             "train": {
                 "per_device_train_batch_size": rows,
@@ -55,13 +59,18 @@ def main():
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--attention", default="auto", help="xla: without our attention kernel")
     parser.add_argument("--json", metavar="FILE", help="also write one object a program there")
     arguments = parser.parse_args()
 
     described = chips.parse(arguments.topology)
     devices: parallel.Devices = plan.describe(described)
     cfg = configuration(
-        arguments.layers, arguments.rows, arguments.seconds, arguments.checkpointing
+        arguments.layers,
+        arguments.rows,
+        arguments.seconds,
+        arguments.checkpointing,
+        arguments.attention,
     )
     work = workload_of(cfg, arguments.seconds)
     programs = []

@@ -296,6 +296,7 @@ def _loaded(saved, **settings) -> loading.LoadedModel:
     )
 
 
+@pytest.mark.slow
 def test_batches_score_as_one_clip_at_a_time_and_the_old_way_does_not(data, shapes, saved):
     """A model of random weights, which says much in the padding."""
     loaded = _loaded(saved)

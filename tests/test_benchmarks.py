@@ -25,6 +25,7 @@ TINY = {
     "padding": "",
     "precision": "--seeds 1 --steps 2",
     "preparation": "--clips 4 --runs 1",
+    "same_run": "--updates 1",
     "scaling": "--runs 1 --points 1 --hours 1",
     "startup": "--runs 1 --updates 2",
     "tpu_plan": "--layers 1 --rows 1 --seconds 2",

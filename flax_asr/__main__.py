@@ -1,8 +1,10 @@
 """The commands: `flax-asr COMMAND` is `python -m flax_asr COMMAND`. Argument parsing only."""
 
 import argparse
+import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +20,10 @@ OWN_OPTIONS = frozenset(
         " --version"
     ).split()
 )
+
+_LIKELY_MEANT = OWN_OPTIONS - {"--step"}  # which is near to too many others
+
+_TAKE_A_MODEL = ("evaluate", "transcribe")
 
 COMMANDS = {
     "prepare": "decode the splits that the configuration names",
@@ -60,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(words of the command itself, options of the configuration with their values)."""
+    """(words of the command itself, options of the configuration with their values).
+
+    Raises:
+        ConfigError: an option that is nearly one of the command itself.
+    """
     own: list[str] = []
     options: list[str] = []
     words = list(arguments)
@@ -70,6 +80,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("--") or name in OWN_OPTIONS:
             own.append(word)
             continue
+        near = difflib.get_close_matches(name, _LIKELY_MEANT, n=1, cutoff=0.75)
+        if near and "." not in name and name[2:] not in config.option_types():
+            raise errors.ConfigError(f"there is no option {name}: did you mean {near[0]}?")
         options.append(word)
         if "=" not in word and words and not words[0].startswith("--"):
             options.append(words.pop(0))
@@ -126,20 +139,28 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=summary,
-            epilog=None if name == "export" else config.options_help(),
+            epilog=_epilog(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         if name in ("prepare", "train", "plan", "doctor"):
             command.add_argument("--config", help="the configuration file (YAML)")
-        if name in ("evaluate", "transcribe"):
+        if name in _TAKE_A_MODEL:
             command.add_argument(
                 "--model", required=True, help="a run, checkpoint, export, or hub id"
             )
-        if name in ("evaluate", "transcribe", "plan", "doctor"):
+        if name in (*_TAKE_A_MODEL, "plan", "doctor"):
             command.add_argument("--json", metavar="FILE", help="results for programs; - = stdout")
         _add_own(command, name)
     return parser
+
+
+def _epilog(command: str) -> str | None:
+    if command == "export":
+        return None
+    if command in _TAKE_A_MODEL:
+        return config.options_help(config.is_of_a_finished_model)
+    return config.options_help()
 
 
 def _add_own(command: argparse.ArgumentParser, name: str) -> None:
@@ -171,7 +192,9 @@ class _Parser(argparse.ArgumentParser):
     """Errors as those of the configuration: one line, status 2."""
 
     def error(self, message: str):
-        raise errors.ConfigError(f"{message}. See {self.prog} --help.")
+        files = re.findall(r"\S+\.ya?ml\b", message) if message.startswith("unrec") else []
+        hint = f" A configuration file is given as --config {files[0]}." if files else ""
+        raise errors.ConfigError(f"{message}.{hint} See {self.prog} --help.")
 
 
 if __name__ == "__main__":

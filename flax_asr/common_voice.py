@@ -45,7 +45,9 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
     if path.is_dir():
         return _release_folder(path, language, column)
     if not path.is_file():
-        raise errors.DataError(f"data.source {source}: nothing is there. It may be {_FORMS}")
+        raise errors.DataError(
+            f"data.source {source}: nothing is there{errors.seen_from(path)}. It may be {_FORMS}"
+        )
     if path.suffix.lower() in tables.SUFFIXES:
         return _manifest(path, column)
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):

@@ -9,7 +9,7 @@ import inspect
 import math
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -141,7 +141,8 @@ class ModelConfig:
         attention: which form of attention computes: `xla` is the plain one, `pallas` a kernel for
             TPU, `cudnn` a kernel for NVIDIA GPUs in fp16 and bf16; `auto` picks by machine and
             precision. With attention dropout the plain one computes.
-        remat_policy: what gradient checkpointing keeps; `full` recomputes whole layers.
+        remat_policy: what gradient checkpointing keeps; `full` recomputes whole layers, the others
+            are jax's checkpoint policies of these names.
     """
 
     pretrained: str | None = None
@@ -151,7 +152,7 @@ class ModelConfig:
     trainable_layers: int | None = None
     reset_head: bool = False
     attention: Literal["auto", "xla", "pallas", "cudnn"] = "auto"
-    remat_policy: str = "full"
+    remat_policy: Literal["full", "dots_saveable", "dots_with_no_batch_dims_saveable"] = "full"
 
     def __post_init__(self):
         for name in ("freeze_encoder_steps", "trainable_layers"):
@@ -311,15 +312,16 @@ class Config:
         _at_least("seed", self.seed, 0)
 
     def require(self, *names: str) -> None:
-        """Raises `ConfigError` where one of these dotted options is null."""
-        for name in names:
-            value = self
-            for part in name.split("."):
-                value = getattr(value, part)
-            if value is None:
-                raise errors.ConfigError(
-                    f"{name} is not set: write it in the configuration file or give --{name} VALUE."
-                )
+        """Raises `ConfigError`, which names all of these dotted options that are null."""
+        values = flat(self)
+        missing = [name for name in names if values[name] is None]
+        if missing:
+            *others, last = missing
+            named = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+            raise errors.ConfigError(
+                f"{named} not set: write {'them' if others else 'it'} in the file of --config, or"
+                f" give {' '.join(f'--{name} VALUE' for name in missing)}."
+            )
 
 
 def option_types() -> dict[str, Any]:
@@ -330,6 +332,12 @@ def option_types() -> dict[str, Any]:
             if not dataclasses.is_dataclass(kind):
                 found[f"{section}.{key}" if section else key] = kind
     return found
+
+
+def is_of_a_finished_model(name: str) -> bool:
+    """Whether `evaluate` and `transcribe` take the option of this name."""
+    begins = "seed data. text.normalization train.per_device_eval_batch_size train.mixed_precision"
+    return name.startswith(tuple(begins.split())) and not name.startswith("data.augment.")
 
 
 def load(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> Config:
@@ -378,17 +386,19 @@ def dump(config: Config) -> str:
     return options.to_yaml(as_dict(config))
 
 
-def options_help() -> str:
-    """One line for every option: its name, its default and what it does."""
+def options_help(shows: Callable[[str], bool] = lambda name: True) -> str:
+    """One line for every option that is shown: its name, meaning, choices and default."""
     lines = ["options of the configuration, each as --section.key VALUE:"]
-    defaults = flat(Config())
+    defaults, kinds = flat(Config()), option_types()
     for section, kind in {"": Config, **_sections(Config)}.items():
         documented = inspect.getdoc(kind).partition("Attributes:")[2].replace("\n        ", " ")
         for line in filter(None, map(str.strip, documented.splitlines())):
             key, _, meaning = line.partition(": ")
             name = f"{section}.{key}" if section else key
-            default = defaults[name]
-            lines.append(f"  --{name}  {meaning} [{'null' if default is None else default}]")
+            if shows(name):
+                choices = ", ".join(options.choices(kinds[name]))
+                meaning = f"{meaning} One of {choices}." if choices else meaning
+                lines.append(f"  --{name}  {meaning} (default {options.spelt(defaults[name])})")
     return "\n".join(lines)
 
 

@@ -3,6 +3,9 @@
 The command line prints the message alone and exits with status 2 (75 for `Interrupted`).
 """
 
+import os
+from pathlib import Path
+
 STATUS = 2
 """Of a process that ends with one of these."""
 
@@ -54,3 +57,8 @@ class AudioError(FlaxAsrError):
 
 class Interrupted(Exception):
     """The run was asked to stop and saved everything; the same command goes on from there."""
+
+
+def seen_from(path: str | os.PathLike) -> str:
+    """For a message about a path that leads nowhere: where it began, if that is not said."""
+    return "" if Path(path).is_absolute() else f" (seen from {Path.cwd()})"

@@ -23,14 +23,6 @@ from flax_asr.bucket import copies, store
 from flax_asr.models import convert, wav2vec2, weights
 from flax_asr.record import lineage
 
-_OPTIONS = (
-    "seed",
-    "data.",
-    "text.normalization",
-    "train.per_device_eval_batch_size",
-    "train.mixed_precision",
-)
-
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -110,8 +102,7 @@ def configure(loaded: LoadedModel, overrides: Sequence[str]) -> config.Config:
     known = config.option_types()
     for word in overrides:
         name = word[2:].partition("=")[0]
-        used = name.startswith(_OPTIONS) and not name.startswith("data.augment.")
-        if word.startswith("--") and name in known and not used:
+        if word.startswith("--") and name in known and not config.is_of_a_finished_model(name):
             raise errors.ConfigError(
                 f"--{name} changes nothing in a finished model: the options of data (but not of"
                 " data.augment), text.normalization, train.per_device_eval_batch_size and"

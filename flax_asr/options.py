@@ -5,6 +5,7 @@ What options there are is config.py's part; here they are dotted names with thei
 
 import difflib
 import io
+import json
 import math
 import os
 import types
@@ -101,8 +102,12 @@ def read_yaml(path: str | os.PathLike) -> Mapping[str, Any]:
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise errors.ConfigError(f"cannot read the configuration {path}: {error}") from error
+    except OSError as error:
+        raise errors.ConfigError(
+            f"cannot read the configuration {path}: {error.strerror}{errors.seen_from(path)}."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise errors.ConfigError(f"{path} is not a text in UTF-8: {error}.") from error
     try:
         _check_form(path, text)
         values = _yaml().load(text)
@@ -205,7 +210,8 @@ def parse(arguments: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
             raise errors.ConfigError(unknown_name(name, kinds))
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise errors.ConfigError(f"--{name} needs a value.")
+                wanted = "" if inside_mapping else _wanted(kinds[name])
+                raise errors.ConfigError(f"--{name} needs a value{wanted and f': {wanted}'}.")
             value = rest.pop(0)
         if inside_mapping:
             found.setdefault(parent, {})[name.rpartition(".")[2]] = _scalar(name, value)
@@ -263,11 +269,25 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             raise errors.ConfigError(f"{name} is {value!r}: no text may hold the character NUL.")
         return typed
     except msgspec.ValidationError as error:
-        choices = " or ".join(
-            ", ".join(typing.get_args(m)) for m in _members(kind) if typing.get_origin(m) is Literal
-        )
-        wanted = f"one of {choices}" if choices else str(error).replace("`", "")
+        wanted = _wanted(kind) or str(error).replace("`", "").rstrip(".")
         raise errors.ConfigError(f"{name} is {value!r}: {wanted}.") from error
+
+
+def _wanted(kind: Any) -> str:
+    """What an option of this type may be, where these are few; else nothing."""
+    found = ("true", "false") if bool in _members(kind) else choices(kind)
+    return f"one of {', '.join(found)}" if found else ""
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """The texts that an option of this type may be; none where it may be any."""
+    named = (m for m in _members(kind) if typing.get_origin(m) is Literal)
+    return tuple(choice for member in named for choice in typing.get_args(member))
+
+
+def spelt(value: Any) -> str:
+    """A value as it is given on a command line."""
+    return "null" if value is None else json.dumps(value).replace('"', "")
 
 
 def _kind(value: Any) -> str:

@@ -74,7 +74,7 @@ def describe(described: chips.Slice) -> parallel.Devices:
     if importlib.util.find_spec("libtpu") is None:
         raise errors.ConfigError(
             "plan compiles with libtpu, the TPU compiler, which is not installed:"
-            " pip install 'flax-asr[tpu]' (it needs no TPU)."
+            " pip install 'jax[tpu]' (it needs no TPU)."
         )
     # jax must not take hold of a TPU that may be here and at work.
     for name, value in _LIBTPU_ENVIRONMENT.items():

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flax_asr import config, errors, options
+from flax_asr.models import layers
 
 
 def _file(tmp_path: pathlib.Path, text: str) -> pathlib.Path:
@@ -132,9 +133,17 @@ def test_every_name_of_the_trainer_leads_to_a_real_option():
         assert first in names or answer.startswith(("nothing", "the option --restart"))
 
 
-def test_every_option_is_explained():
+def test_every_option_is_explained_with_its_choices_and_its_default():
     listed = config.options_help()
     assert all(f"--{name} " in listed for name in config.option_types())
+    assert "One of fp32, bf16, fp16. (default bf16)" in listed
+    assert "the splits trained on. (default [train])" in listed
+    assert "every clip. (default false)" in listed
+
+
+def test_the_policies_of_gradient_checkpointing_are_those_of_the_model():
+    kind = config.option_types()["model.remat_policy"]
+    assert ("none", *typing.get_args(kind)) == layers.REMAT_POLICIES
 
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

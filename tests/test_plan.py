@@ -78,7 +78,7 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch, capsys):
         importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else real(name, *a)
     )
     assert __main__.main(["plan", "--topology", "v5e:2x4"]) == 2
-    assert "pip install 'flax-asr[tpu]'" in capsys.readouterr().err
+    assert "pip install 'jax[tpu]'" in capsys.readouterr().err
 
 
 # Prices of what has no estimate

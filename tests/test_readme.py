@@ -208,7 +208,7 @@ def options_table() -> str:
     kinds, defaults = config.option_types(), config.as_dict(config.Config())
     lines = {}
     for line in config.options_help().splitlines():
-        if found := re.fullmatch(r"  --(\S+)  (.*) \[.*?\]+", line):
+        if found := re.fullmatch(r"  --(\S+)  (.*) \(default .*\)", line):
             lines[found[1]] = found[2].removesuffix(".")
     assert lines.keys() == kinds.keys()
     rows = ["| option | default | what it is |", "|---|---|---|"]

@@ -237,7 +237,7 @@ _NO_CREDENTIALS = (
 @functools.cache
 def _file_system() -> Any:
     if importlib.util.find_spec("gcsfs") is None:
-        raise errors.StoreError("gs:// needs the package gcsfs: pip install 'flax-asr[gcs]'.")
+        raise errors.StoreError("gs:// needs the package gcsfs: pip install gcsfs.")
     import aiohttp
     import google.auth.exceptions
     from gcsfs import core

@@ -357,7 +357,7 @@ def resolve(
     if folder.exists():
         raise errors.ModelError(f"{name} is a file: give the folder that holds the model.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise errors.ModelError(f"{name}: there is no such folder.")
+        raise errors.ModelError(f"{name}: there is no such folder{errors.seen_from(folder)}.")
 
     import huggingface_hub
     from huggingface_hub import errors as hub

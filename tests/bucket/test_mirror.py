@@ -476,7 +476,7 @@ def refused(statement: str, **environment: str) -> str:
 
 def test_without_gcsfs_it_is_named():
     message = refused("import sys; sys.modules['gcsfs'] = None")
-    assert message == "gs:// needs the package gcsfs: pip install 'flax-asr[gcs]'.\n"
+    assert message == "gs:// needs the package gcsfs: pip install gcsfs.\n"
 
 
 def test_without_credentials_the_ways_to_them_are_named(tmp_path):

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from flax_asr import config, text
-from flax_asr.data import augment, buckets, examples, shards
+from flax_asr.data import augment, buckets, examples, shard_writer, shards
 
 BATCH = 16
 KNOBS = {
@@ -33,7 +33,7 @@ KNOBS["all"] = KNOBS["all but pitch"] | KNOBS["pitch"]
 def prepared(folder: str, clips: int) -> examples.Examples:
     rng = np.random.default_rng(0)
     samples = (np.clip(rng.gamma(9.0, 4.15 / 9.0, clips), 1.0, 10.5) * 16_000).astype(int)
-    with shards.ShardWriter(folder) as writer:
+    with shard_writer.ShardWriter(folder) as writer:
         for clip, count in enumerate(samples):
             pcm = np.rint(rng.normal(0, 3000, count)).astype(np.int16)
             digest = shards.pcm_digest(pcm, 1 / 32768)

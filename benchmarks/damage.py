@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import small_saved
 
-from flax_asr import checkpoint, config, experiment, optim, parallel, seals
+from flax_asr import checkpoint, config, experiment, inventory, optim, parallel, seals
 
 STEPS = (2, 4, 6)
 KINDS = ("flipped bit", "flip by file", "cut", "longer", "empty", "missing")
@@ -72,7 +72,7 @@ def damage(path: pathlib.Path, kind: str, rng: np.random.Generator) -> None:
 def values(folder: pathlib.Path) -> list[bytes]:
     """What orbax restores from a step's folder, as bytes."""
     with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore((folder / checkpoint.STATE).absolute())
+        tree = checkpointer.restore((folder / inventory.STATE).absolute())
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
@@ -108,7 +108,7 @@ def main() -> int:
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="flax-asr-damage-"))
     whole = scratch / "whole"
     make_run(whole, rng)
-    saved = {step: values(whole / checkpoint.FOLDER / str(step)) for step in STEPS}
+    saved = {step: values(whole / inventory.FOLDER / str(step)) for step in STEPS}
 
     rows = []
     while len(rows) < arguments.cases:
@@ -117,7 +117,7 @@ def main() -> int:
         hit = sorted(STEPS, reverse=True)[: rng.integers(1, len(STEPS))]
         files = {}
         for step in hit:
-            folder = run / checkpoint.FOLDER / str(step)
+            folder = run / inventory.FOLDER / str(step)
             # Orbax's marker that it has committed is empty: it can only be missing.
             there = [p for p in sorted(folder.rglob("*")) if p.is_file()]
             there = [p for p in there if kind == "missing" or p.stat().st_size > 0]
@@ -125,9 +125,9 @@ def main() -> int:
             likely = sizes / sizes.sum() if kind == "flipped bit" else None
             files[step] = there[rng.choice(len(there), p=likely)]
             damage(files[step], kind, rng)
-        in_arrays = checkpoint.STATE in files[hit[0]].parts
+        in_arrays = inventory.STATE in files[hit[0]].parts
         named.text = ""
-        used = checkpoint.newest_sound(run)
+        used = inventory.newest_sound(run)
         # Damage to a seal can show in a file that it then speaks wrongly of.
         told = all(
             str(path) in named.text
@@ -141,7 +141,7 @@ def main() -> int:
                 "noticed": told,
                 "newest_good_used": used == max(set(STEPS) - set(hit)),
                 "orbax_alone_wrong": silently_wrong(
-                    run / checkpoint.FOLDER / str(hit[0]), saved[hit[0]]
+                    run / inventory.FOLDER / str(hit[0]), saved[hit[0]]
                 )
                 if in_arrays and arguments.orbax
                 else None,

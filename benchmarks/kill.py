@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import small_training
 
-from flax_asr import checkpoint
+from flax_asr import inventory
 from flax_asr.record import runlog
 
 MOST_KILLS_A_RUN = 10
@@ -33,7 +33,7 @@ UPDATES = 150
 
 def moment(run: pathlib.Path) -> str:
     """What the process was killed in."""
-    if any((run / checkpoint.FOLDER).glob(".unfinished-*")):
+    if any((run / inventory.FOLDER).glob(".unfinished-*")):
         return "saving"
     if any("best_step" in event for event in runlog.read(run)):
         return "finishing"

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from flax_asr import text  # noqa: E402
-from flax_asr.data import buckets, examples, loader, shards  # noqa: E402
+from flax_asr.data import buckets, examples, loader, shard_writer, shards  # noqa: E402
 
 CLIPS, BATCH = 256, 32
 
@@ -34,7 +34,7 @@ CLIPS, BATCH = 256, 32
 def prepared(folder: str) -> examples.Examples:
     rng = np.random.default_rng(0)
     samples = (np.clip(rng.gamma(9.0, 4.15 / 9.0, CLIPS), 1.0, 10.5) * 16_000).astype(int)
-    with shards.ShardWriter(folder) as writer:
+    with shard_writer.ShardWriter(folder) as writer:
         for clip, count in enumerate(samples):
             pcm = rng.integers(-32767, 32768, count).astype(np.int16)
             sentence = "".join(rng.choice(list("abcdefghijklmnopqrst"), 12))

@@ -26,6 +26,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import numpy as np
 import sidebyside
 
+from flax_asr.data import shard_writer
+
 BASE = {"rows": 2, "seconds": 4, "layers": 2, "symbols": 1000}
 CHANGES = {
     "rows": (1, 2, 4, 8),
@@ -75,7 +77,7 @@ def repeated_hours(folder: pathlib.Path, hours: int) -> None:
     rng = np.random.default_rng(0)
     clips = round(3600 / CLIP_SECONDS)
     pcm = rng.integers(-9000, 9000, int(CLIP_SECONDS * 16_000)).astype(np.int16)
-    with shards.ShardWriter(folder) as writer:
+    with shard_writer.ShardWriter(folder) as writer:
         for clip in range(clips):
             sentence = "".join(rng.choice(list("abcdefghijklmnopqrst"), 16))
             facts = shards.ClipFacts(f"clip-{clip:08d}", sentence, f"speaker {clip % 50}")
@@ -103,10 +105,10 @@ def repeated_hours(folder: pathlib.Path, hours: int) -> None:
             files[name] = manifest["files"][HOUR_SHARD.format(shard)]
     for name in ("samples.npy", "gains.npy", "shards.npy", "offsets.npy", "clips.jsonl"):
         path = folder / name
-        files[name] = {"bytes": path.stat().st_size, "sha256": shards._file_sha256(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": shards.file_sha256(path)}
     files["left_out.jsonl"] = manifest["files"]["left_out.jsonl"]
     manifest |= {"files": files, "clips": clips * hours, "seconds": manifest["seconds"] * hours}
-    manifest["checksum"] = shards._checksum(manifest)
+    manifest["checksum"] = shards.checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -8,8 +8,8 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FlaxWav2Vec2ForCTC": "flax_asr.models.pretrained",
-    "FlaxWav2Vec2Model": "flax_asr.models.pretrained",
+    "FlaxWav2Vec2ForCTC": "flax_asr.models.api",
+    "FlaxWav2Vec2Model": "flax_asr.models.api",
     "ctc_loss": "flax_asr.ctc",
 }
 

@@ -16,6 +16,7 @@ from flax_asr import (
     corpora,
     experiment,
     feature_cache,
+    inventory,
     optim,
     origins,
     parallel,
@@ -47,7 +48,7 @@ class Assembly:
         FlaxAsrError: data, model or devices do not fit the configuration or the checkpoint.
     """
 
-    def __init__(self, cfg: config.Config, devices: parallel.Devices, past: checkpoint.Meta | None):
+    def __init__(self, cfg: config.Config, devices: parallel.Devices, past: inventory.Meta | None):
         self.cfg, self.devices, self.past = cfg, devices, past
         self.group_rows = run_folder.group_rows(cfg, devices.count, past)
         start = origins.read(cfg.model) if past is None else origins.resumed(past)
@@ -57,7 +58,7 @@ class Assembly:
             start, self._params = experiment.initial_model(cfg, start, self.corpus)
         else:
             run_folder.check_data(past, self._splits())
-            checkpoint.check_vocabulary(past, self.corpus.vocabulary)
+            inventory.check_vocabulary(past, self.corpus.vocabulary)
             self._params = None
         self.start = start
         self.objective = experiment.objective(cfg, start)
@@ -226,13 +227,13 @@ class Assembly:
         with progress.Progress(len(jobs), "compiling", "programs") as bar:
             return parallel.compile_all(jobs, lambda key, seconds: bar.advance(1))
 
-    def meta(self, **progress: Any) -> checkpoint.Meta:
+    def meta(self, **progress: Any) -> inventory.Meta:
         """What stands beside the arrays of a checkpoint.
 
         Args:
             **progress: `step`, `metrics`, `window` and `log_events`, which change with each.
         """
-        return checkpoint.Meta(
+        return inventory.Meta(
             **progress,
             run=config.as_dict(self.cfg),
             model_config=self.start.model_config.to_dict(),

@@ -5,15 +5,12 @@ under a hidden name, sealed, and only then renamed: what has a step's name was c
 does not notice a flipped bit; the seal does, and what it does not hold for is not used.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
-import math
 import shutil
 import threading
 import time
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,49 +23,13 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, errors, partition, seals
+from flax_asr import errors, inventory, partition, seals
 from flax_asr import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"
-STATE, META = "state", "meta.json"
-_UNFINISHED, _REPLACED, _DAMAGED = ".unfinished-", ".replaced-", "damaged-"
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 """What orbax and tensorstore raise where the disk is full or the folder is gone."""
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What stands beside the arrays.
-
-    Attributes:
-        step: updates done.
-        run: the configuration, as `config.as_dict` gives it.
-        model_config: `Wav2Vec2Config.to_dict()`.
-        vocabulary: `Vocabulary.to_json()`.
-        normalization: the resolved steps.
-        do_normalize: whether clips are brought to zero mean and unit variance.
-        use_attention_mask: whether the model is told where clips end.
-        group_rows: rows of a batch group over all devices; fixed when the run starts.
-        facts: what the card says about data and origin; `updates` of the whole run.
-        metrics: the scores of this step, empty where it was not scored.
-        window: figures since the last line of the log.
-        log_events: how many events the log had.
-    """
-
-    step: int
-    run: dict[str, Any]
-    model_config: dict[str, Any]
-    vocabulary: str
-    normalization: Any
-    do_normalize: bool
-    use_attention_mask: bool
-    group_rows: int
-    facts: dict[str, Any]
-    metrics: dict[str, float | str]
-    window: dict[str, Any]
-    log_events: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +39,7 @@ class SavedModel:
     model_config: Wav2Vec2Config
     params: PyTree
     vocabulary: vocabularies.Vocabulary
-    meta: Meta
+    meta: inventory.Meta
 
     @property
     def normalization(self) -> Any:
@@ -110,7 +71,12 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int, writes: bool = True):
-        self._run, self._folder, self._keep, self._writes = run, run / FOLDER, keep, writes
+        self._run, self._folder, self._keep, self._writes = (
+            run,
+            run / inventory.FOLDER,
+            keep,
+            writes,
+        )
         self._publishing: threading.Thread | None = None
         self._failure: Exception | None = None
         if not writes:
@@ -118,7 +84,7 @@ class Checkpoints:
         try:
             self._folder.mkdir(exist_ok=True)
             for path in self._folder.iterdir():
-                if path.name.startswith((_UNFINISHED, _REPLACED)):
+                if path.name.startswith((inventory.UNFINISHED, inventory.REPLACED)):
                     shutil.rmtree(path)
         except OSError as error:
             raise self._cannot_write(error) from error
@@ -129,7 +95,7 @@ class Checkpoints:
             multiprocessing_options=_alone(),
         )
 
-    def save(self, state: PyTree, meta: Meta) -> None:
+    def save(self, state: PyTree, meta: inventory.Meta) -> None:
         """Begins to save; returns as soon as the state is on the host.
 
         Args:
@@ -142,13 +108,16 @@ class Checkpoints:
         if not self._writes:
             return
         self.wait()
-        unfinished = self._folder / f"{_UNFINISHED}{meta.step}"
+        unfinished = self._folder / f"{inventory.UNFINISHED}{meta.step}"
         arrays = _on_host(flax.serialization.to_state_dict(state))
         try:
             unfinished.mkdir()
             content = json.dumps(dataclasses.asdict(meta), indent=1, default=str)
-            (unfinished / META).write_text(content + "\n", encoding="utf-8")
-            self._writer.save((unfinished / STATE).absolute(), args=ocp.args.StandardSave(arrays))
+            (unfinished / inventory.META).write_text(content + "\n", encoding="utf-8")
+            self._writer.save(
+                (unfinished / inventory.STATE).absolute(),
+                args=ocp.args.StandardSave(arrays),
+            )
         except _WRITE_ERRORS as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise self._cannot_write(error) from error
@@ -182,25 +151,32 @@ class Checkpoints:
                 self._writer.close()
 
     def _publish(self, step: int) -> None:
-        unfinished, folder = self._folder / f"{_UNFINISHED}{step}", self._folder / str(step)
+        unfinished, folder = (
+            self._folder / f"{inventory.UNFINISHED}{step}",
+            self._folder / str(step),
+        )
         try:
             self._writer.wait_until_finished()
             seals.write(unfinished)
-            replaced = self._folder / f"{_REPLACED}{step}"
+            replaced = self._folder / f"{inventory.REPLACED}{step}"
             if folder.exists():
                 folder.rename(replaced)
             unfinished.rename(folder)
             shutil.rmtree(replaced, ignore_errors=True)
-            for old in superfluous(steps(self._run), scores(self._run), self._keep):
+            for old in inventory.superfluous(
+                inventory.steps(self._run), inventory.scores(self._run), self._keep
+            ):
                 # Renamed first: half of a checkpoint never has a step's name.
-                going = (self._folder / str(old)).rename(self._folder / f"{_REPLACED}{old}")
+                going = (self._folder / str(old)).rename(
+                    self._folder / f"{inventory.REPLACED}{old}"
+                )
                 shutil.rmtree(going)
         except _WRITE_ERRORS as error:
             self._failure = error
             _remove(unfinished)
 
     def _cannot_write(self, error: Exception) -> errors.CheckpointError:
-        kept = ", ".join(map(str, steps(self._run))) or "none"
+        kept = ", ".join(map(str, inventory.steps(self._run))) or "none"
         reason = str(error).splitlines()[0]
         return errors.CheckpointError(
             f"cannot write a checkpoint in {self._folder}: {reason}. Make room or mend the folder,"
@@ -220,7 +196,7 @@ def restore(run: Path, step: int, like: PyTree) -> PyTree:
         CheckpointError: it is the state of another model or optimiser; names the difference.
     """
     template = flax.serialization.to_state_dict(like)
-    folder = (run / FOLDER / str(step) / STATE).absolute()
+    folder = (run / inventory.FOLDER / str(step) / inventory.STATE).absolute()
     with _reader() as checkpointer:
         shapes = jax.tree.map(_as_stored, template)
         _check_same(folder, _kinds(shapes), _kinds(_stored(checkpointer, folder)))
@@ -250,13 +226,15 @@ def load_model(run: Path, step: int | None = None) -> SavedModel:
         CheckpointError: there is no such step, or its files are damaged.
     """
     if step is None:
-        ranked = by_merit(scores(run))
+        ranked = inventory.by_merit(inventory.scores(run))
         # Those that cannot be ranked come first, so that they are named.
-        return _read_model(run, _first_sound(run, [*(set(steps(run)) - set(ranked)), *ranked]))
-    if step not in steps(run):
-        there = ", ".join(map(str, steps(run))) or "none"
+        return _read_model(
+            run, inventory.first_sound(run, [*(set(inventory.steps(run)) - set(ranked)), *ranked])
+        )
+    if step not in inventory.steps(run):
+        there = ", ".join(map(str, inventory.steps(run))) or "none"
         raise errors.CheckpointError(f"{run} has no checkpoint of step {step}; there: {there}.")
-    seals.verify(run / FOLDER / str(step))
+    seals.verify(run / inventory.FOLDER / str(step))
     return _read_model(run, step)
 
 
@@ -267,80 +245,6 @@ def _remove(folder: Path, tries: int = 20) -> None:
         if not folder.exists():
             return
         time.sleep(0.05)
-
-
-def unfinished(run: Path, step: int) -> Path:
-    """Where a checkpoint is until it is whole; what a kill leaves there is swept away."""
-    return run / FOLDER / f"{_UNFINISHED}{step}"
-
-
-def steps(run: Path) -> list[int]:
-    """The steps that were saved, newest first, sound or not."""
-    folder = run / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True)
-
-
-def newest_sound(run: Path) -> int | None:
-    """The newest step whose seal holds; None where nothing was saved.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none is sound.
-    """
-    return _first_sound(run, steps(run)) if steps(run) else None
-
-
-def set_aside(run: Path, newer_than: int) -> None:
-    """Moves newer, unsound checkpoints out of the way: the run will write these steps again."""
-    for step in steps(run):
-        if step > newer_than:
-            damaged = run / FOLDER / f"{_DAMAGED}{step}"
-            shutil.rmtree(damaged, ignore_errors=True)
-            (run / FOLDER / str(step)).rename(damaged)
-            logger.warning("the damaged checkpoint is kept as %s", damaged)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether this is a run folder with checkpoints."""
-    return (folder / "config.yaml").is_file() and bool(steps(folder))
-
-
-def read_meta(run: Path, step: int) -> Meta:
-    """What stands beside the arrays of a step.
-
-    Raises:
-        CheckpointError: it is damaged, of another version of this program, or of another step.
-    """
-    folder = run / FOLDER / str(step)
-    seals.verify(folder, META)
-    try:
-        meta = Meta(**json.loads((folder / META).read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise errors.CheckpointError(
-            f"{folder / META} was not written by this version of flax_asr: {error}"
-        ) from error
-    if meta.step != step:
-        raise errors.CheckpointError(f"{folder} is the checkpoint of step {meta.step}, renamed")
-    return meta
-
-
-def meta_config(meta: Meta) -> config.Config:
-    """The configuration that a checkpoint was made with."""
-    return config.build(meta.run)
-
-
-def check_vocabulary(meta: Meta, ours: vocabularies.Vocabulary) -> None:
-    """Raises `CheckpointError` where a checkpoint writes other symbols than `ours`."""
-    theirs = vocabularies.Vocabulary.from_json(meta.vocabulary)
-    if theirs != ours:
-        only_there = "".join(sorted(set(theirs.characters) - set(ours.characters)))
-        only_here = "".join(sorted(set(ours.characters) - set(theirs.characters)))
-        raise errors.CheckpointError(
-            f"the checkpoint of step {meta.step} writes another vocabulary ({theirs.size} symbols,"
-            f" here {ours.size}; only there: {only_there!r}, only here: {only_here!r}). The data or"
-            " their normalisation have changed: use another --output_dir, or --restart."
-        )
 
 
 def _on_host(state: PyTree) -> PyTree:
@@ -359,8 +263,8 @@ def _host() -> jax.sharding.Sharding:
 
 
 def _read_model(run: Path, step: int) -> SavedModel:
-    meta = read_meta(run, step)
-    folder = (run / FOLDER / str(step) / STATE).absolute()
+    meta = inventory.read_meta(run, step)
+    folder = (run / inventory.FOLDER / str(step) / inventory.STATE).absolute()
     with _reader() as checkpointer:
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_host()),
@@ -378,55 +282,6 @@ def _read_model(run: Path, step: int) -> SavedModel:
         vocabulary=vocabularies.Vocabulary.from_json(meta.vocabulary),
         meta=meta,
     )
-
-
-def _first_sound(run: Path, candidates: list[int]) -> int:
-    problems = []
-    for step in candidates:
-        try:
-            seals.verify(run / FOLDER / str(step))
-            read_meta(run, step)
-        except errors.CheckpointError as error:
-            problems.append(str(error))
-            logger.warning("the checkpoint of step %d is not used: %s", step, error)
-        else:
-            return step
-    if problems:
-        raise errors.CheckpointError(
-            f"no checkpoint in {run / FOLDER} is sound: {'; '.join(problems)}. Begin again with"
-            " --restart, or restore the folder from a copy."
-        )
-    raise errors.CheckpointError(f"there is no checkpoint in {run / FOLDER}.")
-
-
-def score(meta: Meta) -> float | None:
-    """What the best checkpoint is chosen by; None where the step was not scored."""
-    name = f"eval_{meta.run['train']['metric_for_best_model']}"
-    if name in meta.metrics and math.isfinite(meta.metrics[name]):
-        return meta.metrics[name]
-    return None
-
-
-def scores(run: Path) -> dict[int, float | None]:
-    """The score of every step that says it undamaged."""
-    found = {}
-    for step in steps(run):
-        with contextlib.suppress(errors.CheckpointError):
-            found[step] = score(read_meta(run, step))
-    return found
-
-
-def by_merit(scores: Mapping[int, float | None]) -> list[int]:
-    """Scored steps, best first, the earliest of equals; then the others, newest first."""
-    scored = sorted((value, step) for step, value in scores.items() if value is not None)
-    others = sorted((step for step, value in scores.items() if value is None), reverse=True)
-    return [step for _, step in scored] + others
-
-
-def superfluous(saved: Collection[int], scores: Mapping[int, float | None], keep: int) -> list[int]:
-    """The steps that are neither among the latest `keep` nor the best one."""
-    kept = {*sorted(saved, reverse=True)[:keep], *by_merit(scores)[:1]}
-    return [step for step in saved if step not in kept]
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

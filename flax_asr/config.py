@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import math
 import os
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -326,12 +325,7 @@ class Config:
 
 def option_types() -> dict[str, Any]:
     """Every option of the configuration as a dotted name, with its type."""
-    found: dict[str, Any] = {}
-    for section, cls in {"": Config, **_sections(Config)}.items():
-        for key, kind in typing.get_type_hints(cls).items():
-            if not dataclasses.is_dataclass(kind):
-                found[f"{section}.{key}" if section else key] = kind
-    return found
+    return options.kinds(Config)
 
 
 def is_of_a_finished_model(name: str) -> bool:
@@ -363,7 +357,7 @@ def build(
     found = options.flatten(values, kinds, f"{origin}: " if origin is not None else "")
     found |= options.parse(overrides, kinds)
     checked = {name: options.typed(name, value, kinds[name]) for name, value in found.items()}
-    return _construct(Config, checked)
+    return options.construct(Config, checked)
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -390,7 +384,7 @@ def options_help(shows: Callable[[str], bool] = lambda name: True) -> str:
     """One line for every option that is shown: its name, meaning, choices and default."""
     lines = ["options of the configuration, each as --section.key VALUE:"]
     defaults, kinds = flat(Config()), option_types()
-    for section, kind in {"": Config, **_sections(Config)}.items():
+    for section, kind in {"": Config, **options.sections(Config)}.items():
         documented = inspect.getdoc(kind).partition("Attributes:")[2].replace("\n        ", " ")
         for line in filter(None, map(str.strip, documented.splitlines())):
             key, _, meaning = line.partition(": ")
@@ -400,28 +394,6 @@ def options_help(shows: Callable[[str], bool] = lambda name: True) -> str:
                 meaning = f"{meaning} One of {choices}." if choices else meaning
                 lines.append(f"  --{name}  {meaning} (default {options.spelt(defaults[name])})")
     return "\n".join(lines)
-
-
-def _sections(cls: type, within: str = "") -> dict[str, type]:
-    """Sections by their dotted names, those inside of others after them."""
-    found: dict[str, type] = {}
-    for key, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            name = f"{within}.{key}" if within else key
-            found |= {name: kind, **_sections(kind, name)}
-    return found
-
-
-def _construct(cls: type, values: Mapping[str, Any], within: str = "") -> Any:
-    """A section, with the sections inside of it, from values by their dotted names."""
-    given: dict[str, Any] = {}
-    for key, kind in typing.get_type_hints(cls).items():
-        name = f"{within}.{key}" if within else key
-        if dataclasses.is_dataclass(kind):
-            given[key] = _construct(kind, values, name)
-        elif name in values:
-            given[key] = values[name]
-    return cls(**given)
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, card, checkpoint, config, errors, torch_logits, vocabulary
+from flax_asr import audio, card, checkpoint, config, errors, inventory, torch_logits, vocabulary
 from flax_asr.bucket import copies, store
 from flax_asr.console import terminal
 from flax_asr.models import convert, wav2vec2, weights
@@ -56,7 +56,7 @@ def command(run: str, out: str, step: int | None = None) -> None:
         ModelError: the folder holds something else, or does not pass its verification.
     """
     folder = copies.model(run, step) if store.is_remote(run) else Path(run)
-    if not checkpoint.is_run(folder):
+    if not inventory.is_run(folder):
         raise errors.CheckpointError(
             f"{run} is not a run folder with checkpoints: give the output_dir of `flax-asr train`."
         )
@@ -65,7 +65,7 @@ def command(run: str, out: str, step: int | None = None) -> None:
     if foreign and (target.is_file() or any(target.iterdir())):
         raise errors.ModelError(f"{out} holds something else: name a new folder.")
     saved = checkpoint.load_model(folder, step)
-    done = write_folder(target, saved, checkpoint.meta_config(saved.meta), saved.meta.facts)
+    done = write_folder(target, saved, inventory.meta_config(saved.meta), saved.meta.facts)
     terminal.show(f"step {saved.step} of {run} is in {out}: {done}")
 
 
@@ -112,7 +112,7 @@ def _config(saved: checkpoint.SavedModel) -> Wav2Vec2Config:
     )
 
 
-def _preprocessor(meta: checkpoint.Meta) -> dict[str, Any]:
+def _preprocessor(meta: inventory.Meta) -> dict[str, Any]:
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "feature_size": 1,

@@ -14,6 +14,7 @@ from flax_asr import (
     config,
     errors,
     experiment,
+    inventory,
     json_object,
     origins,
     step,
@@ -81,14 +82,14 @@ def load(model: str) -> LoadedModel:
         ModelError, CheckpointError: it is none of these, or damaged, or has no head.
     """
     folder = copies.model(model) if store.is_remote(model) else Path(model).expanduser()
-    if checkpoint.is_run(folder):
+    if inventory.is_run(folder):
         return _from_checkpoint(model, folder, None)
-    if folder.name.isdecimal() and folder.parent.name == checkpoint.FOLDER:
+    if folder.name.isdecimal() and folder.parent.name == inventory.FOLDER:
         return _from_checkpoint(model, folder.parent.parent, int(folder.name))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise errors.ModelError(
             f"{model} is no model: it has neither config.json, as a Hugging Face folder has, nor"
-            f" config.yaml and {checkpoint.FOLDER}/, as a run has."
+            f" config.yaml and {inventory.FOLDER}/, as a run has."
         )
     return _from_hugging_face(model, str(folder) if store.is_remote(model) else model)
 
@@ -116,7 +117,7 @@ def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedMo
     settings = dict(saved.meta.run)
     # The folder may have been moved since.
     remote = store.is_remote(model)
-    settings["output_dir"] = model.partition(f"/{checkpoint.FOLDER}/")[0] if remote else str(run)
+    settings["output_dir"] = model.partition(f"/{inventory.FOLDER}/")[0] if remote else str(run)
     settings["text"] = settings["text"] | {"normalization": saved.normalization}
     return LoadedModel(
         config=saved.model_config,
@@ -173,7 +174,7 @@ def _place(model: str, folder: Path) -> Path:
     if not Path(model).expanduser().is_dir():
         return Path(model.replace("/", "--"))
     whole = folder.absolute()
-    return whole.parent if checkpoint.is_run(whole.parent) else whole
+    return whole.parent if inventory.is_run(whole.parent) else whole
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

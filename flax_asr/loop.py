@@ -15,11 +15,13 @@ from flax_asr import (
     errors,
     evaluate,
     export,
+    inventory,
     parallel,
+    resume,
     run_folder,
     step,
 )
-from flax_asr.bucket import follower, mirror, store
+from flax_asr.bucket import mirror, store
 from flax_asr.console import progress
 from flax_asr.data import buckets, loader, prepare
 from flax_asr.hosts import cluster, multihost, stopping
@@ -27,7 +29,6 @@ from flax_asr.record import curves, learning, runlog, window
 
 logger = logging.getLogger(__name__)
 
-Mirrored = mirror.Mirror | follower.Follower | follower.Nowhere
 
 _MOST_NAMED = 32  # clips in a message
 
@@ -55,7 +56,7 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
         contextlib.closing(mirror.attached(cfg, folder, restart, hosts)) as mirrored,
     ):
         hosts.agree("configuration", run_folder.same_on_all_hosts(cfg))
-        past = _resume_point(hosts, folder, cfg, restart, mirrored)
+        past = resume.point(hosts, folder, cfg, restart, mirrored)
         if past is not None and hosts.decided(lambda: run_folder.is_finished(folder, past, cfg)):
             mirrored.wait()
             logger.info("%s is finished: %d updates. Nothing to do.", cfg.output_dir, past.step)
@@ -82,36 +83,6 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
         mirrored.wait()
 
 
-def _resume_point(
-    hosts: multihost.Hosts,
-    folder: Path,
-    cfg: config.Config,
-    restart: bool,
-    mirrored: Mirrored,
-) -> checkpoint.Meta | None:
-    """Where all hosts go on; the first one looks.
-
-    Raises:
-        CheckpointError: this host does not see the first one's folder.
-    """
-    if hosts.count == 1:
-        return run_folder.resume_point(folder, cfg, restart)
-    if not hosts.share(folder) and not store.is_remote(cfg.output_dir):
-        raise errors.CheckpointError(
-            f"output_dir {folder} is not that of the first host: the checkpoints must be on a disk"
-            " that all hosts see, or in a bucket."
-        )
-
-    def look() -> int | None:
-        past = run_folder.resume_point(folder, cfg, restart)
-        mirrored.wait()  # the others take it from there
-        return None if past is None else past.step
-
-    step = hosts.decided(look)
-    mirrored.bring(step)
-    return None if step is None else checkpoint.read_meta(folder, step)
-
-
 class _Asked(Exception):
     """The process is to stop, in the middle of an evaluation."""
 
@@ -130,7 +101,7 @@ class Run:
         folder: Path,
         stop: stopping.Stop,
         hosts: multihost.Hosts,
-        mirrored: Mirrored,
+        mirrored: resume.Mirrored,
     ):
         self.made, self.programs, self.folder, self.hosts = made, programs, folder, hosts
         self.mirrored = mirrored
@@ -142,7 +113,7 @@ class Run:
         else:
             self.step = past.step
             if hosts.is_first:
-                checkpoint.set_aside(folder, newer_than=past.step)
+                inventory.set_aside(folder, newer_than=past.step)
             self.state = checkpoint.restore(folder, past.step, made.state_shapes())
             logger.info("going on after update %d", past.step)
         self.kept = made.kept(self.state)

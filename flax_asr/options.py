@@ -3,6 +3,7 @@
 What options there are is config.py's part; here they are dotted names with their types.
 """
 
+import dataclasses
 import difflib
 import io
 import json
@@ -141,6 +142,38 @@ def _check_form(path: str | os.PathLike, text: str) -> None:
 def _first_lines(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith(("To suppress", "http", "#")))
+
+
+def sections(cls: type, within: str = "") -> dict[str, type]:
+    """Sections by their dotted names, those inside of others after them."""
+    found: dict[str, type] = {}
+    for key, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            name = f"{within}.{key}" if within else key
+            found |= {name: kind, **sections(kind, name)}
+    return found
+
+
+def kinds(cls: type) -> dict[str, Any]:
+    """Every field of a dataclass and of its sections, as a dotted name, with its type."""
+    found: dict[str, Any] = {}
+    for section, part in {"": cls, **sections(cls)}.items():
+        for key, kind in typing.get_type_hints(part).items():
+            if not dataclasses.is_dataclass(kind):
+                found[f"{section}.{key}" if section else key] = kind
+    return found
+
+
+def construct(cls: type, values: Mapping[str, Any], within: str = "") -> Any:
+    """A section, with the sections inside of it, from values by their dotted names."""
+    given: dict[str, Any] = {}
+    for key, kind in typing.get_type_hints(cls).items():
+        name = f"{within}.{key}" if within else key
+        if dataclasses.is_dataclass(kind):
+            given[key] = construct(kind, values, name)
+        elif name in values:
+            given[key] = values[name]
+    return cls(**given)
 
 
 def flatten(

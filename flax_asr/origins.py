@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Wav2Vec2Config
 
-from flax_asr import checkpoint, config, errors, json_object, vocabulary
+from flax_asr import config, errors, inventory, json_object, vocabulary
 from flax_asr.bucket import copies, store
 from flax_asr.models import configuration, weights
 from flax_asr.record import lineage
@@ -60,7 +60,7 @@ def _pretrained_folder(name: str) -> tuple[Path, str | None]:
     if store.is_remote(name):
         name = str(copies.pretrained(name))
     run = Path(name)
-    if not checkpoint.is_run(run):
+    if not inventory.is_run(run):
         return weights.resolve(name)
     if not (run / "export" / "config.json").is_file():
         raise errors.ModelError(
@@ -70,7 +70,7 @@ def _pretrained_folder(name: str) -> tuple[Path, str | None]:
     return run / "export", None
 
 
-def resumed(meta: checkpoint.Meta) -> Origin:
+def resumed(meta: inventory.Meta) -> Origin:
     """What a checkpoint says about its own model."""
     return Origin(
         model_config=Wav2Vec2Config(**meta.model_config),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import flax_asr
-from flax_asr import checkpoint, config, errors
+from flax_asr import config, errors, inventory
 from flax_asr.record import runlog
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def owned(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def resume_point(folder: Path, asked: config.Config, restart: bool) -> checkpoint.Meta | None:
+def resume_point(folder: Path, asked: config.Config, restart: bool) -> inventory.Meta | None:
     """Where to go on, or None for a fresh run.
 
     Before the first checkpoint nothing is done that another configuration could spoil.
@@ -93,7 +93,7 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> checkpoin
     """
     if restart:
         put_aside(folder)
-    if not checkpoint.steps(folder):
+    if not inventory.steps(folder):
         return None
     if not (folder / CONFIG).is_file():
         raise errors.CheckpointError(
@@ -102,10 +102,10 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> checkpoin
         )
     changes = differences(config.load(folder / CONFIG), asked)
     _refuse_meaningful(asked.output_dir, changes)
-    step = checkpoint.newest_sound(folder)
+    step = inventory.newest_sound(folder)
     for name, (a, b) in changes.items():
         logger.info("going on with %s %r (was %r)", name, b, a)
-    return checkpoint.read_meta(folder, step)
+    return inventory.read_meta(folder, step)
 
 
 def same_on_all_hosts(cfg: config.Config) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def put_aside(folder: Path) -> None:
     target = folder.with_name(dated(folder.name))
     target.mkdir()
     # A kill in between must not leave checkpoints that look like those of the new run.
-    for path in sorted(old, key=lambda p: (p.name == CONFIG, p.name != checkpoint.FOLDER)):
+    for path in sorted(old, key=lambda p: (p.name == CONFIG, p.name != inventory.FOLDER)):
         path.rename(target / path.name)
     logger.info("the old run is kept in %s", target)
 
@@ -200,9 +200,9 @@ def mark_finished(folder: Path, step: int) -> None:
     (folder / FINISHED).write_text(f"{step}\n", encoding="utf-8")
 
 
-def is_finished(folder: Path, past: checkpoint.Meta, asked: config.Config) -> bool:
+def is_finished(folder: Path, past: inventory.Meta, asked: config.Config) -> bool:
     """Whether nothing is left to do: no update, and card and export are those of the last one."""
-    before, after = config.flat(checkpoint.meta_config(past)), config.flat(asked)
+    before, after = config.flat(inventory.meta_config(past)), config.flat(asked)
     longer = any(before[name] != after[name] for name in LENGTHS)
     unfinished = longer or past.step < past.facts["updates"]
     if unfinished and not out_of_patience(runlog.read(folder), asked.train):
@@ -225,7 +225,7 @@ def out_of_patience(history: Sequence[Mapping[str, Any]], train: config.TrainCon
     return runlog.evaluations_since_best(history, name) >= train.early_stopping_patience
 
 
-def check_data(past: checkpoint.Meta, splits: Mapping[str, Mapping[str, Any]]) -> None:
+def check_data(past: inventory.Meta, splits: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses to go on with other clips than those that the run began with.
 
     Args:
@@ -285,7 +285,7 @@ def resolve(asked: config.Config, device_count: int) -> config.Config:
     )
 
 
-def group_rows(cfg: config.Config, device_count: int, past: checkpoint.Meta | None) -> int:
+def group_rows(cfg: config.Config, device_count: int, past: inventory.Meta | None) -> int:
     """Rows of a batch group: what the devices take at once when the run begins, the same later on.
 
     Raises:

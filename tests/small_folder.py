@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from flax_asr import checkpoint, config, run_folder, seals, vocabulary
+from flax_asr import config, inventory, run_folder, seals, vocabulary
 from flax_asr.record import runlog
 
 VOCABULARY = vocabulary.Vocabulary(
@@ -27,8 +27,8 @@ def configuration(folder, **sections) -> config.Config:
     return config.build(values)
 
 
-def meta(cfg: config.Config, step: int, **changes) -> checkpoint.Meta:
-    made = checkpoint.Meta(
+def meta(cfg: config.Config, step: int, **changes) -> inventory.Meta:
+    made = inventory.Meta(
         step=step,
         run=config.as_dict(cfg),
         model_config={},
@@ -46,11 +46,11 @@ def meta(cfg: config.Config, step: int, **changes) -> checkpoint.Meta:
 
 def save(folder, cfg: config.Config, step: int, **changes) -> None:
     """A sealed checkpoint of `step`."""
-    saved = folder / checkpoint.FOLDER / str(step)
-    (saved / checkpoint.STATE).mkdir(parents=True)
-    (saved / checkpoint.STATE / "arrays").write_bytes(bytes(range(100)))
+    saved = folder / inventory.FOLDER / str(step)
+    (saved / inventory.STATE).mkdir(parents=True)
+    (saved / inventory.STATE / "arrays").write_bytes(bytes(range(100)))
     content = dataclasses.asdict(meta(cfg, step, **changes))
-    (saved / checkpoint.META).write_text(json.dumps(content), encoding="utf-8")
+    (saved / inventory.META).write_text(json.dumps(content), encoding="utf-8")
     seals.write(saved)
 
 

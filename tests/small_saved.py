@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from models import small_torch
 
-from flax_asr import audio, checkpoint, config, vocabulary
-from flax_asr.data import shards
+from flax_asr import audio, checkpoint, config, inventory, vocabulary
+from flax_asr.data import shard_writer, shards
 from flax_asr.models import convert
 
 VOCABULARY = vocabulary.Vocabulary(
@@ -32,7 +32,7 @@ def saved(
         model.lm_head.bias.sub_(logits.mean(dim=0)).div_(logits.std(dim=0))
     tensors = small_torch.tensors(model)
     split = {"release": "cv-corpus-9", "hash": "ab" * 32, "clips": 7, "seconds": 3600.0}
-    meta = checkpoint.Meta(
+    meta = inventory.Meta(
         step=30,
         run=config.as_dict(run or config.Config(data=config.DataConfig(source="x", language="eu"))),
         model_config=model_config.to_dict(),
@@ -71,7 +71,7 @@ def speech(samples: int, seed: int) -> np.ndarray:
 def split(folder, sentences, seconds=(0.05, 0.3), seed: int = 0) -> shards.PreparedSplit:
     """A prepared split with one clip a sentence; genders and one accent are known."""
     rng = np.random.default_rng(seed)
-    with shards.ShardWriter(folder) as writer:
+    with shard_writer.ShardWriter(folder) as writer:
         for number, sentence in enumerate(sentences):
             length = int(rng.uniform(*seconds) * audio.SAMPLE_RATE_HZ)
             pcm, gain = audio.encode_int16(speech(length, number) * 0.7)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import soundfile
 
-from flax_asr import __main__, audio, checkpoint, export, parallel
+from flax_asr import __main__, audio, export, inventory, parallel
 from flax_asr.hosts import multihost
 from flax_asr.record import runlog
 
@@ -254,11 +254,11 @@ def log(folder: pathlib.Path) -> list[dict]:
 def assert_same(folder: pathlib.Path, other: pathlib.Path) -> None:
     """The same log, and the same state and figures in every checkpoint that both still have."""
     assert log(folder) == log(other)
-    ours, theirs = checkpoint.steps(folder), checkpoint.steps(other)
+    ours, theirs = inventory.steps(folder), inventory.steps(other)
     assert ours[0] == theirs[0]
     for step in set(ours) & set(theirs):
         assert state(folder, step) == state(other, step), step
-        one, two = checkpoint.read_meta(folder, step), checkpoint.read_meta(other, step)
+        one, two = inventory.read_meta(folder, step), inventory.read_meta(other, step)
         assert (one.metrics, one.window, one.facts) == (two.metrics, two.window, two.facts)
 
 
@@ -272,6 +272,6 @@ def arrays(folder: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore((folder / checkpoint.FOLDER / str(step) / "state").absolute())
+        tree = checkpointer.restore((folder / inventory.FOLDER / str(step) / "state").absolute())
     flat = flax.traverse_util.flatten_dict(tree, sep="/")
     return {name: np.asarray(leaf) for name, leaf in flat.items()}

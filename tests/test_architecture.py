@@ -17,15 +17,16 @@ LAYERS = (
     "errors json_object options config languages containers console seals hosts.stopping"
     " bucket.store bucket.lease record.runlog estimate.chips estimate.hlo",
     "metrics alignment vocabulary text compat record.lineage",
-    "audio sources common_voice record.curves data scoring",
+    "audio sources common_voice record.curves data scoring inventory",
     "diagnosis.survey diagnosis.findings diagnosis.consultation diagnosis.host"
     " diagnosis.spectrograms torch_logits",
     "ctc ctc_kernel optim models partition estimate.flops estimate.forecast record.learning",
     "step",
-    "hosts parallel checkpoint run_folder bucket.copies record.window card experiment"
+    "hosts parallel checkpoint run_folder bucket.copies record.window hyperparameters card"
+    " experiment"
     " origins corpora feature_cache",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
-    "loading evaluate transcribe export",
+    "loading evaluate transcribe export resume",
     "loop plan doctor",
     "__main__",
 )

@@ -20,6 +20,7 @@ from flax_asr import (
     config,
     errors,
     experiment,
+    inventory,
     optim,
     parallel,
     run_folder,
@@ -57,7 +58,7 @@ def shapes(state):
     )
 
 
-def meta(number: int, **changes) -> checkpoint.Meta:
+def meta(number: int, **changes) -> inventory.Meta:
     return dataclasses.replace(SAVED.meta, step=number, **changes)
 
 
@@ -109,7 +110,7 @@ def test_meta_comes_back_equal(two):
     # JSON makes strings of the numbers that are keys in transformers' configuration.
     through_json = json.loads(json.dumps(SAVED.meta.model_config))
     wanted = meta(2, metrics={"eval_cer": 0.25}, model_config=through_json)
-    assert checkpoint.read_meta(two, 2) == wanted
+    assert inventory.read_meta(two, 2) == wanted
 
 
 def test_meta_is_utf_8_whatever_it_holds(tmp_path):
@@ -117,8 +118,8 @@ def test_meta_is_utf_8_whatever_it_holds(tmp_path):
     writer = checkpoint.Checkpoints(tmp_path, 1)
     writer.save(fresh(), meta(1, facts=odd, normalization=("lower", "香")))
     writer.close()
-    (tmp_path / checkpoint.FOLDER / "1" / checkpoint.META).read_bytes().decode("utf-8")
-    found = checkpoint.read_meta(tmp_path, 1)
+    (tmp_path / inventory.FOLDER / "1" / inventory.META).read_bytes().decode("utf-8")
+    found = inventory.read_meta(tmp_path, 1)
     assert found.normalization == ["lower", "香"]
     assert np.isnan(found.facts.pop("nan"))
     assert found.facts == {"path": "/a", "tuple": [1, "é"], "half": "\ud800"}
@@ -154,7 +155,7 @@ def test_the_saved_state_is_that_of_its_step_while_updates_go_on(tmp_path):
 
 
 def kept(run) -> list[int]:
-    return checkpoint.steps(run)
+    return inventory.steps(run)
 
 
 def test_the_latest_and_the_best_are_kept_over_a_reopening(tmp_path):
@@ -181,26 +182,26 @@ def test_without_scores_the_newest_is_the_best(tmp_path):
 def test_a_step_can_be_saved_again(run):
     save(run, {4: fresh(5)}, scores={4: 0.125})
     assert_equal(checkpoint.restore(run, 4, shapes(fresh())), fresh(5))
-    assert checkpoint.read_meta(run, 4).metrics == {"eval_cer": 0.125}
+    assert inventory.read_meta(run, 4).metrics == {"eval_cer": 0.125}
     assert kept(run) == [4, 2]
 
 
 def test_what_a_kill_left_half_written_is_no_checkpoint(run):
     for name in (".unfinished-6", ".replaced-1"):
-        shutil.copytree(run / checkpoint.FOLDER / "2", run / checkpoint.FOLDER / name)
+        shutil.copytree(run / inventory.FOLDER / "2", run / inventory.FOLDER / name)
     assert kept(run) == [4, 2]
     checkpoint.Checkpoints(run, 9).close()
-    assert sorted(p.name for p in (run / checkpoint.FOLDER).iterdir()) == ["2", "4"]
+    assert sorted(p.name for p in (run / inventory.FOLDER).iterdir()) == ["2", "4"]
 
 
 def test_an_empty_run_has_no_checkpoint(tmp_path):
-    assert checkpoint.newest_sound(tmp_path) is None
+    assert inventory.newest_sound(tmp_path) is None
     with pytest.raises(errors.CheckpointError, match="there is no checkpoint in"):
         checkpoint.load_model(tmp_path)
 
 
 def files_of(run, number: int) -> list[pathlib.Path]:
-    folder = run / checkpoint.FOLDER / str(number)
+    folder = run / inventory.FOLDER / str(number)
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -223,7 +224,7 @@ def test_any_damage_to_any_file_is_noticed_and_the_older_one_is_used(run, caplog
         content = path.read_bytes()
         if not content:  # orbax's marker that it has committed
             path.unlink()
-            assert checkpoint.newest_sound(run) == 2
+            assert inventory.newest_sound(run) == 2
             path.write_bytes(b"")
             continue
         for kind, damaged in damages(content, rng):
@@ -232,31 +233,31 @@ def test_any_damage_to_any_file_is_noticed_and_the_older_one_is_used(run, caplog
             else:
                 path.write_bytes(damaged)
             caplog.clear()
-            assert checkpoint.newest_sound(run) == 2, (kind, path)
+            assert inventory.newest_sound(run) == 2, (kind, path)
             assert "the checkpoint of step 4 is not used" in caplog.text
             # A flip inside of the seal shows in the file that it then speaks wrongly of.
             assert str(path) in caplog.text or path.name == seals.FILE
             path.write_bytes(content)
             count += 1
     assert count >= 100
-    assert checkpoint.newest_sound(run) == 4
+    assert inventory.newest_sound(run) == 4
 
 
 def test_damage_to_all_of_them_is_one_clear_error(run):
     for number in (2, 4):
-        (run / checkpoint.FOLDER / str(number) / checkpoint.META).unlink()
+        (run / inventory.FOLDER / str(number) / inventory.META).unlink()
     with pytest.raises(errors.CheckpointError) as refusal:
-        checkpoint.newest_sound(run)
+        inventory.newest_sound(run)
     message = str(refusal.value)
-    assert message.startswith(f"no checkpoint in {run / checkpoint.FOLDER} is sound: ")
-    assert all(f"{number}/{checkpoint.META} is missing" in message for number in (2, 4))
+    assert message.startswith(f"no checkpoint in {run / inventory.FOLDER} is sound: ")
+    assert all(f"{number}/{inventory.META} is missing" in message for number in (2, 4))
     assert "--restart" in message
 
 
 def test_newer_damaged_checkpoints_are_set_aside(run):
-    checkpoint.set_aside(run, newer_than=2)
+    inventory.set_aside(run, newer_than=2)
     assert kept(run) == [2]
-    assert (run / checkpoint.FOLDER / "damaged-4" / seals.FILE).is_file()
+    assert (run / inventory.FOLDER / "damaged-4" / seals.FILE).is_file()
 
 
 def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(run, caplog):
@@ -269,7 +270,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(run, caplog):
 
 def test_damaged_scores_are_named(run, caplog):
     """A score that became worse by a flipped bit must not quietly cost its checkpoint the place."""
-    path = run / checkpoint.FOLDER / "2" / checkpoint.META
+    path = run / inventory.FOLDER / "2" / inventory.META
     path.write_text(path.read_text().replace('"eval_cer": 0.25', '"eval_cer": 0.75'))
     with caplog.at_level(logging.WARNING):
         assert checkpoint.load_model(run).step == 4
@@ -285,8 +286,8 @@ def test_the_model_comes_back(two):
     wanted = step.merge(state.trainable, state.frozen)
     assert_equal(model.params, jax.tree.map(np.asarray, wanted))
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(model.params))
-    assert checkpoint.is_run(two)
-    assert checkpoint.meta_config(model.meta) == CONFIGURATION
+    assert inventory.is_run(two)
+    assert inventory.meta_config(model.meta) == CONFIGURATION
 
 
 def test_a_step_that_is_not_there_is_named_with_those_that_are(two):
@@ -295,17 +296,17 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are(two):
 
 
 def test_a_damaged_step_is_not_loaded(run):
-    (run / checkpoint.FOLDER / "4" / seals.FILE).unlink()
+    (run / inventory.FOLDER / "4" / seals.FILE).unlink()
     with pytest.raises(errors.CheckpointError, match=r"seal\.json cannot be read"):
         checkpoint.load_model(run, 4)
 
 
 def changed_meta(run, step, change):
     """As somebody does who knows how to seal."""
-    folder = run / checkpoint.FOLDER / str(step)
-    meta = json.loads((folder / checkpoint.META).read_text())
+    folder = run / inventory.FOLDER / str(step)
+    meta = json.loads((folder / inventory.META).read_text())
     change(meta)
-    (folder / checkpoint.META).write_text(json.dumps(meta))
+    (folder / inventory.META).write_text(json.dumps(meta))
     seals.write(folder)
 
 
@@ -319,23 +320,23 @@ def changed_meta(run, step, change):
 )
 def test_a_checkpoint_that_says_something_else_is_passed_over(run, caplog, damage, message):
     changed_meta(run, 4, damage)
-    assert checkpoint.newest_sound(run) == 2
+    assert inventory.newest_sound(run) == 2
     assert re.search(f"step 4 is not used: .*{message}", caplog.text)
 
 
 def test_only_a_number_is_the_name_of_a_step(run):
     for name in ("²", "4x", "-4", "x"):
-        (run / checkpoint.FOLDER / name).mkdir()
-    assert checkpoint.steps(run) == [4, 2]
+        (run / inventory.FOLDER / name).mkdir()
+    assert inventory.steps(run) == [4, 2]
 
 
 def test_a_seal_of_files_elsewhere_does_not_hold(run):
-    path = run / checkpoint.FOLDER / "4" / seals.FILE
+    path = run / inventory.FOLDER / "4" / seals.FILE
     sealed = json.loads(path.read_text())
     for name in ("../2/meta.json", "/etc/hostname"):
         path.write_text(json.dumps(sealed | {name: {"bytes": 1, "sha256": "0"}}))
         with pytest.raises(errors.CheckpointError, match="which is not in its folder"):
-            seals.verify(run / checkpoint.FOLDER / "4")
+            seals.verify(run / inventory.FOLDER / "4")
 
 
 def test_another_architecture_or_vocabulary_is_refused_with_the_difference(two):
@@ -343,7 +344,7 @@ def test_another_architecture_or_vocabulary_is_refused_with_the_difference(two):
     with pytest.raises(errors.CheckpointError) as refusal:
         checkpoint.restore(two, 4, shapes(fresh(params=larger.params)))
     message = str(refusal.value)
-    assert f"{two / checkpoint.FOLDER / '4'} is of another model or optimiser: " in message
+    assert f"{two / inventory.FOLDER / '4'} is of another model or optimiser: " in message
     assert re.search(
         r"\S+ is \w+ \([\d, ]+\) there and \w+ \([\d, ]+\) here; .*; \d+ more", message
     )
@@ -373,9 +374,9 @@ def test_another_optimiser_is_refused_with_the_difference(two):
 
 def test_another_vocabulary_is_refused_with_the_difference():
     past = meta(4)
-    checkpoint.check_vocabulary(past, SAVED.vocabulary)
+    inventory.check_vocabulary(past, SAVED.vocabulary)
     with pytest.raises(errors.CheckpointError) as refusal:
-        checkpoint.check_vocabulary(past, small_folder.VOCABULARY)
+        inventory.check_vocabulary(past, small_folder.VOCABULARY)
     assert "only there: 'defgh', only here: ''" in str(refusal.value)
     assert "11 symbols, here 6" in str(refusal.value)
 
@@ -396,8 +397,8 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_older_checkpoint(run):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "File too large" in str(refusal.value)
     assert "Checkpoints there: 4, 2." in str(refusal.value)
-    assert sorted(p.name for p in (run / checkpoint.FOLDER).iterdir()) == ["2", "4"]
-    assert checkpoint.newest_sound(run) == 4
+    assert sorted(p.name for p in (run / inventory.FOLDER).iterdir()) == ["2", "4"]
+    assert inventory.newest_sound(run) == 4
     # With room again, the same run goes on.
     writer.save(fresh(6), meta(6))
     writer.close()
@@ -414,8 +415,8 @@ def test_a_vanished_folder_is_one_clear_error(run):
 
 
 def test_a_seal_names_every_file(two):
-    folder = two / checkpoint.FOLDER / "4"
+    folder = two / inventory.FOLDER / "4"
     sealed = json.loads((folder / seals.FILE).read_text())
     names = {path.relative_to(folder).as_posix() for path in files_of(two, 4)}
     assert sealed.keys() == names - {seals.FILE}
-    assert {checkpoint.META} < sealed.keys()
+    assert {inventory.META} < sealed.keys()

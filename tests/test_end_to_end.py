@@ -16,7 +16,7 @@ import safetensors.numpy
 import small_training
 import soundfile
 
-from flax_asr import __main__, checkpoint, evaluate, export, loop, parallel, seals
+from flax_asr import __main__, checkpoint, evaluate, export, inventory, loop, parallel, seals
 from flax_asr.hosts import stopping
 from flax_asr.record import runlog
 
@@ -50,7 +50,7 @@ def test_a_run_leaves_every_file(whole):
     there = {p.relative_to(whole).as_posix() for p in whole.rglob("*") if p.is_file()}
     assert there >= RUN_FILES
     assert [p.name for p in whole.iterdir() if "unfinished" in p.name] == []
-    assert checkpoint.steps(whole)[0] == small_training.UPDATES
+    assert inventory.steps(whole)[0] == small_training.UPDATES
 
 
 def test_the_log_has_these_keys_and_no_others(whole):
@@ -160,7 +160,7 @@ def test_another_number_of_devices_and_more_updates_go_on(place, tmp_path):
     assert [e["step"] for e in runlog.read(run) if "loss" in e] == [2, 4, 6, 8]
     # The log of an extended run is that of a longer run.
     assert [e["step"] for e in runlog.read(run) if "best_step" in e] == [8]
-    assert checkpoint.read_meta(run, 8).group_rows == 4
+    assert inventory.read_meta(run, 8).group_rows == 4
     card = (run / "README.md").read_text()
     assert "made longer after update 4, when 4 were planned" in card
     assert "- training_steps: 8" in card
@@ -201,7 +201,7 @@ def test_kills_at_random_moments_change_nothing(place, whole, tmp_path):
     run = tmp_path / "run"
     assert killed(place, whole, run, np.random.default_rng(1), kills=3) > 0
     small_training.assert_same(run, whole)
-    assert checkpoint.steps(run) == checkpoint.steps(whole)
+    assert inventory.steps(run) == inventory.steps(whole)
     assert [p for p in run.rglob(".*") if "unfinished" in p.name] == []
 
 
@@ -216,7 +216,7 @@ def test_many_kills_at_random_moments_change_nothing(place, whole, tmp_path, see
 def test_a_kill_in_mid_save_changes_nothing(place, whole, tmp_path):
     run = tmp_path / "run"
     process = place.start(run)
-    process.wait_for(lambda: any((run / checkpoint.FOLDER).glob(".unfinished-*")))
+    process.wait_for(lambda: any((run / inventory.FOLDER).glob(".unfinished-*")))
     process.kill()
     place.finish(run)
     small_training.assert_same(run, whole)
@@ -229,7 +229,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(place, whole, tmp_path):
     process.signal(signal.SIGTERM)
     assert process.end() == 75
     assert "SIGTERM: finishing this update, then saving." in process.output
-    (newest, *_) = checkpoint.steps(run)
+    (newest, *_) = inventory.steps(run)
     assert f"stopped after update {newest}; everything is saved in {run}" in process.output
     assert f"going on after update {newest}" in place.finish(run)
     small_training.assert_same(run, whole)
@@ -245,7 +245,7 @@ def test_sigterm_while_compiling_ends_at_once_and_leaves_a_fresh_start(place, tm
     assert "finishing this update" not in process.output
     # Nothing was done yet that another configuration could spoil.
     place.finish(run, "--seed=1", "--train.max_steps=2")
-    assert checkpoint.steps(run)[0] == 2
+    assert inventory.steps(run)[0] == 2
 
 
 def test_sigterm_while_finishing_ends_at_once_and_the_same_command_finishes(place, whole, tmp_path):
@@ -291,7 +291,7 @@ def test_an_evaluation_broken_off_is_made_up_for(here, place, whole, tmp_path, m
     monkeypatch.setattr(stopping.Stop, "__enter__", entered)
     monkeypatch.setattr(evaluate, "score", asked)
     assert here(run) == 75
-    assert checkpoint.steps(run)[0] == 4
+    assert inventory.steps(run)[0] == 4
     assert not any("eval_loss" in event for event in runlog.read(run))
     monkeypatch.setattr(evaluate, "score", score)
     assert here(run) == 0
@@ -309,7 +309,7 @@ def test_whenever_the_signal_comes_the_step_is_saved(here, tmp_path, monkeypatch
     monkeypatch.setattr(stopping, "Stop", Stop)
     assert here(run, "--data.eval_splits=[]", "--data.test_splits=[]") == 75
     said = re.search(r"stopped after update (\d+); everything is saved", capsys.readouterr().err)
-    assert checkpoint.steps(run)[0] == int(said[1])
+    assert inventory.steps(run)[0] == int(said[1])
 
 
 def test_bad_numbers_are_skipped_counted_and_in_a_row_stop_the_run(
@@ -363,7 +363,7 @@ def test_a_run_whose_scores_stay_the_same_stops_early_and_goes_on_with_more_pati
         return [event["step"] for event in runlog.read(run) if "eval_cer" in event]
 
     assert here(run, *options, "--train.early_stopping_patience=2") == 0
-    assert checkpoint.steps(run)[0] == 3
+    assert inventory.steps(run)[0] == 3
     assert evaluated() == [1, 2, 3]
     assert runlog.read(run)[-1]["best_step"] == 1
     card = (run / "README.md").read_text()
@@ -400,7 +400,7 @@ def test_with_every_knob_turned_a_stop_changes_nothing(here, place, tmp_path, mo
         with monkeypatch.context() as patched:
             patched.setattr(stopping, "Stop", Stop)
             assert here(folder, *KNOBS) == 75
-        assert 0 < checkpoint.steps(folder)[0] < small_training.UPDATES
+        assert 0 < inventory.steps(folder)[0] < small_training.UPDATES
         assert here(folder, *KNOBS, *more) == 0
     small_training.assert_same(run, uninterrupted)
     assert {e["compilations"] for e in runlog.read(run) if "compilations" in e} == {0}
@@ -454,14 +454,14 @@ def test_a_full_disk_in_mid_run_stops_it_or_costs_one_checkpoint(
     assert "Checkpoints there: 4, 3." in message
     if policy == "stop":
         assert status == 2
-        assert checkpoint.steps(run) == [4, 3]
+        assert inventory.steps(run) == [4, 3]
         monkeypatch.setattr(seals, "write", write)
         assert here(run) == 0
         small_training.assert_same(run, whole)
     else:
         assert status == 0
         assert "the run goes on" in message
-        assert checkpoint.steps(run) == [8, 4]
+        assert inventory.steps(run) == [8, 4]
         assert small_training.state(run, 8) == small_training.state(whole, 8)
         counts = [e["failed_saves"] for e in runlog.read(run) if "failed_saves" in e]
         assert counts == [0, 0, 0, 1]
@@ -486,7 +486,7 @@ def test_a_folder_that_vanishes_for_a_while_costs_what_was_to_be_written_then(
 
     monkeypatch.setattr(loop.Run, "_score_and_save", away_from_3_to_6)
     assert here(run, "--train.on_save_error=continue") == 0
-    assert checkpoint.steps(run) == [8, 6]
+    assert inventory.steps(run) == [8, 6]
     events = runlog.read(run)
     assert [event["step"] for event in events if "loss" in event] == [2, 4, 6, 8]
     assert [event["failed_saves"] for event in events if "loss" in event] == [0, 0, 2, 3]

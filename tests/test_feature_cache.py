@@ -12,10 +12,10 @@ import transformers
 
 from flax_asr import (
     assembly,
-    checkpoint,
     config,
     errors,
     feature_cache,
+    inventory,
     origins,
     parallel,
     run_folder,
@@ -74,7 +74,7 @@ def test_losses_and_parameters_are_those_without_the_cache(own):
 def test_a_killed_run_goes_on_bit_for_bit_and_computes_nothing_again(own):
     run = own.folder / "killed"
     process = own.start(run, *OPTIONS)
-    process.wait_for(lambda: 3 in checkpoint.steps(run))
+    process.wait_for(lambda: 3 in inventory.steps(run))
     process.kill()
     output = own.finish(run, *OPTIONS)
     assert "going on after update" in output

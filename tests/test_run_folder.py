@@ -13,7 +13,7 @@ import sys
 import pytest
 import small_folder
 
-from flax_asr import checkpoint, config, errors, run_folder
+from flax_asr import config, errors, inventory, run_folder
 from flax_asr.record import runlog
 
 
@@ -40,7 +40,7 @@ def test_an_empty_or_absent_folder_is_a_fresh_run(folder):
 def test_before_the_first_checkpoint_every_configuration_is_a_fresh_run(folder):
     small_folder.run(folder, small_folder.configuration(folder), steps=())
     # What a kill in mid-save leaves.
-    (folder / checkpoint.FOLDER / ".unfinished-2" / "state").mkdir(parents=True)
+    (folder / inventory.FOLDER / ".unfinished-2" / "state").mkdir(parents=True)
     changed = small_folder.configuration(folder, optim={"learning_rate": 1.0})
     assert resumed(folder, changed) is None
 
@@ -79,7 +79,7 @@ def test_a_run_whose_outputs_are_lost_is_not_finished(folder, finished, lost):
 
 
 def test_a_run_whose_last_checkpoint_is_lost_is_not_finished(folder, finished):
-    shutil.rmtree(folder / checkpoint.FOLDER / "6")
+    shutil.rmtree(folder / inventory.FOLDER / "6")
     past = resumed(folder, finished)
     assert past.step == 4
     assert not run_folder.is_finished(folder, past, finished)
@@ -218,7 +218,7 @@ def test_a_kill_in_mid_restart_leaves_no_checkpoint_behind(folder, unfinished, m
     with pytest.raises(KeyboardInterrupt):
         resumed(folder, unfinished, restart=True)
     monkeypatch.undo()
-    assert moves[0] == checkpoint.FOLDER
+    assert moves[0] == inventory.FOLDER
     assert resumed(folder, small_folder.configuration(folder, seed=1)) is None
 
 

@@ -8,12 +8,12 @@ import re
 import shutil
 from pathlib import Path
 
-from flax_asr import checkpoint, errors, run_folder, seals
+from flax_asr import errors, inventory, run_folder, seals
 from flax_asr.bucket import store
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = re.compile(rf"(.+)/{checkpoint.FOLDER}/(\d+)/?")
+_CHECKPOINT = re.compile(rf"(.+)/{inventory.FOLDER}/(\d+)/?")
 
 
 def model(url: str, step: int | None = None) -> Path:
@@ -29,7 +29,7 @@ def model(url: str, step: int | None = None) -> Path:
     """
     match = _CHECKPOINT.fullmatch(url)
     if match is not None:
-        return model(match[1], int(match[2])) / checkpoint.FOLDER / match[2]
+        return model(match[1], int(match[2])) / inventory.FOLDER / match[2]
     place, folder = store.Store(url), store.local_folder(url, kind="models")
     listed = place.list()
     if not listed:
@@ -65,15 +65,15 @@ def _copy_run(
     step: int | None,
 ) -> None:
     """The configuration, what each checkpoint says of itself, and the one that is asked for."""
-    for stale in set(checkpoint.steps(folder)) - set(sealed):
-        shutil.rmtree(folder / checkpoint.FOLDER / str(stale))
+    for stale in set(inventory.steps(folder)) - set(sealed):
+        shutil.rmtree(folder / inventory.FOLDER / str(stale))
     small = [run_folder.CONFIG]
-    small += [_name(s, file) for s in sealed for file in (seals.FILE, checkpoint.META)]
+    small += [_name(s, file) for s in sealed for file in (seals.FILE, inventory.META)]
     place.download({name: folder / name for name in small})
-    scores = checkpoint.scores(folder)
-    wanted = checkpoint.by_merit(scores) if step is None else [s for s in sealed if s == step]
+    scores = inventory.scores(folder)
+    wanted = inventory.by_merit(scores) if step is None else [s for s in sealed if s == step]
     for candidate in wanted:
-        local = folder / checkpoint.FOLDER / str(candidate)
+        local = folder / inventory.FOLDER / str(candidate)
         if _is_sound(local):
             return
         names = [name for name in listed if name.startswith(_name(candidate, ""))]
@@ -84,7 +84,7 @@ def _copy_run(
 
 
 def _name(step: int, file: str) -> str:
-    return f"{checkpoint.FOLDER}/{step}/{file}"
+    return f"{inventory.FOLDER}/{step}/{file}"
 
 
 def _is_sound(checkpoint_folder: Path) -> bool:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from flax_asr import checkpoint, errors, run_folder, seals
+from flax_asr import errors, inventory, run_folder, seals
 from flax_asr.bucket import store
 from flax_asr.record import runlog
 
@@ -53,9 +53,9 @@ class Follower(Nowhere):
         self._take_over()
         listed = self._store.list()
         fetch_compiled(self._store, listed, self._folder)
-        for other in checkpoint.steps(self._folder):
+        for other in inventory.steps(self._folder):
             if other != step:
-                shutil.rmtree(self._folder / checkpoint.FOLDER / str(other))
+                shutil.rmtree(self._folder / inventory.FOLDER / str(other))
         if step is not None:
             self._store.download({runlog.FILE: self._folder / runlog.FILE})
             local = self._folder / seal(step)
@@ -85,8 +85,8 @@ def fetch_checkpoint(place: store.Store, listed: Iterable[str], folder: Path, st
         CheckpointError: it is damaged.
         StoreError: the store cannot be read.
     """
-    begin = f"{checkpoint.FOLDER}/{step}/"
-    unfinished = checkpoint.unfinished(folder, step)
+    begin = f"{inventory.FOLDER}/{step}/"
+    unfinished = inventory.unfinished(folder, step)
     shutil.rmtree(unfinished, ignore_errors=True)
     logger.info("fetching the checkpoint of step %d from %s", step, place.url)
     names = [name for name in listed if name.startswith(begin)]
@@ -96,7 +96,7 @@ def fetch_checkpoint(place: store.Store, listed: Iterable[str], folder: Path, st
     except errors.CheckpointError:
         shutil.rmtree(unfinished)
         raise
-    there = folder / checkpoint.FOLDER / str(step)
+    there = folder / inventory.FOLDER / str(step)
     shutil.rmtree(there, ignore_errors=True)
     unfinished.rename(there)
 
@@ -109,13 +109,13 @@ def fetch_compiled(place: store.Store, listed: Iterable[str], folder: Path) -> N
 
 def newest(folder: Path) -> int | None:
     """The newest checkpoint here whose seal holds."""
-    return next((step for step in checkpoint.steps(folder) if is_sound(folder, step)), None)
+    return next((step for step in inventory.steps(folder) if is_sound(folder, step)), None)
 
 
 def is_sound(folder: Path, step: int) -> bool:
     """Whether the seal of a checkpoint here holds."""
     try:
-        seals.verify(folder / checkpoint.FOLDER / str(step))
+        seals.verify(folder / inventory.FOLDER / str(step))
     except errors.CheckpointError:
         return False
     return True
@@ -123,4 +123,4 @@ def is_sound(folder: Path, step: int) -> bool:
 
 def seal(step: int) -> str:
     """The name of a checkpoint's seal."""
-    return f"{checkpoint.FOLDER}/{step}/{seals.FILE}"
+    return f"{inventory.FOLDER}/{step}/{seals.FILE}"

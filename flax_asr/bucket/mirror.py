@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from flax_asr import checkpoint, config, errors, run_folder, seals
+from flax_asr import config, errors, inventory, run_folder, seals
 from flax_asr.bucket import follower, lease, store
 from flax_asr.hosts import multihost
 from flax_asr.record import runlog
@@ -163,9 +163,9 @@ class Mirror:
 
     def _score(self, step: int) -> float | None:
         """The score of a checkpoint in the store."""
-        content = self._store.read(f"{checkpoint.FOLDER}/{step}/{checkpoint.META}")
+        content = self._store.read(f"{inventory.FOLDER}/{step}/{inventory.META}")
         try:
-            return checkpoint.score(checkpoint.Meta(**json.loads(content)))
+            return inventory.score(inventory.Meta(**json.loads(content)))
         except (TypeError, ValueError, KeyError):
             return None
 
@@ -174,14 +174,14 @@ class Mirror:
     def _send(self) -> None:
         """One look at the folder: the store is like it afterwards."""
         self._lease.check()
-        saved = checkpoint.steps(self._folder)
+        saved = inventory.steps(self._folder)
         files = sorted(self._plain_files(), key=_order)
         self._send_log()
         for step in self._worth_keeping(saved):
             self._send_checkpoint(step)
-        for step in checkpoint.superfluous(self._sealed, self._scores, self._keep):
+        for step in inventory.superfluous(self._sealed, self._scores, self._keep):
             self._unseal(step)
-            self._store.remove(self._store.list(f"{checkpoint.FOLDER}/{step}"))
+            self._store.remove(self._store.list(f"{inventory.FOLDER}/{step}"))
         finished = [name for name in files if name == run_folder.FINISHED]
         self._send_changed([n for n in files if n not in (run_folder.FINISHED, runlog.FILE)])
         self._send_changed(finished)
@@ -190,8 +190,8 @@ class Mirror:
         """Without what a kill kept the run from removing: it would come and go at every look."""
         if set(saved) <= self._sealed.keys():
             return saved
-        scores = {**self._scores, **checkpoint.scores(self._folder)}
-        superfluous = checkpoint.superfluous({*saved, *self._sealed}, scores, self._keep)
+        scores = {**self._scores, **inventory.scores(self._folder)}
+        superfluous = inventory.superfluous({*saved, *self._sealed}, scores, self._keep)
         return [step for step in saved if step not in superfluous]
 
     def _send_log(self) -> None:
@@ -203,16 +203,16 @@ class Mirror:
             self._sent[runlog.FILE] = state
 
     def _send_checkpoint(self, step: int) -> None:
-        folder = self._folder / checkpoint.FOLDER / str(step)
+        folder = self._folder / inventory.FOLDER / str(step)
         try:
             seal = (folder / seals.FILE).read_bytes()
             if self._sealed.get(step) == seal:
                 return
-            meta = checkpoint.read_meta(self._folder, step)
+            meta = inventory.read_meta(self._folder, step)
         except (OSError, errors.CheckpointError):
             return  # removed or replaced in this moment, or damaged: nothing to keep
         self._unseal(step)
-        begin = f"{checkpoint.FOLDER}/{step}/"
+        begin = f"{inventory.FOLDER}/{step}/"
         names = [name for name in json.loads(seal) if name != seals.FILE]
         try:
             self._store.upload({f"{begin}{name}": folder / name for name in names})
@@ -227,7 +227,7 @@ class Mirror:
             return
         self._store.write(follower.seal(step), seal)
         self._sealed[step] = seal
-        self._scores[step] = checkpoint.score(meta)
+        self._scores[step] = inventory.score(meta)
 
     def _unseal(self, step: int) -> None:
         """From here on the store has no checkpoint of this step."""
@@ -265,7 +265,7 @@ class Mirror:
         """Names of what is neither hidden nor in a checkpoint."""
         # Not rglob: it fails where a folder goes while it looks.
         for root, folders, files in os.walk(self._folder):
-            folders[:] = [f for f in folders if f != checkpoint.FOLDER and not f.startswith(".")]
+            folders[:] = [f for f in folders if f != inventory.FOLDER and not f.startswith(".")]
             for name in files:
                 if not name.startswith(".") or name == run_folder.FINISHED:
                     yield (Path(root) / name).relative_to(self._folder).as_posix()
@@ -280,7 +280,7 @@ def _sealed(place: store.Store, listed: dict[str, store.Entry]) -> dict[int, byt
     steps: dict[int, list[str]] = {}
     for name in listed:
         parts = name.split("/")
-        if parts[0] == checkpoint.FOLDER and len(parts) > 2 and parts[1].isdecimal():
+        if parts[0] == inventory.FOLDER and len(parts) > 2 and parts[1].isdecimal():
             steps.setdefault(int(parts[1]), []).append(name)
     found = {}
     for step, names in steps.items():

@@ -21,7 +21,7 @@ from typing import Any
 from flax_asr import common_voice, compat, config, errors
 from flax_asr.bucket import store
 from flax_asr.console import progress, terminal
-from flax_asr.data import decoding, pool, remote, shards
+from flax_asr.data import decoding, pool, remote, shard_writer, shards
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ def _prepare_split(
     workers = cfg.data.num_workers or pool.available_cores()
     try:
         with (
-            shards.ShardWriter(folder, settings=settings) as writer,
+            shard_writer.ShardWriter(folder, settings=settings) as writer,
             progress.Progress(
                 total, f"preparing {split}", "clips", initial=len(writer.done)
             ) as bar,
@@ -312,7 +312,7 @@ def _tasks(
 
 
 def _record(
-    writer: shards.ShardWriter,
+    writer: shard_writer.ShardWriter,
     clip: common_voice.Clip,
     result: decoding.Decoded | shards.LeftOut | pool.Failure,
 ) -> None:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Bool, Float
 
-from flax_asr.models import attention, layers, wav2vec2
+from flax_asr.models import attention, layers, transformer, wav2vec2
 
 
 class UpperForCTCModule(nn.Module):
@@ -83,7 +83,7 @@ class _Upper(nn.Module):
             deterministic=self.deterministic,
             keep_weights=False,
         )
-        encoder = wav2vec2.Encoder(
+        encoder = transformer.Encoder(
             self.config,
             self.dtype,
             self.deterministic,

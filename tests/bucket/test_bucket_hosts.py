@@ -8,7 +8,7 @@ import pytest
 import small_training
 from small_hosts import Pair, finish
 
-from flax_asr import checkpoint, run_folder
+from flax_asr import checkpoint, inventory, run_folder
 from flax_asr.bucket import store
 from flax_asr.record import runlog
 
@@ -35,7 +35,7 @@ def assert_as_uninterrupted(url: str, whole: pathlib.Path, folder: pathlib.Path)
     there = store.Store(url)
     there.download({name: folder / name for name in there.list()})
     small_training.assert_same(folder, whole)
-    assert checkpoint.steps(folder) == checkpoint.steps(whole)
+    assert inventory.steps(folder) == inventory.steps(whole)
     weights = pathlib.Path("export") / "model.safetensors"
     assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
     assert (folder / run_folder.FINISHED).is_file()
@@ -56,7 +56,7 @@ def test_both_killed_and_both_disks_gone_changes_nothing(pair, url, whole, tmp_p
     assert_as_uninterrupted(url, whole, tmp_path / "downloaded")
     # The other host had nothing but what it needed.
     here = local(url, tmp_path / "disk1")
-    assert checkpoint.steps(here) == [checkpoint.load_model(tmp_path / "downloaded").step]
+    assert inventory.steps(here) == [checkpoint.load_model(tmp_path / "downloaded").step]
     assert not (here / "export").exists()
     assert f"{url} is finished" in finish(pair(disks=("disk2", "disk3")))
 
@@ -68,11 +68,11 @@ def test_a_signal_saves_in_the_bucket_and_the_hosts_may_change_places(pair, url,
         two.hosts[1].signal(signal.SIGTERM)
         assert two.end() == [75, 75], two.output
         assert "watching" not in two.output
-    newest = checkpoint.steps(folder)[0]
+    newest = inventory.steps(folder)[0]
     output = finish(pair(disks=("disk1", "disk0")))
     assert f"going on after update {newest}" in output
     # What the second host had written, as the first, is kept.
-    assert checkpoint.steps(next(folder.parent.glob("run-*")))[0] == newest
+    assert inventory.steps(next(folder.parent.glob("run-*")))[0] == newest
     assert_as_uninterrupted(url, whole, tmp_path / "downloaded")
 
 
@@ -86,7 +86,7 @@ def test_one_host_prepares_for_all_in_a_bucket(pair, url, whole, tmp_path):
 def test_hosts_that_see_one_disk_have_one_local_folder(pair, url, whole, tmp_path):
     finish(pair(disks=("disk", "disk")))
     assert_as_uninterrupted(url, whole, tmp_path / "downloaded")
-    assert checkpoint.steps(local(url, tmp_path / "disk")) == checkpoint.steps(whole)
+    assert inventory.steps(local(url, tmp_path / "disk")) == inventory.steps(whole)
 
 
 def test_a_bucket_on_one_host_only_is_refused(pair, url, tmp_path):

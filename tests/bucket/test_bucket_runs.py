@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_training
 
-from flax_asr import __main__, checkpoint, export, run_folder
+from flax_asr import __main__, export, inventory, run_folder
 from flax_asr.bucket import store
 from flax_asr.record import runlog
 
@@ -57,7 +57,7 @@ def downloaded(url: str, folder: pathlib.Path) -> pathlib.Path:
 def assert_as_uninterrupted(cloud: Cloud, url: str, tmp_path: pathlib.Path) -> None:
     found = downloaded(url, tmp_path / "downloaded")
     small_training.assert_same(found, cloud.whole)
-    assert checkpoint.steps(found) == checkpoint.steps(cloud.whole)
+    assert inventory.steps(found) == inventory.steps(cloud.whole)
     for name in (path.relative_to(cloud.whole) for path in cloud.whole.rglob("*")):
         if (cloud.whole / name).is_file() and name.parts[0] not in ("tensorboard", "checkpoints"):
             assert (found / name).is_file() or name.name == run_folder.LOCK, name
@@ -90,7 +90,7 @@ def test_kills_with_the_disk_kept_change_nothing(cloud, url, tmp_path):
     disk = tmp_path / "disk"
     for step in (3, 4, 6):
         process = cloud.start(url, disk)
-        saved = cloud.local(url, disk) / checkpoint.FOLDER / str(step)
+        saved = cloud.local(url, disk) / inventory.FOLDER / str(step)
         process.wait_for(saved.is_dir)
         process.kill()
     process = cloud.start(url, disk)
@@ -110,7 +110,7 @@ def test_sigterm_saves_in_the_bucket_and_another_machine_goes_on(cloud, url, tmp
     process.signal(signal.SIGTERM)
     assert process.end() == 75, process.output
     assert f"everything is saved in {url}." in process.output
-    newest = checkpoint.steps(cloud.local(url, disk))[0]
+    newest = inventory.steps(cloud.local(url, disk))[0]
     shutil.rmtree(disk)
     process = cloud.start(url, disk)
     assert process.end() == 0, process.output

@@ -7,7 +7,7 @@ import pytest
 import small_folder
 import small_saved
 
-from flax_asr import checkpoint, errors, seals
+from flax_asr import errors, inventory, seals
 from flax_asr.bucket import copies, store
 from flax_asr.data import remote, shards
 
@@ -52,9 +52,9 @@ def downloads(monkeypatch):
 
 def test_of_a_run_the_best_checkpoint_is_copied_once(url, run, downloads):
     local = copies.model(url)
-    assert checkpoint.is_run(local)
+    assert inventory.is_run(local)
     assert arrays(local) == [2]
-    assert checkpoint.by_merit(checkpoint.scores(local)) == [2, 4, 6]
+    assert inventory.by_merit(inventory.scores(local)) == [2, 4, 6]
     assert downloads.count("checkpoints/2/state/arrays") == 1
     assert copies.model(url) == local
     assert downloads.count("checkpoints/2/state/arrays") == 1

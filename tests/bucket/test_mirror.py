@@ -11,7 +11,7 @@ import time
 import pytest
 import small_folder
 
-from flax_asr import checkpoint, errors, run_folder, seals
+from flax_asr import errors, inventory, run_folder, seals
 from flax_asr.bucket import follower, lease, mirror, store
 from flax_asr.record import runlog
 
@@ -98,8 +98,8 @@ def test_the_store_becomes_like_the_folder(url, disks, begun):
     folder = disks("one")
     mirrored = begun(folder, finished=True)
     (folder / ".half.unfinished").write_text("x")
-    (folder / checkpoint.FOLDER / ".unfinished-6").mkdir()
-    (folder / checkpoint.FOLDER / ".unfinished-6" / "half").write_text("x")
+    (folder / inventory.FOLDER / ".unfinished-6").mkdir()
+    (folder / inventory.FOLDER / ".unfinished-6" / "half").write_text("x")
     mirrored.wait()
     wanted = {n: c for n, c in content(folder).items() if "unfinished" not in n}
     assert run_folder.FINISHED in wanted
@@ -141,7 +141,7 @@ def test_the_log_comes_before_and_the_seal_after_the_files(url, disks, begun, mo
         assert order[runlog.FILE] < min(order[name] for name in files)
     assert max(order.keys() - {lease.FILE}, key=order.get) == run_folder.FINISHED
     # The newest first: it is what would be lost.
-    assert order[f"checkpoints/4/{seals.FILE}"] < order[f"checkpoints/2/{checkpoint.META}"]
+    assert order[f"checkpoints/4/{seals.FILE}"] < order[f"checkpoints/2/{inventory.META}"]
 
 
 def test_half_a_line_of_the_log_is_not_sent(url, disks, begun):
@@ -162,7 +162,7 @@ def test_what_the_run_does_not_keep_goes_from_the_store_too(url, disks, begun):
     assert sealed(url) == [4, 6]
     assert not any(name.startswith("checkpoints/2/") for name in names(url))
     # A local folder that lost them takes nothing along.
-    shutil.rmtree(folder / checkpoint.FOLDER)
+    shutil.rmtree(folder / inventory.FOLDER)
     save(folder, 8)
     mirrored.wait()
     assert sealed(url) == [4, 8]
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_goes_while_it_is_sent_leaves_nothing(url, disks, begu
     def removed_in_mid_upload(place, files):
         for path in files.values():
             if path.name == "arrays" and "4" in path.parts:
-                shutil.rmtree(folder / checkpoint.FOLDER / "4")
+                shutil.rmtree(folder / inventory.FOLDER / "4")
         upload(place, files)
 
     monkeypatch.setattr(store.Store, "upload", removed_in_mid_upload)
@@ -210,7 +210,7 @@ def test_an_empty_disk_gets_what_it_needs(url, disks, attach, begun):
     there, here = content(one), content(other)
     assert there.keys() - here.keys() == {"export/model.safetensors"}
     assert here == {name: there[name] for name in here}
-    assert checkpoint.newest_sound(other) == 4
+    assert inventory.newest_sound(other) == 4
 
 
 def test_a_half_upload_is_no_checkpoint(url, disks, attach, begun):
@@ -220,7 +220,7 @@ def test_a_half_upload_is_no_checkpoint(url, disks, attach, begun):
     kill(mirrored)
     store.Store(url).remove([f"checkpoints/4/{seals.FILE}"])
     attach(other)
-    assert checkpoint.steps(other) == [2]
+    assert inventory.steps(other) == [2]
     assert not any(name.startswith("checkpoints/4/") for name in names(url))
 
 
@@ -228,7 +228,7 @@ def test_a_step_saved_again_is_no_checkpoint_while_it_is_replaced(url, disks, be
     folder = disks("one")
     mirrored = begun(folder)
     mirrored.wait()
-    shutil.rmtree(folder / checkpoint.FOLDER / "4")
+    shutil.rmtree(folder / inventory.FOLDER / "4")
     save(folder, 4, score=0.5)
     seen, upload = [], store.Store.upload
 
@@ -240,7 +240,7 @@ def test_a_step_saved_again_is_no_checkpoint_while_it_is_replaced(url, disks, be
     mirrored.wait()
     assert [2] in seen
     assert sealed(url) == [2, 4]
-    seal = folder / checkpoint.FOLDER / "4" / seals.FILE
+    seal = folder / inventory.FOLDER / "4" / seals.FILE
     assert store.Store(url).read(f"checkpoints/4/{seals.FILE}") == seal.read_bytes()
 
 
@@ -270,9 +270,9 @@ def test_a_disk_whose_run_went_on_elsewhere_is_put_aside(url, disks, attach, beg
     moved.wait()
     moved.close()
     attach(one)
-    assert content(one, checkpoint.FOLDER) == content(other, checkpoint.FOLDER)
+    assert content(one, inventory.FOLDER) == content(other, inventory.FOLDER)
     (aside,) = [path for path in one.parent.iterdir() if path != one]
-    assert checkpoint.steps(aside) == [6, 4, 2]
+    assert inventory.steps(aside) == [6, 4, 2]
 
 
 def test_a_copy_that_was_not_complete_is_made_again(url, disks, attach, begun, monkeypatch):
@@ -288,9 +288,9 @@ def test_a_copy_that_was_not_complete_is_made_again(url, disks, attach, begun, m
         patch.setattr(follower, "fetch_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             attach(other)
-    assert checkpoint.steps(other) == []
+    assert inventory.steps(other) == []
     attach(other)
-    assert checkpoint.steps(other) == [4, 2]
+    assert inventory.steps(other) == [4, 2]
     assert [path.name for path in other.parent.iterdir()] == ["run"]
 
 
@@ -302,7 +302,7 @@ def test_what_is_damaged_in_the_store_is_passed_over(url, disks, attach, begun, 
     there = store.Store(url)
     there.write("checkpoints/4/state/arrays", b"else")
     moved = attach(other)
-    assert checkpoint.steps(other) == [2]
+    assert inventory.steps(other) == [2]
     assert "the checkpoint of step 4 is not used" in caplog.text
     assert sealed(url) == [2]
     moved.close()
@@ -318,7 +318,7 @@ def test_what_is_damaged_on_the_disk_comes_from_the_store(url, disks, attach, be
     before = content(folder)
     mirrored.wait()
     kill(mirrored)
-    (folder / checkpoint.FOLDER / "4" / "state" / "arrays").write_bytes(b"else")
+    (folder / inventory.FOLDER / "4" / "state" / "arrays").write_bytes(b"else")
     log(folder, 1)
     attach(folder)
     assert content(folder) == before
@@ -364,7 +364,7 @@ def test_a_restart_keeps_the_old_run_under_a_dated_name(url, disks, attach, begu
     moved = {name.partition("/")[2] for name in above.list() if name.startswith("run-2")}
     assert moved == old
     (aside,) = [path for path in folder.parent.iterdir() if path != folder]
-    assert checkpoint.steps(aside) == [4, 2]
+    assert inventory.steps(aside) == [4, 2]
 
 
 def fails(monkeypatch, method: str, fault: int | Exception, times: int) -> list[Exception]:

@@ -5,7 +5,7 @@ import pytest
 from small_splits import add, write_split
 
 from flax_asr import audio, config
-from flax_asr.data import augment, buckets, examples, loader, shards
+from flax_asr.data import augment, buckets, examples, loader, shard_writer, shards
 from flax_asr.text import Vocabulary
 
 SENTENCES = ["abcde"[: 1 + i % 5] * (1 + i % 3) for i in range(23)]
@@ -181,7 +181,7 @@ def sine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sine")
     tone = np.rint(20_000 * np.sin(2 * np.pi * 440 * np.arange(32_000) / 16_000)).astype(np.int16)
     facts = shards.ClipFacts("a.mp3", "abc", "s", "", "", "")
-    with shards.ShardWriter(folder) as writer:
+    with shard_writer.ShardWriter(folder) as writer:
         add(writer, facts, tone, 1 / 32768)
         writer.finish(source="synthetic", release="cv-0", split="train")
     return _examples(shards.PreparedSplit.open(folder))

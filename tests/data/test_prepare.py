@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from flax_asr import config, errors
-from flax_asr.data import decoding, prepare, shards
+from flax_asr.data import decoding, prepare, shard_writer, shards
 
 COLUMNS = "client_id path sentence up_votes down_votes age gender accents locale segment".split()
 
@@ -273,11 +273,11 @@ def test_a_source_that_changed_in_between_is_refused(release, tmp_path, monkeypa
     cfg = configuration(release, tmp_path / "run", eval_splits=(), test_splits=())
     folder = prepare.prepared_folder(cfg) / "train"
     settings = prepare._settings(cfg) | {"fingerprint": prepare._fingerprint(cfg, "train")}
-    with shards.ShardWriter(folder, settings=settings) as writer:
+    with shard_writer.ShardWriter(folder, settings=settings) as writer:
         writer.leave_out("another", shards.LeftOut("0.wav", "missing", ""))
     with pytest.raises(errors.DataError, match=r"changed since .* was interrupted: the clip 0.wav"):
         prepare.prepare(cfg)
-    prepare.shards.ShardWriter(folder, settings=settings).discard()
+    shard_writer.ShardWriter(folder, settings=settings).discard()
     prepare.prepare(cfg)
     table = release / "train.tsv"
     table.write_text(table.read_text().replace("句子 3", "句子 33"))
@@ -362,7 +362,7 @@ def test_a_second_process_waits_for_the_first(release, tmp_path, capsys, monkeyp
 
 def test_a_full_disk_is_reported_and_what_is_done_is_kept(release, tmp_path, monkeypatch):
     cfg = configuration(release, tmp_path / "run", eval_splits=(), test_splits=())
-    add, added = shards.ShardWriter.add, []
+    add, added = shard_writer.ShardWriter.add, []
 
     def full(self, *arguments):
         if len(added) == 5:
@@ -371,11 +371,11 @@ def test_a_full_disk_is_reported_and_what_is_done_is_kept(release, tmp_path, mon
         add(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(shards.ShardWriter, "add", full)
+        patched.setattr(shard_writer.ShardWriter, "add", full)
         with pytest.raises(errors.DataError, match=r"No space is left for .*goes on"):
             prepare.prepare(cfg)
     with contextlib.closing(
-        shards.ShardWriter(
+        shard_writer.ShardWriter(
             prepare.prepared_folder(cfg) / "train",
             settings=prepare._settings(cfg) | {"fingerprint": prepare._fingerprint(cfg, "train")},
         )

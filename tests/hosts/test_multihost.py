@@ -11,7 +11,7 @@ import pytest
 import small_training
 from small_hosts import Pair, finish
 
-from flax_asr import checkpoint
+from flax_asr import inventory
 from flax_asr.record import runlog
 
 
@@ -74,7 +74,7 @@ def test_a_signal_to_one_host_stops_both_at_the_same_update(pair, whole, tmp_pat
         two.hosts[asked].wait_for(lambda: len(runlog.read(run)) > 1)
         two.hosts[asked].signal(number)
         assert two.end() == [75, 75], two.output
-        (newest, *_) = checkpoint.steps(run)
+        (newest, *_) = inventory.steps(run)
         for host in two.hosts:
             assert f"stopped after update {newest}; everything is saved" in host.output
         assert two.output.count("finishing this update") == 1
@@ -90,7 +90,7 @@ def test_a_signal_while_one_host_compiles_ends_both(pair, place, tmp_path):
         two.hosts[1].signal(signal.SIGTERM)
         assert two.end() == [75, 75], two.output
         assert "host 1: SIGTERM: stopped. Run the same command" in two.hosts[0].output
-    assert checkpoint.steps(run) == []
+    assert inventory.steps(run) == []
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_another_configuration_on_one_host_is_refused(pair, tmp_path):
             assert "the hosts do not have the same configuration:" in host.output
             assert "optim.learning_rate: 0.01 on host 0, 0.02 on host 1" in host.output
             assert "Traceback" not in host.output
-    assert checkpoint.steps(run) == []
+    assert inventory.steps(run) == []
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_other_data_on_one_host_are_refused(pair, tmp_path):
             assert "the hosts do not have the same data or weights:" in host.output
             assert "clips of train: '16 of " in host.output
             assert "'15 of " in host.output
-    assert checkpoint.steps(run) == []
+    assert inventory.steps(run) == []
 
 
 @pytest.mark.slow
@@ -155,8 +155,8 @@ def test_an_error_of_one_host_ends_the_other_with_its_message(pair, tmp_path):
     run = tmp_path / "run"
     with pair(run) as two:
         two.hosts[0].wait_for(lambda: len(runlog.read(run)) > 1)
-        (run / checkpoint.FOLDER).rename(run / "elsewhere")
-        (run / checkpoint.FOLDER).touch()
+        (run / inventory.FOLDER).rename(run / "elsewhere")
+        (run / inventory.FOLDER).touch()
         assert two.end() == [2, 2], two.output
         assert "flax-asr: cannot write a checkpoint" in two.hosts[0].output
         assert "host 0: cannot write a checkpoint" in two.hosts[1].output

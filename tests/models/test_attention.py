@@ -11,7 +11,7 @@ import small_torch
 import torch
 
 from flax_asr import errors
-from flax_asr.models import attention, convert, short_attention, wav2vec2
+from flax_asr.models import attention, convert, short_attention, transformer, wav2vec2
 
 # heads, channels of a head, frames, queries that the kernel takes at once
 SIZES = [
@@ -147,7 +147,7 @@ def test_the_model_with_the_kernel_gives_pytorchs_logits_and_the_plain_gradients
     built, module, params, values, mask = model()
     mask = mask if padded else None
     frames = int(wav2vec2.frame_lengths(module.config, 1200))
-    assert frames % wav2vec2.ROW_MULTIPLE  # frames are padded for the kernel, and cut again
+    assert frames % transformer.ROW_MULTIPLE  # frames are padded for the kernel, and cut again
     with torch.no_grad():
         theirs = built(
             torch.tensor(values),

@@ -13,7 +13,7 @@ from flax import serialization, traverse_util
 
 import flax_asr
 from flax_asr import FlaxWav2Vec2ForCTC, FlaxWav2Vec2Model, errors
-from flax_asr.models import convert, outputs, pretrained, wav2vec2, weights
+from flax_asr.models import api, convert, outputs, pretrained, wav2vec2, weights
 
 # Frames of 2000 samples: 399, 199, 99.
 SAMPLES, FRAMES = 2000, 99
@@ -473,5 +473,5 @@ def test_the_hubs_commit_is_recorded(folder, monkeypatch):
 
 
 def test_the_public_names_are_these_classes():
-    assert flax_asr.FlaxWav2Vec2ForCTC is pretrained.FlaxWav2Vec2ForCTC
-    assert flax_asr.FlaxWav2Vec2Model is pretrained.FlaxWav2Vec2Model
+    assert flax_asr.FlaxWav2Vec2ForCTC is api.FlaxWav2Vec2ForCTC
+    assert flax_asr.FlaxWav2Vec2Model is api.FlaxWav2Vec2Model

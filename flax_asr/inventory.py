@@ -1,0 +1,176 @@
+"""Which checkpoints a run folder holds, which of them are sound, and which is the best."""
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax_asr import config, errors, seals
+from flax_asr import vocabulary as vocabularies
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+STATE, META = "state", "meta.json"
+UNFINISHED, REPLACED, _DAMAGED = ".unfinished-", ".replaced-", "damaged-"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What stands beside the arrays.
+
+    Attributes:
+        step: updates done.
+        run: the configuration, as `config.as_dict` gives it.
+        model_config: `Wav2Vec2Config.to_dict()`.
+        vocabulary: `Vocabulary.to_json()`.
+        normalization: the resolved steps.
+        do_normalize: whether clips are brought to zero mean and unit variance.
+        use_attention_mask: whether the model is told where clips end.
+        group_rows: rows of a batch group over all devices; fixed when the run starts.
+        facts: what the card says about data and origin; `updates` of the whole run.
+        metrics: the scores of this step, empty where it was not scored.
+        window: figures since the last line of the log.
+        log_events: how many events the log had.
+    """
+
+    step: int
+    run: dict[str, Any]
+    model_config: dict[str, Any]
+    vocabulary: str
+    normalization: Any
+    do_normalize: bool
+    use_attention_mask: bool
+    group_rows: int
+    facts: dict[str, Any]
+    metrics: dict[str, float | str]
+    window: dict[str, Any]
+    log_events: int = 0
+
+
+def unfinished(run: Path, step: int) -> Path:
+    """Where a checkpoint is until it is whole; what a kill leaves there is swept away."""
+    return run / FOLDER / f"{UNFINISHED}{step}"
+
+
+def steps(run: Path) -> list[int]:
+    """The steps that were saved, newest first, sound or not."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True)
+
+
+def newest_sound(run: Path) -> int | None:
+    """The newest step whose seal holds; None where nothing was saved.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is sound.
+    """
+    return first_sound(run, steps(run)) if steps(run) else None
+
+
+def set_aside(run: Path, newer_than: int) -> None:
+    """Moves newer, unsound checkpoints out of the way: the run will write these steps again."""
+    for step in steps(run):
+        if step > newer_than:
+            damaged = run / FOLDER / f"{_DAMAGED}{step}"
+            shutil.rmtree(damaged, ignore_errors=True)
+            (run / FOLDER / str(step)).rename(damaged)
+            logger.warning("the damaged checkpoint is kept as %s", damaged)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is a run folder with checkpoints."""
+    return (folder / "config.yaml").is_file() and bool(steps(folder))
+
+
+def read_meta(run: Path, step: int) -> Meta:
+    """What stands beside the arrays of a step.
+
+    Raises:
+        CheckpointError: it is damaged, of another version of this program, or of another step.
+    """
+    folder = run / FOLDER / str(step)
+    seals.verify(folder, META)
+    try:
+        meta = Meta(**json.loads((folder / META).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise errors.CheckpointError(
+            f"{folder / META} was not written by this version of flax_asr: {error}"
+        ) from error
+    if meta.step != step:
+        raise errors.CheckpointError(f"{folder} is the checkpoint of step {meta.step}, renamed")
+    return meta
+
+
+def meta_config(meta: Meta) -> config.Config:
+    """The configuration that a checkpoint was made with."""
+    return config.build(meta.run)
+
+
+def check_vocabulary(meta: Meta, ours: vocabularies.Vocabulary) -> None:
+    """Raises `CheckpointError` where a checkpoint writes other symbols than `ours`."""
+    theirs = vocabularies.Vocabulary.from_json(meta.vocabulary)
+    if theirs != ours:
+        only_there = "".join(sorted(set(theirs.characters) - set(ours.characters)))
+        only_here = "".join(sorted(set(ours.characters) - set(theirs.characters)))
+        raise errors.CheckpointError(
+            f"the checkpoint of step {meta.step} writes another vocabulary ({theirs.size} symbols,"
+            f" here {ours.size}; only there: {only_there!r}, only here: {only_here!r}). The data or"
+            " their normalisation have changed: use another --output_dir, or --restart."
+        )
+
+
+def first_sound(run: Path, candidates: list[int]) -> int:
+    problems = []
+    for step in candidates:
+        try:
+            seals.verify(run / FOLDER / str(step))
+            read_meta(run, step)
+        except errors.CheckpointError as error:
+            problems.append(str(error))
+            logger.warning("the checkpoint of step %d is not used: %s", step, error)
+        else:
+            return step
+    if problems:
+        raise errors.CheckpointError(
+            f"no checkpoint in {run / FOLDER} is sound: {'; '.join(problems)}. Begin again with"
+            " --restart, or restore the folder from a copy."
+        )
+    raise errors.CheckpointError(f"there is no checkpoint in {run / FOLDER}.")
+
+
+def score(meta: Meta) -> float | None:
+    """What the best checkpoint is chosen by; None where the step was not scored."""
+    name = f"eval_{meta.run['train']['metric_for_best_model']}"
+    if name in meta.metrics and math.isfinite(meta.metrics[name]):
+        return meta.metrics[name]
+    return None
+
+
+def scores(run: Path) -> dict[int, float | None]:
+    """The score of every step that says it undamaged."""
+    found = {}
+    for step in steps(run):
+        with contextlib.suppress(errors.CheckpointError):
+            found[step] = score(read_meta(run, step))
+    return found
+
+
+def by_merit(scores: Mapping[int, float | None]) -> list[int]:
+    """Scored steps, best first, the earliest of equals; then the others, newest first."""
+    scored = sorted((value, step) for step, value in scores.items() if value is not None)
+    others = sorted((step for step, value in scores.items() if value is None), reverse=True)
+    return [step for _, step in scored] + others
+
+
+def superfluous(saved: Collection[int], scores: Mapping[int, float | None], keep: int) -> list[int]:
+    """The steps that are neither among the latest `keep` nor the best one."""
+    kept = {*sorted(saved, reverse=True)[:keep], *by_merit(scores)[:1]}
+    return [step for step in saved if step not in kept]

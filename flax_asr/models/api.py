@@ -1,0 +1,322 @@
+"""The model classes that users call, with the names and calls that transformers 4.57 had.
+
+transformers 5.0 removed them; their users change one import. No torch anywhere.
+
+Source: transformers 4.57, modeling_flax_utils.py and models/wav2vec2/modeling_flax_wav2vec2.py.
+"""
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array
+
+from flax_asr import errors
+from flax_asr.models import configuration, convert, outputs, pretrained, wav2vec2, weights
+
+if TYPE_CHECKING:
+    # At run time it is imported where it is used: transformers imports torch where it can.
+    from transformers import Wav2Vec2Config
+
+_WITHOUT_EFFECT = frozenset("force_download resume_download trust_remote_code".split())
+"""Of transformers' `from_pretrained`: a model's code is never run, the cache is always checked."""
+
+
+class _PretrainedModel:
+    """Module, configuration and parameters in one object."""
+
+    base_model_prefix = "wav2vec2"
+    main_input_name = "input_values"
+    framework = "flax"
+
+    module_class: ClassVar[type[nn.Module]]
+    output_class: ClassVar[type[outputs.Output]]
+    has_head: ClassVar[bool]
+
+    def __init__(
+        self,
+        config: "Wav2Vec2Config",
+        input_shape: tuple[int, ...] = (1, 1024),
+        seed: int = 0,
+        dtype: Any = jnp.float32,
+        _do_init: bool = True,
+        **module_options: Any,
+    ):
+        """Random weights; none with `_do_init=False`.
+
+        Args:
+            config: the architecture.
+            input_shape: of the audio to initialise with; parameters do not depend on it.
+            seed: of the random weights.
+            dtype: of the computation; parameters are float32.
+            _do_init: whether the object holds parameters; otherwise they are passed to each call.
+            module_options: further attributes of the linen module, such as `remat_policy`.
+
+        Raises:
+            ModelError: an architecture that is not supported.
+        """
+        wav2vec2.check(config)
+        self._config = config
+        self._module = self.module_class(config=config, dtype=dtype, **module_options)
+        self.key = jax.random.PRNGKey(seed)
+        self.dtype = dtype
+        self.input_shape = input_shape
+        self._is_initialized = _do_init
+        self._params: pretrained.Tree | None = None
+        if _do_init:
+            self.params = self.init_weights(self.key, input_shape)
+
+    @property
+    def config(self) -> "Wav2Vec2Config":
+        return self._config
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    @property
+    def params_shape_tree(self) -> pretrained.Tree:
+        shapes = convert.shapes(self.config, head=self.has_head)
+        return traverse_util.unflatten_dict(
+            {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+        )
+
+    @property
+    def required_params(self) -> set[tuple[str, ...]]:
+        return set(convert.shapes(self.config, head=self.has_head))
+
+    @property
+    def params(self) -> pretrained.Tree:
+        if not self._is_initialized:
+            raise ValueError(
+                "`params` cannot be read from a model made with `_do_init=False`: keep the "
+                "parameters outside of the model and pass them where they are needed."
+            )
+        return self._params
+
+    @params.setter
+    def params(self, params: Mapping[str, Any]) -> None:
+        if not self._is_initialized:
+            raise ValueError(
+                "`params` cannot be set on a model made with `_do_init=False`: keep the "
+                "parameters outside of the model."
+            )
+        tree = flax.core.unfreeze(params)
+        missing = self.required_params - set(traverse_util.flatten_dict(tree))
+        if missing:
+            names = ", ".join(sorted("/".join(path) for path in missing))
+            raise ValueError(f"Some parameters are missing from `params`: {names}")
+        self._params = tree
+
+    def init_weights(
+        self, rng: Array, input_shape: tuple[int, ...], params: Mapping[str, Any] | None = None
+    ) -> pretrained.Tree:
+        """Random parameters; with `params`, only what is missing from them."""
+        random = pretrained.random(self.module, rng, input_shape)
+        if params is None:
+            return random
+        given = traverse_util.flatten_dict(flax.core.unfreeze(params))
+        return traverse_util.unflatten_dict(traverse_util.flatten_dict(random) | given)
+
+    def __call__(
+        self,
+        input_values: Any,
+        attention_mask: Any = None,
+        mask_time_indices: Any = None,
+        params: Mapping[str, Any] | None = None,
+        dropout_rng: Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        freeze_feature_encoder: bool = False,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Runs the model; for use as it is, under jit and under grad.
+
+        Args:
+            input_values: [batch samples] audio at 16 kHz, normalised, padded at the end.
+            attention_mask: [batch samples], 1 for real samples; None: all are real.
+            mask_time_indices: [batch frames], true for frames that get the mask embedding.
+            params: the parameters; None: the model's own.
+            dropout_rng: needed with `train` when a dropout of the configuration is above zero.
+            train: apply dropout. Masks are never drawn here.
+            output_attentions, output_hidden_states, return_dict: None: as the configuration says.
+            freeze_feature_encoder: same values, zero gradients for the feature encoder.
+
+        Returns:
+            A result with names, or a tuple of what is not None with `return_dict=False`.
+        """
+        config = self.config
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if return_dict is None:
+            return_dict = config.return_dict
+        if attention_mask is not None:
+            attention_mask = jnp.asarray(attention_mask).astype(jnp.int32)
+        if mask_time_indices is not None:
+            mask_time_indices = jnp.asarray(mask_time_indices).astype(bool)
+        result = self.module.apply(
+            {"params": self.params if params is None else params},
+            jnp.asarray(input_values, jnp.float32),
+            attention_mask,
+            mask_time_indices,
+            deterministic=not train,
+            output_attentions=bool(output_attentions),
+            output_hidden_states=bool(output_hidden_states),
+            freeze_feature_encoder=freeze_feature_encoder,
+            rngs={} if dropout_rng is None else {"dropout": dropout_rng},
+        )
+        output = self.output_class(**result._asdict())
+        return output if return_dict else output.to_tuple()
+
+    def _get_feat_extract_output_lengths(
+        self, input_lengths: Any, add_adapter: bool | None = None
+    ) -> Any:
+        """Frames that come out of so many samples, integers or arrays; there are no adapters."""
+        del add_adapter
+        return wav2vec2.frame_lengths(self.config, input_lengths)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        dtype: Any = jnp.float32,
+        *,
+        config: "Wav2Vec2Config | str | os.PathLike | None" = None,
+        cache_dir: str | os.PathLike | None = None,
+        ignore_mismatched_sizes: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        from_pt: bool = False,
+        _do_init: bool = True,
+        seed: int = 0,
+        **options: Any,
+    ) -> Any:
+        """The model of a folder or of the Hugging Face hub, whatever form its weights have.
+
+        A checkpoint without a head gets a fresh one, and the log of `flax_asr` says so.
+
+        Args:
+            pretrained_model_name_or_path: the folder or the hub id.
+            dtype: of the computation; parameters are float32.
+            config: used instead of the stored configuration: an object or a folder.
+            cache_dir, local_files_only, token, revision: as for `weights.resolve`.
+            ignore_mismatched_sizes: a stored head of another size than the configuration's
+                vocabulary is replaced by a fresh one instead of being refused.
+            from_pt: accepted; every form is recognised by itself.
+            _do_init: False returns (model, params), parameters outside of the model.
+            seed: of a fresh head.
+            options: fields of the configuration to change; others go to the class, as
+                `input_shape` does. `force_download`, `resume_download` and `trust_remote_code`
+                are accepted, without effect.
+
+        Raises:
+            ModelError: not found, damaged, or not a wav2vec 2.0 model.
+        """
+        del from_pt
+        options = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
+        folder, _ = weights.resolve(
+            pretrained_model_name_or_path, revision, cache_dir, local_files_only, token
+        )
+        if config is None or isinstance(config, (str, os.PathLike)):
+            place = config or folder
+            config = configuration.read(
+                weights.resolve(place, None, cache_dir, local_files_only, token)[0]
+            )
+            fields = config.to_dict()
+            configuration.override(
+                config, {name: options.pop(name) for name in list(options) if name in fields}
+            )
+        model = cls(config, seed=seed, dtype=dtype, _do_init=False, **options)
+        tensors = weights.read(folder)
+        if cls.has_head:
+            keep = convert.has_head(tensors) and (
+                not ignore_mismatched_sizes or len(tensors["lm_head.weight"]) == config.vocab_size
+            )
+            source = pretrained_model_name_or_path
+            params = pretrained.with_head(tensors, config, seed, keep=keep, source=source)
+        else:
+            params = convert.params_from_torch(tensors, config, head=False)
+        if not _do_init:
+            return model, params
+        model._is_initialized = True
+        model.params = jax.tree.map(jnp.asarray, params)
+        return model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        params: Mapping[str, Any] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
+        token: str | bool | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Writes config.json and model.safetensors, which PyTorch's class of this name loads.
+
+        Args:
+            save_directory: the folder.
+            params: what is written; None: the model's own.
+            push_to_hub: refused where true: the folder is what `hf upload` takes.
+            max_shard_size, token, safe_serialization: accepted; it is one file of safetensors.
+
+        Raises:
+            ModelError: the folder cannot be written, or `params` do not fit the configuration.
+        """
+        del max_shard_size, token, safe_serialization
+        if push_to_hub:
+            raise errors.ModelError(
+                "save_pretrained does not upload: leave push_to_hub out, then run `hf upload"
+                f" NAME {save_directory}`."
+            )
+        tree = flax.core.unfreeze(self.params if params is None else params)
+        stored = copy.deepcopy(self.config)
+        stored.architectures = [type(self).__name__.removeprefix("Flax")]
+        # What is written; transformers loads a model in the type that is named here.
+        stored.dtype = "float32"
+        weights.write(save_directory, convert.torch_from_params(tree, stored))
+        weights.write_config(Path(save_directory), stored.to_json_string(use_diff=False))
+
+    def to_bf16(self, params: Mapping[str, Any], mask: Any = None) -> pretrained.Tree:
+        """`params` in bfloat16, where `mask` (a tree of booleans) is true."""
+        return _cast(params, jnp.bfloat16, mask)
+
+    def to_fp16(self, params: Mapping[str, Any], mask: Any = None) -> pretrained.Tree:
+        """`params` in float16, where `mask` (a tree of booleans) is true."""
+        return _cast(params, jnp.float16, mask)
+
+    def to_fp32(self, params: Mapping[str, Any], mask: Any = None) -> pretrained.Tree:
+        """`params` in float32, where `mask` (a tree of booleans) is true."""
+        return _cast(params, jnp.float32, mask)
+
+
+def _cast(params: Mapping[str, Any], dtype: Any, mask: Any) -> pretrained.Tree:
+    if mask is None:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return jax.tree.map(lambda leaf, chosen: leaf.astype(dtype) if chosen else leaf, params, mask)
+
+
+class FlaxWav2Vec2Model(_PretrainedModel):
+    """wav2vec 2.0 without a head: `.last_hidden_state`, `.extract_features`."""
+
+    module_class = wav2vec2.Wav2Vec2Module
+    output_class = outputs.FlaxWav2Vec2BaseModelOutput
+    has_head = False
+
+
+class FlaxWav2Vec2ForCTC(_PretrainedModel):
+    """wav2vec 2.0 with a linear head over the vocabulary: `.logits`."""
+
+    module_class = wav2vec2.Wav2Vec2ForCTCModule
+    output_class = outputs.FlaxCausalLMOutput
+    has_head = True

@@ -1,0 +1,172 @@
+"""The transformer of wav2vec 2.0: positional convolution, layers of attention and feed-forward."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from flax_asr.models import activations, attention, layers, positional
+
+HiddenStates = tuple[Float[Array, "batch frames hidden"], ...]
+Attentions = tuple[Float[Array, "batch heads frames frames"], ...]
+ROW_MULTIPLE = 16
+"""For the kernel on TPU, frames are padded to a multiple of this: whole tiles of bfloat16."""
+
+
+class _FeedForward(nn.Module):
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch frames hidden"]) -> Array:
+        config = self.config
+        x = layers.dense(config, config.intermediate_size, self.dtype, "intermediate_dense")(x)
+        x = activations.activation(config.hidden_act, "hidden_act")(x)
+        x = layers.Dropout(config.activation_dropout, self.deterministic)(x)
+        x = layers.dense(config, config.hidden_size, self.dtype, "output_dense")(x)
+        return layers.Dropout(config.hidden_dropout, self.deterministic)(x)
+
+
+class _EncoderLayer(nn.Module):
+    """Attention and feed-forward, each with a residual; layer norms before them or after."""
+
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+    deterministic: bool
+    attention: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch frames hidden"],
+        frame_mask: Bool[Array, "batch frames"] | None,
+    ) -> tuple[
+        Float[Array, "batch frames hidden"],
+        Float[Array, "batch heads frames frames"] | None,
+    ]:
+        config, epsilon = self.config, self.config.layer_norm_eps
+        norm = layers.layer_norm(self.dtype, "layer_norm", epsilon)
+        final_norm = layers.layer_norm(self.dtype, "final_layer_norm", epsilon)
+        attend = attention.SelfAttention(
+            config, self.dtype, self.deterministic, self.attention, name="attention"
+        )
+        feed_forward = _FeedForward(config, self.dtype, self.deterministic, name="feed_forward")
+        dropout = layers.Dropout(config.hidden_dropout, self.deterministic)
+
+        before = config.do_stable_layer_norm
+        attended, weights = attend(norm(x) if before else x, frame_mask)
+        x = x + dropout(attended)
+        if before:
+            return x + feed_forward(final_norm(x)), weights
+        x = norm(x)
+        return final_norm(x + feed_forward(x)), weights
+
+
+class _Layers(nn.Module):
+    """The layers from `first` on; each left out with probability `layerdrop` while training."""
+
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+    deterministic: bool
+    remat_policy: str
+    attention: str
+    first: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch frames hidden"],
+        frame_mask: Bool[Array, "batch frames"] | None,
+        keep_attentions: bool,
+    ) -> tuple[HiddenStates, Attentions]:
+        config = self.config
+        layer_class = layers.rematerialised(_EncoderLayer, self.remat_policy)
+        dropping = config.layerdrop > 0.0 and not self.deterministic and not self.is_initializing()
+        hidden_states, attentions = [x], []
+        for index in range(self.first, config.num_hidden_layers):
+            layer = layer_class(
+                config, self.dtype, self.deterministic, self.attention, name=str(index)
+            )
+
+            def run(layer: nn.Module, x: Array) -> tuple[Array, ...]:
+                y, weights = layer(x, frame_mask)
+                return (y, weights) if keep_attentions else (y,)
+
+            def skip(layer: nn.Module, x: Array) -> tuple[Array, ...]:
+                shape = (x.shape[0], config.num_attention_heads, x.shape[1], x.shape[1])
+                return (x, jnp.zeros(shape, self.dtype)) if keep_attentions else (x,)
+
+            if dropping:
+                # not `where`: a left-out layer that overflows would still give NaN gradients
+                kept = jax.random.uniform(self.make_rng("dropout")) >= config.layerdrop
+                x, *weights = nn.cond(kept, run, skip, layer, x)
+            else:
+                x, *weights = run(layer, x)
+            hidden_states.append(x)
+            attentions.extend(weights)
+        return tuple(hidden_states), tuple(attentions)
+
+
+class Encoder(nn.Module):
+    """The transformer: from projected features, or from what its lower layers made of them.
+
+    Attributes:
+        config, dtype, deterministic, remat_policy: as of `Wav2Vec2Module`.
+        attention: the form, as `attention.choose` gives it.
+        lower_layers: how many layers the input has passed, so that it is that one of
+            `EncoderOutput.hidden_states`; None for projected features.
+    """
+
+    config: layers.Wav2Vec2Config
+    dtype: layers.Dtype
+    deterministic: bool
+    remat_policy: str
+    attention: str
+    lower_layers: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch frames hidden"],
+        frame_mask: Bool[Array, "batch frames"] | None,
+        keep_attentions: bool,
+    ) -> tuple[HiddenStates, Attentions]:
+        config = self.config
+        norm = layers.layer_norm(self.dtype, "layer_norm", config.layer_norm_eps)
+        if self.lower_layers is None:
+            if frame_mask is not None:
+                x = jnp.where(frame_mask[:, :, None], x, jnp.zeros_like(x))
+            embed = positional.PositionalConvEmbedding(config, self.dtype, name="pos_conv_embed")
+            x = x + embed(x)
+            if not config.do_stable_layer_norm:
+                x = norm(x)
+            x = layers.Dropout(config.hidden_dropout, self.deterministic)(x)
+        stack = _Layers(
+            config,
+            self.dtype,
+            self.deterministic,
+            self.remat_policy,
+            self.attention,
+            self.lower_layers or 0,
+            name="layers",
+        )
+        frames = x.shape[1]
+        if self.attention == "pallas":
+            x, frame_mask = _in_whole_tiles(x, frame_mask)
+        hidden_states, attentions = stack(x, frame_mask, keep_attentions)
+        hidden_states = tuple(states[:, :frames] for states in hidden_states)
+        if config.do_stable_layer_norm and self.lower_layers != config.num_hidden_layers:
+            hidden_states = (*hidden_states[:-1], norm(hidden_states[-1]))
+        return hidden_states, attentions
+
+
+def _in_whole_tiles(x, frame_mask):
+    """Both with so many frames more, of padding, that a clip fills whole tiles of a TPU."""
+    batch, frames, _ = x.shape
+    more = -frames % ROW_MULTIPLE
+    if more == 0:
+        return x, frame_mask
+    if frame_mask is None:
+        frame_mask = jnp.ones((batch, frames), bool)
+    return jnp.pad(x, ((0, 0), (0, more), (0, 0))), jnp.pad(frame_mask, ((0, 0), (0, more)))

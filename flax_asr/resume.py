@@ -1,0 +1,44 @@
+"""Where a run goes on: at one step, on every host."""
+
+from pathlib import Path
+
+from flax_asr import (
+    config,
+    errors,
+    inventory,
+    run_folder,
+)
+from flax_asr.bucket import follower, mirror, store
+from flax_asr.hosts import multihost
+
+Mirrored = mirror.Mirror | follower.Follower | follower.Nowhere
+
+
+def point(
+    hosts: multihost.Hosts,
+    folder: Path,
+    cfg: config.Config,
+    restart: bool,
+    mirrored: Mirrored,
+) -> inventory.Meta | None:
+    """Where all hosts go on; the first one looks.
+
+    Raises:
+        CheckpointError: this host does not see the first one's folder.
+    """
+    if hosts.count == 1:
+        return run_folder.resume_point(folder, cfg, restart)
+    if not hosts.share(folder) and not store.is_remote(cfg.output_dir):
+        raise errors.CheckpointError(
+            f"output_dir {folder} is not that of the first host: the checkpoints must be on a disk"
+            " that all hosts see, or in a bucket."
+        )
+
+    def look() -> int | None:
+        past = run_folder.resume_point(folder, cfg, restart)
+        mirrored.wait()  # the others take it from there
+        return None if past is None else past.step
+
+    step = hosts.decided(look)
+    mirrored.bring(step)
+    return None if step is None else inventory.read_meta(folder, step)

@@ -125,7 +125,7 @@ def test_export_of_what_is_no_run_says_so(tmp_path):
 
 
 def test_export_does_not_overwrite_another_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(export.checkpoint, "is_run", lambda folder: True)
+    monkeypatch.setattr(export.inventory, "is_run", lambda folder: True)
     (tmp_path / "photo.jpg").write_text("x")
     with pytest.raises(errors.ModelError, match="holds something else"):
         export.command("run", str(tmp_path))

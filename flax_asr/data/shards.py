@@ -113,7 +113,7 @@ class PreparedSplit:
         Sizes of all files and hashes of all but the audio are always checked.
 
         Args:
-            folder: written by `ShardWriter`.
+            folder: written by `shard_writer.ShardWriter`.
             verify: check the hashes of the audio too (it is read once).
 
         Raises:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_asr.data.shards import ClipFacts, LeftOut, PreparedSplit, ShardWriter, pcm_digest
+from flax_asr.data.shard_writer import ShardWriter
+from flax_asr.data.shards import ClipFacts, LeftOut, PreparedSplit, pcm_digest
 
 
 def noise(samples: int, seed: int) -> np.ndarray:

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hypothesis_numpy
 from small_splits import add, noise, write_split
 
 from flax_asr import errors
-from flax_asr.data.shards import ClipFacts, LeftOut, PreparedSplit, ShardWriter
+from flax_asr.data.shard_writer import ShardWriter
+from flax_asr.data.shards import ClipFacts, LeftOut, PreparedSplit
 
 SENTENCES = ["你好。", '"NA" says 𠮷', "", "early", "", "tab\tand\nnewline"]
 

@@ -27,6 +27,23 @@ _ARABIC_OPTIONAL = "\u0640\u064b\u064c\u064d\u064e\u064f\u0650\u0651\u0652\u0653
     map(chr, [*range(0x0610, 0x061B), *range(0x0656, 0x0660), *range(0x06D6, 0x06EE)])
 )
 _ALEF_WASLA, _ALEF = "\u0671", "\u0627"
+# Accents as they are typed without their keys, where no other word is meant ("po'" is another).
+_ITALIAN_ACCENTS = {
+    "e'": "è",
+    "cioe'": "cioè",
+    "citta'": "città",
+    "cosi'": "così",
+    "gia'": "già",
+    "perche'": "perché",
+    "pero'": "però",
+    "piu'": "più",
+    "puo'": "può",
+    "sara'": "sarà",
+    "universita'": "università",
+    "verita'": "verità",
+}
+# NFKC would make letters of it, and Latin ones in a Cyrillic text.
+_NUMERO: Step = {"replace": {"№": " "}}
 
 
 def _spaced(
@@ -34,7 +51,7 @@ def _spaced(
 ) -> tuple[Step, ...]:
     """Words and spaces; `keep` are the marks that stay between two letters."""
     strip: Step = {"strip_punctuation": keep} if keep else "strip_punctuation"
-    return ("plain_marks", "nfkc", lower, *first, strip, *last, "nfc", "spaces")
+    return ("plain_marks", _NUMERO, "nfkc", lower, *first, strip, *last, "nfc", "spaces")
 
 
 _JOINED: tuple[Step, ...] = (
@@ -75,7 +92,7 @@ RULES: dict[str, tuple[Step, ...]] = {
     "fr": _spaced("'-"),
     # The marks of a question or a stress stand inside the Armenian word.
     "hy": _spaced("-", first=({"remove": "՛՜՞"},)),
-    "it": _spaced("'"),
+    "it": _spaced("'", first=({"replace_words": _ITALIAN_ACCENTS},)),
     "ja": _JOINED,
     # NFKC would take the single letters of chat language ("ㅋㅋ") apart.
     "ko": (

@@ -12,6 +12,7 @@ A rule is a list of steps. A step is a name, or a mapping of a name to its argum
     remove_spaces, spaces           all spaces go; runs of spaces become one, none at the ends
     {remove: "abc"}                 these characters go
     {replace: {"ё": "е"}}           each of these strings becomes another, in one pass
+    {replace_words: {"e'": "è"}}    the same where no letter or digit stands beside them
     end_with_space                  a space at the end, so that the target ends with "|"
     hf-4.17                         what the speech recognition example of transformers 4.17 did
 """
@@ -50,9 +51,9 @@ _JOINERS = "\u200c\u200d"
 
 def _lower(text: str, language: str | None) -> str:
     if language is not None and languages.base(language) in ("tr", "az"):
-        return text.replace("\u0130", "i").replace("I", "\u0131").lower()
-    # str.lower would leave a combining dot behind the i.
-    return text.replace("\u0130", "i").lower()
+        text = text.replace("\u0130", "i").replace("I", "\u0131")
+    # str.lower leaves a combining dot behind the i, as many a text has it already.
+    return text.lower().replace("i\u0307", "i")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -98,14 +99,15 @@ def _strip_punctuation(text: str, keep: str | None) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _pattern(pairs: tuple[tuple[str, str], ...]) -> re.Pattern[str]:
+def _pattern(pairs: tuple[tuple[str, str], ...], whole_words: bool) -> re.Pattern[str]:
     longest_first = sorted((source for source, _ in pairs), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)))
+    any_of_them = "|".join(map(re.escape, longest_first))
+    return re.compile(rf"(?<!\w)(?:{any_of_them})(?!\w)" if whole_words else any_of_them)
 
 
-def _replace(text: str, pairs: tuple[tuple[str, str], ...]) -> str:
+def _replace(text: str, pairs: tuple[tuple[str, str], ...], whole_words: bool = False) -> str:
     table = dict(pairs)
-    return _pattern(pairs).sub(lambda match: table[match.group()], text)
+    return _pattern(pairs, whole_words).sub(lambda match: table[match.group()], text)
 
 
 @functools.lru_cache(maxsize=64)
@@ -127,6 +129,7 @@ _STEPS: dict[str, tuple[Callable[[str, _Argument], str], tuple[type, ...]]] = {
     "spaces": (lambda text, _: _SPACES.sub(" ", text).strip(), (type(None),)),
     "remove": (lambda text, characters: text.translate(_removal(characters)), (str,)),
     "replace": (_replace, (tuple,)),
+    "replace_words": (functools.partial(_replace, whole_words=True), (tuple,)),
     "end_with_space": (lambda text, _: text + " ", (type(None),)),
     "hf-4.17": (lambda text, _: _HF_4_17.sub("", text).lower(), (type(None),)),
 }
@@ -147,7 +150,8 @@ class Step:
         """The step as it stands in a configuration file."""
         if self.argument is None:
             return self.name
-        return {self.name: dict(self.argument) if self.name == "replace" else self.argument}
+        is_mapping = isinstance(self.argument, tuple)
+        return {self.name: dict(self.argument) if is_mapping else self.argument}
 
     def changes(self, before: str, after: str) -> Iterator[tuple[str, str]]:
         """What became what between a text and this step's result, one pair for each place."""
@@ -155,9 +159,10 @@ class Step:
             for piece in _composed(before, self):
                 if self(piece) != piece:
                     yield piece, self(piece)
-        elif self.name == "replace":
+        elif self.name in ("replace", "replace_words"):
             table = dict(self.argument)
-            for match in _pattern(self.argument).finditer(before):
+            pattern = _pattern(self.argument, self.name == "replace_words")
+            for match in pattern.finditer(before):
                 yield match.group(), table[match.group()]
         else:
             for character in (Counter(before) - Counter(after)).elements():

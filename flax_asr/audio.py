@@ -107,13 +107,13 @@ def _decode(
         ) from None
     except MemoryError:
         raise errors.AudioError("damaged", "decoding it takes more memory than there is") from None
-    mono = _uncancelled(*channels)
-    if not np.isfinite(mono).all():
-        raise errors.AudioError("not_finite", "it holds NaN or infinity")
-    mono = _resample(mono, rate_hz)
-    peak = _peak(mono)  # NaN where one of them is
+    recorded = _uncancelled(*channels)
+    mono = _resample(recorded, rate_hz)
+    peak = _peak(mono)  # NaN where one of them is, or was near it before
     if not isfinite(peak):
-        raise errors.AudioError("not_finite", "its samples are too large to resample")
+        if isfinite(_peak(recorded)):
+            raise errors.AudioError("not_finite", "its samples are too large to resample")
+        raise errors.AudioError("not_finite", "it holds NaN or infinity")
     if len(mono) > longest * SAMPLE_RATE_HZ:
         raise errors.AudioError(
             "too_long", f"{len(mono) / SAMPLE_RATE_HZ:.2f} s, more than {longest:g} s"
@@ -153,7 +153,9 @@ def _channels(
         # soundfile seeks after every read, and then such a decoder goes on with other last bits.
         frames = max(frames, min(sound.frames, _FRAMES_A_BYTE * file_bytes))
     means, firsts = [], []
-    while len(block := sound.read(frames, dtype="float32")):
+    left = sound.frames
+    while left > 0 and len(block := sound.read(min(frames, left), dtype="float32")):
+        left -= len(block)
         if block.ndim == 1:
             means.append(block)
             continue
@@ -248,7 +250,7 @@ def encode_int16(
         else:
             return scaled.astype(np.int16), 1 / 32768
     gain = float(np.float32(max(-low, high) / 32767)) or 1.0
-    integers = np.divide(samples, gain, dtype=np.float64)
+    integers = samples / np.float32(gain)
     np.rint(integers, out=integers)
     np.clip(integers, -32767, 32767, out=integers)
     return integers.astype(np.int16), gain

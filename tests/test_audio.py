@@ -146,6 +146,11 @@ def test_one_nan_refuses_the_clip():
     assert refusal(written(samples, subtype="FLOAT")) == "not_finite"
     samples[:] = 3e38
     assert refusal(written(np.stack([samples, samples], 1), subtype="FLOAT")) == "not_finite"
+    for rate_hz in (8_000, 16_000, 44_100, 96_000):
+        for place in (0, -1):
+            samples = tone()
+            samples[place] = np.nan
+            assert refusal(written(samples, rate_hz, subtype="FLOAT")) == "not_finite"
 
 
 def test_silence_is_refused_and_a_whisper_is_not():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flax_asr import errors
-from flax_asr.data import worker
+from flax_asr.data import messages, worker
 
 Failure = worker.Failure
 _BATCHES_AHEAD = 2  # the next batch is there when a process finishes one
@@ -123,7 +123,7 @@ class _Worker:
     """One process, the batches it was given, and since when it has been at the first of them."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.process, self.connection = worker.start(function)
+        self.process, self.link = worker.start(function)
         self.batches: collections.deque[list[tuple[int, Any]]] = collections.deque()
         self.is_ready = False
         self.since = time.monotonic()
@@ -134,7 +134,7 @@ class _Worker:
         self.batches.append(batch)
         # If it is dead, the loop finds that out, with the reason, when it reads.
         with contextlib.suppress(OSError):
-            self.connection.send([task for _, task in batch])
+            messages.send(self.link, [task for _, task in batch])
 
     def deadline(self, limit_seconds: float) -> float:
         if not self.is_ready:
@@ -144,7 +144,7 @@ class _Worker:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.connection.close()
+        self.link.close()
 
 
 def _with_room(pool: list[_Worker], workers: int, function: Callable[[Any], Any]) -> _Worker | None:
@@ -162,13 +162,13 @@ def _next_results(
 ) -> Iterator[tuple[int, Any]]:
     """Waits for results; a worker that died or hangs is removed and its other tasks given back."""
     timeout_seconds = min(process.deadline(limit_seconds) for process in pool) - time.monotonic()
-    connections = [process.connection for process in pool]
-    readable = multiprocessing.connection.wait(connections, max(timeout_seconds, 0))
+    links = [process.link for process in pool]
+    readable = multiprocessing.connection.wait(links, max(timeout_seconds, 0))
     for process in list(pool):
         failure = None
-        if process.connection in readable:
+        if process.link in readable:
             try:
-                found = process.connection.recv()
+                found = messages.receive(process.link)
             except (EOFError, OSError):
                 failure = Failure("crashed", f"exit code {process.process.wait()}")
             else:

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ class ShardWriter:
             self._next_shard()
         self._audio.write(data)
         self._record(data, len(pcm), gain, digest, facts.id)
-        line = asdict(facts) | {"samples": len(pcm), "gain": gain, "digest": digest}
+        line = vars(facts) | {"samples": len(pcm), "gain": gain, "digest": digest}
         self._journal.write(_line(line))
 
     def leave_out(self, sentence: str, left_out: shards.LeftOut) -> None:

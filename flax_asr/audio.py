@@ -235,7 +235,8 @@ def _lengthened(
 def encode_int16(
     samples: Float32[np.ndarray, " samples"],
 ) -> tuple[Int16[np.ndarray, " samples"], float]:
-    """Integers and the gain that turns them back: `integers * gain` is within half a gain.
+    """Integers and the gain that turns them back: `integers * gain` is within half a gain, and
+    float32's rounding of the samples.
 
     The gain makes the loudest sample 32767, so that quiet recordings keep their 16 bits. What was
     16 bits already comes back exactly.

@@ -42,6 +42,9 @@ class Examples:
     clips_available: int
     _split_of: Int32[np.ndarray, " rows"] = field(repr=False)
     _clip_of: Int32[np.ndarray, " rows"] = field(repr=False)
+    _maps: list[Int16[np.ndarray, " samples"]] = field(repr=False)
+    _map_of: Int32[np.ndarray, " rows"] = field(repr=False)
+    _start: Int64[np.ndarray, " rows"] = field(repr=False)
     _tokens: Int32[np.ndarray, " tokens"] = field(repr=False)
     _token_start: Int64[np.ndarray, " rows"] = field(repr=False)
 
@@ -66,7 +69,14 @@ class Examples:
 
     def audio(self, row: int) -> Int16[np.ndarray, " samples"]:
         """The row's samples, straight from the memory map."""
-        return self.splits[self._split_of[row]].audio(self._clip_of[row])
+        return self.recordings(np.array([row]))[0]
+
+    def recordings(self, rows: Int[np.ndarray, " rows"]) -> list[Int16[np.ndarray, " samples"]]:
+        """The samples of several rows."""
+        starts = self._start[rows]
+        ends = starts + self.samples[rows]
+        places = zip(self._map_of[rows].tolist(), starts.tolist(), ends.tolist(), strict=True)
+        return [self._maps[number][start:end] for number, start, end in places]
 
     def labels(self, row: int) -> Int32[np.ndarray, " tokens"]:
         """The row's token ids."""
@@ -184,6 +194,13 @@ def _collect(
     split_of = np.array([number for number, _, _, _ in rows], np.int32)
     clip_of = np.array([clip for _, clip, _, _ in rows], np.int32)
     label_lengths = np.array([len(labels) for _, _, _, labels in rows], np.int32)
+    maps: list[np.ndarray] = []
+    map_of, start = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int64)
+    for number, split in enumerate(splits):
+        own = split_of == number
+        map_of[own] = len(maps) + split.shards[clip_of[own]]
+        start[own] = split.offsets[clip_of[own]]
+        maps += split.maps
     return Examples(
         splits=tuple(splits),
         samples=np.array([splits[s].samples[c] for s, c, _, _ in rows], np.int32),
@@ -195,6 +212,9 @@ def _collect(
         clips_available=available,
         _split_of=split_of,
         _clip_of=clip_of,
+        _maps=maps,
+        _map_of=map_of,
+        _start=start,
         _tokens=np.concatenate([labels for _, _, _, labels in rows]).astype(np.int32),
         _token_start=np.cumsum(label_lengths, dtype=np.int64) - label_lengths,
     )

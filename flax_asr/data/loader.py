@@ -74,19 +74,20 @@ def assemble(
     real = rows >= 0
     found = np.where(real, rows, 0)
     lengths, gains = data.samples[found], data.gains[found]
-    recordings = (data.audio(row) for row in rows[real].tolist())
-    if heard is not None:
-        lengths[real] = [len(clip) for clip, _ in heard]
+    if heard is None:
+        recordings = data.recordings(rows[real])
+    else:
+        recordings = [clip for clip, _ in heard]
+        lengths[real] = [len(clip) for clip in recordings]
         gains[real] = [gain for _, gain in heard]
-        recordings = (clip for clip, _ in heard)
     # Fresh arrays each time: the device may read them long after the next batch is assembled.
     audio = np.empty((len(rows), samples), np.int16)
     sample_lengths = np.where(real, lengths, np.int32(0))
     label_lengths = np.where(real, data.label_lengths[found], np.int32(0))
-    for padded, is_real, length in zip(audio, real.tolist(), sample_lengths.tolist(), strict=True):
-        if is_real:
-            padded[:length] = next(recordings)
-        padded[length:] = 0
+    for place, recording in zip(np.flatnonzero(real).tolist(), recordings, strict=True):
+        audio[place, : len(recording)] = recording
+        audio[place, len(recording) :] = 0
+    audio[~real] = 0
     return Batch(
         audio=audio,
         gains=np.where(real, gains, np.float32(1)),
@@ -107,17 +108,14 @@ def assemble_cached(
     """As `assemble`, with what is kept of the rows."""
     real = rows >= 0
     found = np.where(real, rows, 0)
-    batch = CachedBatch(
+    label_lengths = np.where(real, data.label_lengths[found], np.int32(0))
+    return CachedBatch(
         hidden_state=kept.padded(rows, samples),
         sample_lengths=np.where(real, data.samples[found], np.int32(0)),
-        labels=np.zeros((len(rows), tokens), np.int32),
-        label_lengths=np.where(real, data.label_lengths[found], np.int32(0)),
+        labels=data.padded_labels(found, label_lengths, tokens),
+        label_lengths=label_lengths,
         weights=real.astype(np.float32),
     )
-    for place in np.flatnonzero(real):
-        label = data.labels(rows[place])
-        batch.labels[place, : len(label)] = label
-    return batch
 
 
 class Prefetched(Generic[_Item]):

@@ -69,6 +69,8 @@ class PreparedSplit:
     Attributes:
         samples: length of each clip at 16 kHz.
         gains: float value of a clip = int16 value * gain.
+        maps: the audio of each shard.
+        shards, offsets: in which of them a clip is, and where it begins.
         ids, sentences, speakers, ages, genders, accents: one string a clip, "" = unknown; sentences
             are as the source has them.
         hash: sha256 of the content, whatever the source's place or name.
@@ -77,6 +79,8 @@ class PreparedSplit:
 
     samples: Int32[np.ndarray, " clips"]
     gains: Float32[np.ndarray, " clips"]
+    shards: Int32[np.ndarray, " clips"]
+    offsets: Int64[np.ndarray, " clips"]
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Use `open`."""
@@ -89,9 +93,9 @@ class PreparedSplit:
         index = {n: np.load(folder / f"{n}.npy", allow_pickle=False) for n in INDEX}
         self.samples = index["samples"]
         self.gains = index["gains"]
-        self._shard_of: Int32[np.ndarray, " clips"] = index["shards"]
-        self._offset_of: Int64[np.ndarray, " clips"] = index["offsets"]
-        self._maps = [
+        self.shards = index["shards"]
+        self.offsets = index["offsets"]
+        self.maps = [
             # A plain view of the map: slicing np.memmap itself costs ten times as much.
             np.asarray(np.memmap(folder / name, PCM, mode="r"))
             for name in manifest["files"]
@@ -137,8 +141,8 @@ class PreparedSplit:
 
     def audio(self, row: int) -> Int16[np.ndarray, " samples"]:
         """The clip's samples, read only, straight from the memory map."""
-        start = self._offset_of[row]
-        return self._maps[self._shard_of[row]][start : start + self.samples[row]]
+        start = self.offsets[row]
+        return self.maps[self.shards[row]][start : start + self.samples[row]]
 
 
 def is_finished(folder: str | os.PathLike) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flax_asr import compat, config, errors, origins, text, vocabulary
-from flax_asr.data import examples, prepare
+from flax_asr.data import examples, prepare, shards
 from flax_asr.models import wav2vec2
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,10 @@ class Corpus:
         """Examples to be scored, by the prefix of their figures in the log."""
         named = {"eval": self.eval, "test": self.test}
         return {name: found for name, found in named.items() if found is not None}
+
+    def splits(self) -> list[shards.PreparedSplit]:
+        """Where all the audio is; a split that serves twice is there twice."""
+        return [split for data in (self.train, *self.scored().values()) for split in data.splits]
 
 
 def prepared(cfg: config.Config, start: origins.Origin) -> Corpus:

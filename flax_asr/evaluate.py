@@ -216,7 +216,7 @@ def _score_splits(
         lambda: prepare.prepare(cfg),
         for_all=prepare.is_in_bucket(cfg),
     )
-    splits = prepare.prepare(cfg)
+    splits = prepare.prepare(cfg, verify=True)
     sets = {
         name: examples.build(
             [splits[name]],

@@ -23,7 +23,7 @@ from flax_asr import (
 )
 from flax_asr.bucket import mirror, store
 from flax_asr.console import progress
-from flax_asr.data import buckets, loader, prepare
+from flax_asr.data import buckets, loader, prepare, rereading
 from flax_asr.hosts import cluster, multihost, stopping
 from flax_asr.record import curves, learning, runlog, window
 
@@ -73,14 +73,23 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
             run_folder.record(folder, cfg)
         for warning in made.warnings():
             logger.warning("warning: %s", warning)
-        programs = made.compile(folder / run_folder.COMPILED)
-        with contextlib.closing(Run(made, programs, folder, stop, hosts, mirrored)) as run:
-            hosts.wait()  # or the first sum would, and not for long
-            with stop.deferred():
-                run.train()
-            stop.obey()
-            run.finish()
+        with contextlib.closing(_reread(made, hosts)) as audio:
+            programs = made.compile(folder / run_folder.COMPILED)
+            with contextlib.closing(
+                Run(made, programs, folder, stop, hosts, mirrored, audio)
+            ) as run:
+                hosts.wait()  # or the first sum would, and not for long
+                with stop.deferred():
+                    run.train()
+                stop.obey()
+                run.finish()
         mirrored.wait()
+
+
+def _reread(made: assembly.Assembly, hosts: multihost.Hosts) -> rereading.Rereading:
+    """Begins to read the audio again; the first host does it for those that see its disk."""
+    shared = hosts.count > 1 and hosts.share(prepare.prepared_folder(made.cfg))
+    return rereading.Rereading(made.corpus.splits() if hosts.is_first or not shared else [])
 
 
 class _Asked(Exception):
@@ -102,9 +111,10 @@ class Run:
         stop: stopping.Stop,
         hosts: multihost.Hosts,
         mirrored: resume.Mirrored,
+        audio: rereading.Rereading,
     ):
         self.made, self.programs, self.folder, self.hosts = made, programs, folder, hosts
-        self.mirrored = mirrored
+        self.mirrored, self.audio = mirrored, audio
         self.stop = multihost.SharedStop(hosts, stop)
         self.cfg, self.devices, past = made.cfg.train, made.devices, made.past
         if past is None:
@@ -116,6 +126,8 @@ class Run:
                 inventory.set_aside(folder, newer_than=past.step)
             self.state = checkpoint.restore(folder, past.step, made.state_shapes())
             logger.info("going on after update %d", past.step)
+        if made.cfg.data.cache_features:
+            audio.wait()  # what is kept of it serves other runs as well
         self.kept = made.kept(self.state)
         writes, kept = hosts.is_first, 0 if past is None else past.log_events
         self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit, writes)
@@ -200,6 +212,7 @@ class Run:
                 if due or self.stop.asked:
                     self._count(previous, bar)
                     previous = None
+                    self.audio.check()
                     self._notice_failed_saves()
                     if self._due(self.cfg.logging_steps):
                         figures = self.window.close(batches.wait_seconds)
@@ -290,6 +303,8 @@ class Run:
                     window=self.window.as_json(),
                     log_events=len(self.log.events),
                 )
+                # What is saved was trained on sound audio; a signal leaves no time to read on.
+                (self.audio.check if stops else self.audio.wait)()
                 # On every host, whatever comes of the writing.
                 state = parallel.whole(self.programs, self.state, self.made.layout, self.devices)
                 with self._saving():
@@ -345,6 +360,7 @@ class Run:
 
     def finish(self) -> None:
         """The best checkpoint: its test scores, the export, the curves and the card."""
+        self.audio.wait()
         saved = self.made.described(self._best())
         if self.made.scores("test"):
             flat, _ = step.split(saved.params, lambda path: True)

@@ -533,6 +533,25 @@ def test_other_data_behind_the_same_path_are_refused(here, place, whole, tmp_pat
     assert "now 15 clips" in message
 
 
+def test_a_flipped_bit_in_prepared_audio_stops_the_run_before_anything_is_saved(
+    here, whole, tmp_path, capsys
+):
+    run, prepared = tmp_path / "run", tmp_path / "prepared"
+    shutil.copytree(whole.parent / "prepared", prepared)
+    (audio,) = (prepared / "dev").glob("audio-*")
+    content = bytearray(audio.read_bytes())
+    content[100] ^= 1
+    audio.write_bytes(content)
+    assert here(run, f"--data.prepared_dir={prepared}") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"{audio} is not what was written: its sha256 differs" in message
+    assert f"Delete the folder {audio.parent}" in message
+    assert inventory.steps(run) == []
+    shutil.rmtree(audio.parent)
+    assert here(run, f"--data.prepared_dir={prepared}") == 0
+    small_training.assert_same(run, whole)
+
+
 def test_a_run_that_another_process_is_at_is_refused(place, tmp_path, here, capsys):
     run = tmp_path / "run"
     process = place.start(run, cache=tmp_path / "cold")

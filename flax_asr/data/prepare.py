@@ -120,7 +120,7 @@ def command(cfg: config.Config) -> None:
     out, and what the normalisation does to the transcripts.
 
     Raises:
-        errors.DataError: as `prepare`; damage to any byte is found here, `train` trusts the audio.
+        errors.DataError: as `prepare`; also where a byte of the audio has changed.
     """
     cfg.require("data.language")
     normalize = compat.normalizer(cfg)

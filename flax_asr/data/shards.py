@@ -98,8 +98,7 @@ class PreparedSplit:
         self.maps = [
             # A plain view of the map: slicing np.memmap itself costs ten times as much.
             np.asarray(np.memmap(folder / name, PCM, mode="r"))
-            for name in manifest["files"]
-            if name.startswith("audio-")
+            for name in self.audio_files
         ]
         facts = list(read_lines(folder / "clips.jsonl"))
         self.ids = [fact["id"] for fact in facts]
@@ -109,6 +108,19 @@ class PreparedSplit:
         self.genders = [fact["gender"] for fact in facts]
         self.accents = [fact["accent"] for fact in facts]
         self.left_out = [LeftOut(**entry) for entry in read_lines(folder / "left_out.jsonl")]
+
+    @property
+    def audio_files(self) -> list[str]:
+        """The names of the files with audio, in the order of the clips."""
+        return [name for name in self.manifest["files"] if _is_audio(name)]
+
+    def verify(self, name: str) -> None:
+        """Reads a file and compares its hash with the manifest's.
+
+        Raises:
+            errors.DataError: it is not what was written, or cannot be read.
+        """
+        _verify(self.folder / name, self.manifest["files"][name]["sha256"])
 
     @classmethod
     def open(cls, folder: str | os.PathLike, *, verify: bool = False) -> "PreparedSplit":
@@ -131,9 +143,8 @@ class PreparedSplit:
             if size != expected["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise _damaged(path, f"{found}; the manifest says {expected['bytes']} bytes")
-            is_audio = name.startswith("audio-")
-            if (verify or not is_audio) and file_sha256(path) != expected["sha256"]:
-                raise _damaged(path, "is not what was written: its sha256 differs")
+            if verify or not _is_audio(name):
+                _verify(path, expected["sha256"])
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -143,6 +154,19 @@ class PreparedSplit:
         """The clip's samples, read only, straight from the memory map."""
         start = self.offsets[row]
         return self.maps[self.shards[row]][start : start + self.samples[row]]
+
+
+def _is_audio(name: str) -> bool:
+    return name.startswith("audio-")
+
+
+def _verify(path: Path, sha256: str) -> None:
+    try:
+        digest = file_sha256(path)
+    except OSError as error:
+        raise _damaged(path, f"cannot be read: {error.strerror}") from error
+    if digest != sha256:
+        raise _damaged(path, "is not what was written: its sha256 differs")
 
 
 def is_finished(folder: str | os.PathLike) -> bool:

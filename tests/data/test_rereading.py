@@ -1,0 +1,61 @@
+"""Damage to prepared audio is found beside the run, wherever it is."""
+
+import threading
+
+import pytest
+from small_splits import write_split
+
+from flax_asr import errors
+from flax_asr.data import rereading, shards
+
+
+@pytest.fixture
+def splits(tmp_path):
+    def write(name):
+        return write_split(
+            tmp_path / name, ["a", "b", "c"], samples=[4000] * 3, split=name, shard_bytes=9000
+        )
+
+    return [write("train"), write("dev")]
+
+
+def test_sound_audio_passes(splits):
+    assert [len(split.audio_files) for split in splits] == [3, 3]
+    audio = rereading.Rereading([*splits, splits[0]])
+    audio.wait()
+    audio.check()
+
+
+@pytest.mark.parametrize("where", [(0, 0), (0, 2), (1, 1)])
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_any_damaged_file_is_named_with_the_way_out(splits, where, damage):
+    split = splits[where[0]]
+    path = split.folder / split.audio_files[where[1]]
+    if damage == "gone":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    audio = rereading.Rereading(splits)
+    what = "cannot be read" if damage == "gone" else "is not what was written"
+    with pytest.raises(errors.DataError, match=f"{path} {what}.*Delete the folder {split.folder}"):
+        audio.wait()
+    with pytest.raises(errors.DataError, match=str(path)):
+        audio.check()
+
+
+def test_a_closed_one_reads_no_further_file(splits, monkeypatch):
+    read, audio = [], None
+    begun = threading.Event()
+
+    def verify(split, name):
+        begun.wait()
+        read.append(name)
+        audio.close()
+
+    monkeypatch.setattr(shards.PreparedSplit, "verify", verify)
+    audio = rereading.Rereading(splits)
+    begun.set()
+    audio.wait()
+    assert read == ["audio-00000.bin"]

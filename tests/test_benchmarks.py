@@ -25,6 +25,7 @@ TINY = {
     "padding": "",
     "precision": "--seeds 1 --steps 2",
     "preparation": "--clips 4 --runs 1",
+    "resume": "--steps 2 4 --runs 1",
     "same_run": "--updates 1",
     "scaling": "--runs 1 --points 1 --hours 1",
     "startup": "--runs 1 --updates 2",

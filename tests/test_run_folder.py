@@ -78,6 +78,16 @@ def test_a_run_whose_outputs_are_lost_is_not_finished(folder, finished, lost):
     assert not run_folder.is_finished(folder, resumed(folder, finished), finished)
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\x00\n", b"six\n", b"4\n", b"6\n6\n", b"-6", b"6" * 9000]
+)
+def test_a_run_whose_mark_of_the_end_is_damaged_is_finished_once_more(folder, finished, content):
+    (folder / run_folder.FINISHED).write_bytes(content)
+    assert not run_folder.is_finished(folder, resumed(folder, finished), finished)
+    run_folder.mark_finished(folder, 6)
+    assert run_folder.is_finished(folder, resumed(folder, finished), finished)
+
+
 def test_a_run_whose_last_checkpoint_is_lost_is_not_finished(folder, finished):
     shutil.rmtree(folder / inventory.FOLDER / "6")
     past = resumed(folder, finished)

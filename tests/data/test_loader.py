@@ -138,6 +138,28 @@ def test_the_state_is_the_step_number(data, shapes):
             np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("start", [0, 10, 10_000])
+def test_wherever_it_starts_only_the_rows_of_these_updates_are_read(
+    data, shapes, start, monkeypatch
+):
+    read, hear = [], type(data).audio
+    monkeypatch.setattr(
+        type(data), "audio", lambda data, row: (read.append(row), hear(data, row))[1]
+    )
+    plan = TrainPlan(data.samples, shapes, 4, 2, seed=5)
+    expected = [
+        row
+        for step in range(start, start + 3)
+        for group in plan.update(step)
+        for row in group.rows.tolist()
+        if row >= 0
+    ]
+    assert read == []
+    with updates(data, plan, start_step=start, prefetch=1) as stream:
+        assert [next(stream)[0] for _ in range(3)] == [start, start + 1, start + 2]
+        assert read[: len(expected)] == expected
+
+
 def loader_threads():
     return [thread for thread in threading.enumerate() if thread.name == "loader"]
 

@@ -24,7 +24,7 @@ import sidebyside
 import small_training
 
 from flax_asr import __main__, audio, loop
-from flax_asr.data import examples, rereading, shards
+from flax_asr.data import examples, rereading, shard_writer, shards
 
 HEARD_SECONDS = 1800
 
@@ -84,7 +84,7 @@ def resumes(folder: pathlib.Path, steps: list[int], runs: int) -> list[dict[str,
 def rereads(folder: pathlib.Path, runs: int) -> dict[str, float]:
     """Processor seconds an hour of audio."""
     clip = np.zeros(10 * audio.SAMPLE_RATE_HZ, np.int16)
-    with shards.ShardWriter(folder) as writer:
+    with shard_writer.ShardWriter(folder) as writer:
         for number in range(HEARD_SECONDS // 10):
             facts = shards.ClipFacts(id=str(number), sentence="a")
             writer.add(facts, clip, 1.0, str(number))

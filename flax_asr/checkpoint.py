@@ -5,9 +5,12 @@ under a hidden name, sealed, and only then renamed: what has a step's name was c
 does not notice a flipped bit; the seal does, and what it does not hold for is not used.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -90,10 +93,7 @@ class Checkpoints:
             raise self._cannot_write(error) from error
         # What fails is raised here as one message; orbax would print tracebacks of it as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._writer = ocp.AsyncCheckpointer(
-            ocp.StandardCheckpointHandler(multiprocessing_options=_alone()),
-            multiprocessing_options=_alone(),
-        )
+        self._writer = _writer()
 
     def save(self, state: PyTree, meta: inventory.Meta) -> None:
         """Begins to save; returns as soon as the state is on the host.
@@ -111,6 +111,7 @@ class Checkpoints:
         unfinished = self._folder / f"{inventory.UNFINISHED}{meta.step}"
         arrays = _on_host(flax.serialization.to_state_dict(state))
         try:
+            self._make_room(arrays)
             unfinished.mkdir()
             content = json.dumps(dataclasses.asdict(meta), indent=1, default=str)
             (unfinished / inventory.META).write_text(content + "\n", encoding="utf-8")
@@ -119,7 +120,7 @@ class Checkpoints:
                 args=ocp.args.StandardSave(arrays),
             )
         except _WRITE_ERRORS as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            self._give_up(unfinished)
             raise self._cannot_write(error) from error
         self._publishing = threading.Thread(target=self._publish, args=(meta.step,), daemon=True)
         self._publishing.start()
@@ -148,7 +149,7 @@ class Checkpoints:
             self.wait()
         finally:
             if self._writes:
-                self._writer.close()
+                _close(self._writer)
 
     def _publish(self, step: int) -> None:
         unfinished, folder = (
@@ -173,15 +174,55 @@ class Checkpoints:
                 shutil.rmtree(going)
         except _WRITE_ERRORS as error:
             self._failure = error
-            _remove(unfinished)
+            self._give_up(unfinished)
+
+    def _make_room(self, arrays: PyTree) -> None:
+        """Raises `OSError` where the arrays do not fit: nothing is begun then.
+
+        orbax would find out in the middle, with what it has written by then on the full disk.
+        """
+        for path in self._folder.glob(f"{inventory.UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: it takes up to {needed / 1e6:,.1f} MB,"
+                f" {free / 1e6:,.1f} MB are free",
+            )
+
+    def _give_up(self, unfinished: Path) -> None:
+        """Removes what was begun, and has the next save begin anew.
+
+        A writer of orbax that has failed raises that failure again at every later call.
+        """
+        _close(self._writer)
+        self._writer = _writer()
+        _remove(unfinished)
 
     def _cannot_write(self, error: Exception) -> errors.CheckpointError:
         kept = ", ".join(map(str, inventory.steps(self._run))) or "none"
-        reason = str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        # tensorstore puts its whole specification behind the reason.
+        reason = (reason or type(error).__name__).partition(" [")[0].partition("\n")[0]
         return errors.CheckpointError(
             f"cannot write a checkpoint in {self._folder}: {reason}. Make room or mend the folder,"
             f" then run the same command again. Checkpoints there: {kept}."
         )
+
+
+def _writer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(
+        ocp.StandardCheckpointHandler(multiprocessing_options=_alone()),
+        multiprocessing_options=_alone(),
+    )
+
+
+def _close(writer: ocp.AsyncCheckpointer) -> None:
+    """Lets go of its threads; what has failed in them was told before."""
+    with contextlib.suppress(*_WRITE_ERRORS):
+        writer.close()
 
 
 def restore(run: Path, step: int, like: PyTree) -> PyTree:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class Checkpoints:
             raise self._cannot_write(error) from error
         # What fails is raised here as one message; orbax would print tracebacks of it as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _quieten_loose_ends()
         self._writer = _writer()
 
     def save(self, state: PyTree, meta: inventory.Meta) -> None:
@@ -217,6 +219,20 @@ def _writer() -> ocp.AsyncCheckpointer:
         ocp.StandardCheckpointHandler(multiprocessing_options=_alone()),
         multiprocessing_options=_alone(),
     )
+
+
+def _quieten_loose_ends() -> None:
+    """No traceback for each array that was still being written when another one failed."""
+    show = sys.unraisablehook
+    if getattr(show, "is_quiet", False):
+        return
+
+    def show_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    show_others.is_quiet = True
+    sys.unraisablehook = show_others
 
 
 def _close(writer: ocp.AsyncCheckpointer) -> None:

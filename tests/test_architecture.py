@@ -228,3 +228,23 @@ def test_loading_the_data_side_loads_no_jax():
     names = [m for m in FILES if m and _layer(m) <= _layer("data")]
     loaded = _loaded_by("\n".join(f"import flax_asr.{name}" for name in names))
     assert loaded & {"jax", "torch", "transformers", "tensorflow", "flax", "datasets"} == set()
+
+
+def test_the_wall_clock_is_read_only_for_people_and_for_names():
+    """It may jump: spans are measured without it, and the newest is the one of the highest step."""
+    wall = {"time", "time_ns", "now", "utcnow", "today", "st_mtime", "st_mtime_ns", "getmtime"}
+    readers = {
+        module
+        for module in FILES
+        for node in ast.walk(_tree(module))
+        if isinstance(node, ast.Attribute)
+        and node.attr in wall
+        and ast.unparse(node.value).partition(".")[0] in ("time", "datetime", "status", "os")
+    }
+    assert readers == {
+        "record.window",  # when an event was logged
+        "bucket.lease",  # since when a run is at work, in a message
+        "run_folder",  # the dated name of an old run
+        "hosts.multihost",  # the name of a file that nobody else has
+        "bucket.mirror",  # whether a file is another one than before, earlier or later
+    }

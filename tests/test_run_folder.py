@@ -51,6 +51,16 @@ def test_an_unfinished_run_goes_on_from_its_newest_checkpoint(folder, unfinished
     assert not run_folder.is_finished(folder, past, unfinished)
 
 
+def test_the_newest_checkpoint_is_that_of_the_highest_step_whatever_the_clock_said(
+    folder, unfinished
+):
+    for step, seconds in ((4, 1), (2, 4e9)):
+        for path in (folder / inventory.FOLDER / str(step)).rglob("*"):
+            os.utime(path, (seconds, seconds))
+        os.utime(folder / inventory.FOLDER / str(step), (seconds, seconds))
+    assert resumed(folder, unfinished).step == 4
+
+
 def test_the_configuration_comes_back_equal(folder, unfinished):
     assert config.load(folder / run_folder.CONFIG) == unfinished
 

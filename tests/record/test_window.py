@@ -140,3 +140,15 @@ def test_the_progress_bar_shows_loss_rate_and_padding():
     assert figures.facts().keys() == {"loss", "audio s/s", "padding"}
     assert figures.facts()["loss"] == "1.25"
     assert figures.facts()["padding"] == "33%"
+
+
+@pytest.mark.parametrize("jump", [-86_400, 86_400])
+def test_a_clock_that_jumps_changes_no_rate(monkeypatch, jump):
+    figures, now = window.Window({}), window.time.time()
+    add(figures, 1.0)
+    before = figures.close(0.0)
+    monkeypatch.setattr(window.time, "time", lambda: now + jump)
+    add(figures, 1.0)
+    after = figures.close(0.0)
+    assert after["time"] - before["time"] == pytest.approx(jump, abs=600)
+    assert after["audio_seconds_per_second"] > 1.0

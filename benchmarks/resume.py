@@ -35,25 +35,25 @@ class Reached(Exception):
 
 def going_on(command: list[str]) -> tuple[float, int]:
     """Processor seconds until the first update of a run that goes on, and clips read for it."""
-    read, count, hear = [], loop.Run._count, examples.Examples.audio
+    read, count, hear = [], loop.Run._count, examples.Examples.recordings
 
     def counted(run, update, bar):
         count(run, update, bar)
         if update is not None:
             raise Reached
 
-    def heard(data, row):
-        read.append(row)
-        return hear(data, row)
+    def heard(data, rows):
+        read.extend(rows)
+        return hear(data, rows)
 
-    loop.Run._count, examples.Examples.audio = counted, heard
+    loop.Run._count, examples.Examples.recordings = counted, heard
     started = time.process_time()
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Reached):
             __main__.main(command)
         return time.process_time() - started, len(read)
     finally:
-        loop.Run._count, examples.Examples.audio = count, hear
+        loop.Run._count, examples.Examples.recordings = count, hear
 
 
 def resumes(folder: pathlib.Path, steps: list[int], runs: int) -> list[dict[str, float]]:

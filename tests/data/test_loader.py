@@ -142,9 +142,9 @@ def test_the_state_is_the_step_number(data, shapes):
 def test_wherever_it_starts_only_the_rows_of_these_updates_are_read(
     data, shapes, start, monkeypatch
 ):
-    read, hear = [], type(data).audio
+    read, hear = [], type(data).recordings
     monkeypatch.setattr(
-        type(data), "audio", lambda data, row: (read.append(row), hear(data, row))[1]
+        type(data), "recordings", lambda data, rows: (read.extend(rows), hear(data, rows))[1]
     )
     plan = TrainPlan(data.samples, shapes, 4, 2, seed=5)
     expected = [

@@ -26,6 +26,7 @@ from flax_asr import (
 )
 from flax_asr.console import progress
 from flax_asr.data import features
+from flax_asr.diagnosis import findings
 from flax_asr.estimate import forecast
 from flax_asr.hosts import multihost
 
@@ -125,26 +126,16 @@ class Assembly:
     def warnings(self) -> Iterator[str]:
         """What is allowed and probably not meant."""
         cfg = self.cfg
-        warmup = cfg.optim.warmup_updates(self.updates)
-        if warmup > self.updates / 5:
-            yield (
-                f"the warm-up takes {warmup} of {self.updates} updates, more than a fifth of the"
-                " run; lower optim.warmup_steps or optim.warmup_fraction."
-            )
-        if cfg.train.mixed_precision == "fp16" and self.devices.platform == "tpu":
-            yield "TPUs compute in bf16: train.mixed_precision fp16 only adds a loss scale."
+        for finding in (
+            *findings.schedule(cfg, self.updates, self.fresh_head),
+            *findings.precision(cfg.train.mixed_precision, self.devices.platform),
+            *findings.language_rule(cfg, self.corpus.normalizer.is_default),
+        ):
+            yield finding.message
         if cfg.train.zero_sharding and not self.layout.axes:
             yield (
                 f"train.zero_sharding changes nothing: no matrix of the model can be cut over"
                 f" {self.devices.count} device{'s' if self.devices.count > 1 else ''}."
-            )
-        if self.fresh_head and warmup == 0:
-            yield "a fresh head without warm-up can ruin the encoder; set optim.warmup_steps."
-        if cfg.text.normalization is None and self.corpus.normalizer.is_default:
-            yield (
-                f"no rule is written for the language {cfg.data.language}: its transcripts get the"
-                " default. See what `flax-asr prepare` says that it changes, or write"
-                " text.normalization."
             )
         for name, data in self.corpus.scored().items():
             lacking = self.corpus.vocabulary.lacks(data.references)

@@ -132,7 +132,7 @@ def _vocabulary(
             rare.total(),
             text.shown(rare),
         )
-    return start.vocabulary if keeps_head(cfg.model, start, found) else found
+    return start.vocabulary if _serves(cfg.model, start, found) else found
 
 
 def _check_vocabulary(name: str, found: vocabulary.Vocabulary, texts: Sequence[str]) -> None:
@@ -157,9 +157,7 @@ def _check_vocabulary(name: str, found: vocabulary.Vocabulary, texts: Sequence[s
     logger.warning("warning: %s. They become %s. %s", what, found.tokens[found.unknown], mend)
 
 
-def keeps_head(
-    model: config.ModelConfig, start: origins.Origin, ours: vocabulary.Vocabulary
-) -> bool:
+def _serves(model: config.ModelConfig, start: origins.Origin, ours: vocabulary.Vocabulary) -> bool:
     """Whether the stored head writes exactly the characters that are needed."""
     if start.vocabulary is None or model.reset_head:
         return False

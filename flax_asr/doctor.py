@@ -24,7 +24,6 @@ from flax_asr import (
     experiment,
     feature_cache,
     origins,
-    vocabulary,
 )
 from flax_asr.console import results, terminal
 from flax_asr.data import buckets, examples, pool
@@ -110,7 +109,7 @@ class Examination:
             self._suspects(corpus.train, [splits[name] for name in self.cfg.data.train_splits])
         asked = None
         if corpus is not None:
-            start = _sized(start, corpus.vocabulary)
+            start = start.sized(corpus.vocabulary)
             with self._noting("model"):
                 wav2vec2.check(start.model_config)
                 asked = self._shapes(start, corpus)
@@ -204,8 +203,8 @@ class Examination:
             "characters": dict(counts.most_common()),
         }
         total = max(1, sum(map(len, sentences[::step])))
-        default = self.cfg.text.normalization is None and corpus.normalizer.is_default
-        self.findings += findings.normalisation(changes, total, default, self.cfg.data.language)
+        self.findings += findings.normalisation(changes, total)
+        self.findings += findings.language_rule(self.cfg, corpus.normalizer.is_default)
         for name, data in {"train": corpus.train, **corpus.scored()}.items():
             rows = len(data) + len(data.left_out)
             self.findings += findings.left_out(data.left_out, rows, f"the {name} splits")
@@ -246,10 +245,9 @@ class Examination:
             "mean": float(lengths.mean()),
         }
         expected = forecast.losses(train, start.model_config, corpus.vocabulary.size)
-        kept = start.vocabulary == corpus.vocabulary and not cfg.model.reset_head
         self.facts["losses"] = dataclasses.asdict(expected) | {
             "reduction": start.model_config.ctc_loss_reduction,
-            "fresh_head": not kept,
+            "fresh_head": not experiment.keeps_head(cfg, start, corpus.vocabulary),
         }
         self.facts["shapes"] = [
             {"samples": samples, "tokens": tokens, "clips": int(count)}
@@ -296,10 +294,3 @@ class Examination:
                 )
             )
         return devices, timed
-
-
-def _sized(start: origins.Origin, found: vocabulary.Vocabulary) -> origins.Origin:
-    sizes = {"vocab_size": found.size, "pad_token_id": found.blank}
-    return dataclasses.replace(
-        start, model_config=Wav2Vec2Config(**(start.model_config.to_dict() | sizes))
-    )

@@ -27,16 +27,16 @@ def initial_model(
 ) -> tuple[origins.Origin, PyTree]:
     """The origin with its final configuration, and the parameters to begin with."""
     found = data.vocabulary
-    kept = start.folder is not None and start.vocabulary == found and not cfg.model.reset_head
-    sizes = {"vocab_size": found.size, "pad_token_id": found.blank}
-    model_config = Wav2Vec2Config(**(start.model_config.to_dict() | sizes))
+    kept = keeps_head(cfg, start, found)
+    model_config = start.sized(found).model_config
     if start.folder is None:
         params = pretrained.fresh(model_config, cfg.seed)
     else:
         loaded = pretrained.load(
             start.folder,
             head_vocab_size=None if kept else found.size,
-            config_overrides=origins.overrides(cfg.model) | sizes,
+            config_overrides=origins.overrides(cfg.model)
+            | {"vocab_size": found.size, "pad_token_id": found.blank},
             seed=cfg.seed,
         )
         model_config, params = loaded.config, loaded.params
@@ -50,6 +50,11 @@ def initial_model(
         dataclasses.replace(start, model_config=model_config, facts={**start.facts, "head": head}),
         params,
     )
+
+
+def keeps_head(cfg: config.Config, start: origins.Origin, ours: vocabulary.Vocabulary) -> bool:
+    """Whether the run goes on with the stored head: it writes the run's symbols."""
+    return start.folder is not None and start.vocabulary == ours and not cfg.model.reset_head
 
 
 def _why_fresh(

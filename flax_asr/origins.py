@@ -1,5 +1,6 @@
 """Where a model's weights come from, and what that place says about them."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from transformers import Wav2Vec2Config
 
 from flax_asr import config, errors, inventory, json_object, vocabulary
 from flax_asr.bucket import copies, store
-from flax_asr.models import configuration, weights
+from flax_asr.models import configuration, hub
 from flax_asr.record import lineage
 
 
@@ -31,6 +32,12 @@ class Origin:
     do_normalize: bool
     use_attention_mask: bool
     facts: dict[str, Any]
+
+    def sized(self, symbols: vocabulary.Vocabulary) -> "Origin":
+        """The same, its head for these symbols."""
+        sizes = {"vocab_size": symbols.size, "pad_token_id": symbols.blank}
+        wanted = Wav2Vec2Config(**(self.model_config.to_dict() | sizes))
+        return dataclasses.replace(self, model_config=wanted)
 
 
 def read(model: config.ModelConfig) -> Origin:
@@ -61,7 +68,7 @@ def _pretrained_folder(name: str) -> tuple[Path, str | None]:
         name = str(copies.pretrained(name))
     run = Path(name)
     if not inventory.is_run(run):
-        return weights.resolve(name)
+        return hub.resolve(name)
     if not (run / "export" / "config.json").is_file():
         raise errors.ModelError(
             f"{run} is a run that has not finished: export it first with"

@@ -75,7 +75,7 @@ def test_the_output_says_what_a_reader_must_know(whole):
     (scored,) = (event for event in runlog.read(whole) if "best_step" in event)
     for words in (
         "8 updates of 8 clips, 2 an epoch",
-        "no rule is written for the language cy",
+        "no normalisation rule is written for cy",
         f"{scored['test_release']}, {scored['test_hash'][:16]}; greedy, real frames only; CER",
     ):
         assert words in output

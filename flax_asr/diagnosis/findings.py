@@ -107,8 +107,19 @@ def left_out(entries: Sequence[shards.LeftOut], judged: int, where: str) -> Iter
         )
 
 
-def normalisation(changes: Sequence[text.Change], characters: int, default: bool, language: str):
-    """Letters and digits that the normalisation takes away, and a language without a rule."""
+def language_rule(cfg: config.Config, is_default: bool) -> Iterator[Finding]:
+    """A language without a normalisation rule of its own."""
+    if is_default and cfg.text.normalization is None:
+        yield Finding(
+            "default_normalization",
+            0.02,
+            f"no normalisation rule is written for {cfg.data.language}, the default one is used:"
+            " see what `flax-asr prepare` says that it changes, or write text.normalization.",
+        )
+
+
+def normalisation(changes: Sequence[text.Change], characters: int) -> Iterator[Finding]:
+    """Letters and digits that the normalisation takes away."""
     gone = [c for c in changes if not c.after and unicodedata.category(c.before[0])[0] in "LN"]
     lost = sum(change.count for change in gone)
     if lost:
@@ -117,13 +128,6 @@ def normalisation(changes: Sequence[text.Change], characters: int, default: bool
             "letters_removed",
             lost / characters,
             f"text.normalization removes {lost} letters or digits: {shown}. Are they not spoken?",
-        )
-    if default:
-        yield Finding(
-            "default_normalization",
-            0.02,
-            f"there is no normalisation rule for {language}, the default one is used: look at what"
-            " it changes, or write text.normalization.",
         )
 
 

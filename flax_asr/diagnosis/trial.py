@@ -39,6 +39,12 @@ class Machine(NamedTuple):
     flops_per_second: float
 
 
+class Look(NamedTuple):
+    """The devices are to be named and tried in this precision."""
+
+    mixed_precision: str
+
+
 class Asked(NamedTuple):
     """One micro-batch and update to be timed: which run, model and shape, and in what time."""
 
@@ -69,7 +75,8 @@ def run(
     asked: Asked | None, limit_seconds: float
 ) -> tuple[Machine | pool.Failure, Timed | pool.Failure | None]:
     """The devices and, where something is asked, its times; each may fail or take too long."""
-    tasks = [(None, precision(asked)), *([(None, asked)] if asked is not None else [])]
+    mixed_precision = "fp32" if asked is None else asked.cfg.train.mixed_precision
+    tasks = [(None, Look(mixed_precision)), *([(None, asked)] if asked is not None else [])]
     with contextlib.closing(
         pool.run_ordered(answer, tasks, workers=1, limit_seconds=limit_seconds)
     ) as results:
@@ -77,14 +84,9 @@ def run(
     return answers[0], answers[1] if asked is not None else None
 
 
-def precision(asked: Asked | None) -> str:
-    """In which precision the devices are tried."""
-    return "fp32" if asked is None else asked.cfg.train.mixed_precision
-
-
-def answer(task: str | Asked) -> Machine | Timed:
-    """What the process does: a precision asks for the devices."""
-    return _machine(task) if isinstance(task, str) else _timed(task)
+def answer(task: Look | Asked) -> Machine | Timed:
+    """What the process does."""
+    return _machine(task.mixed_precision) if isinstance(task, Look) else _timed(task)
 
 
 def _machine(mixed_precision: str) -> Machine:

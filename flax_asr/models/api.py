@@ -19,7 +19,7 @@ from flax import traverse_util
 from jaxtyping import Array
 
 from flax_asr import errors
-from flax_asr.models import configuration, convert, outputs, pretrained, wav2vec2, weights
+from flax_asr.models import configuration, convert, hub, outputs, pretrained, wav2vec2, weights
 
 if TYPE_CHECKING:
     # At run time it is imported where it is used: transformers imports torch where it can.
@@ -210,7 +210,7 @@ class _PretrainedModel:
             pretrained_model_name_or_path: the folder or the hub id.
             dtype: of the computation; parameters are float32.
             config: used instead of the stored configuration: an object or a folder.
-            cache_dir, local_files_only, token, revision: as for `weights.resolve`.
+            cache_dir, local_files_only, token, revision: as for `hub.resolve`.
             ignore_mismatched_sizes: a stored head of another size than the configuration's
                 vocabulary is replaced by a fresh one instead of being refused.
             from_pt: accepted; every form is recognised by itself.
@@ -225,13 +225,13 @@ class _PretrainedModel:
         """
         del from_pt
         options = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
-        folder, _ = weights.resolve(
+        folder, _ = hub.resolve(
             pretrained_model_name_or_path, revision, cache_dir, local_files_only, token
         )
         if config is None or isinstance(config, (str, os.PathLike)):
             place = config or folder
             config = configuration.read(
-                weights.resolve(place, None, cache_dir, local_files_only, token)[0]
+                hub.resolve(place, None, cache_dir, local_files_only, token)[0]
             )
             fields = config.to_dict()
             configuration.override(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from flax_asr.models import configuration, convert, wav2vec2, weights
+from flax_asr.models import configuration, convert, hub, wav2vec2, weights
 
 if TYPE_CHECKING:
     # At run time it is imported where it is used: transformers imports torch where it can.
@@ -59,13 +59,13 @@ def load(
             of so many tokens.
         config_overrides: fields of transformers.Wav2Vec2Config that replace the stored ones.
         seed: of a fresh head.
-        revision, cache_dir, local_files_only, token: as for `weights.resolve`.
+        revision, cache_dir, local_files_only, token: as for `hub.resolve`.
 
     Raises:
         ConfigError: an override that is not a field, or not of its type.
         ModelError: not found, damaged, or not a wav2vec 2.0 model.
     """
-    folder, commit = weights.resolve(folder_or_id, revision, cache_dir, local_files_only, token)
+    folder, commit = hub.resolve(folder_or_id, revision, cache_dir, local_files_only, token)
     config = configuration.read(folder)
     configuration.override(config, dict(config_overrides or {}))
     if head_vocab_size is not None:

@@ -1,10 +1,13 @@
 """A small model as a checkpoint gives it, and a small prepared split, both without a run."""
 
+import pathlib
+
 import numpy as np
+import pytest
 import torch
 from models import small_torch
 
-from flax_asr import audio, checkpoint, config, inventory, vocabulary
+from flax_asr import audio, checkpoint, config, export, inventory, vocabulary
 from flax_asr.data import shard_writer, shards
 from flax_asr.models import convert
 
@@ -57,6 +60,13 @@ def saved(
         vocabulary=VOCABULARY,
         meta=meta,
     )
+
+
+def export_folder(folder: pathlib.Path, model: checkpoint.SavedModel) -> None:
+    """The model's export, not compared in PyTorch: tests/test_export.py is about that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_torch_is_installed", lambda: False)
+        export.write_folder(folder, model, config.build(model.meta.run), model.meta.facts)
 
 
 def speech(samples: int, seed: int) -> np.ndarray:

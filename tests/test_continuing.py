@@ -9,7 +9,7 @@ import pytest
 import small_saved
 from huggingface_hub import ModelCard
 
-from flax_asr import card, config, corpora, errors, experiment, export, origins
+from flax_asr import card, config, corpora, errors, experiment, origins
 from flax_asr.record import lineage
 
 LETTERS = "".join(small_saved.VOCABULARY.characters)
@@ -20,7 +20,7 @@ def exported(tmp_path_factory):
     """An export whose head writes a to h and spaces."""
     saved = small_saved.saved()
     folder = tmp_path_factory.mktemp("runs") / "first"
-    export.write_folder(folder, saved, config.build(saved.meta.run), saved.meta.facts)
+    small_saved.export_folder(folder, saved)
     return folder
 
 
@@ -137,9 +137,7 @@ def test_the_history_is_that_of_the_export_and_its_own(splits, exported):
 def test_a_chain_of_three_runs_is_told_by_the_card(splits, exported, tmp_path):
     start, _, _ = _started(splits, exported, "same")
     second = small_saved.saved(facts=start.facts)
-    export.write_folder(
-        tmp_path / "second", second, config.build(second.meta.run), second.meta.facts
-    )
+    small_saved.export_folder(tmp_path / "second", second)
     start, _, _ = _started(splits, tmp_path / "second", "other")
     assert [run["started_from"] for run in start.facts["lineage"]] == [
         "facebook/wav2vec2-xls-r-300m",

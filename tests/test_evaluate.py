@@ -10,7 +10,7 @@ import pytest
 import small_saved
 import soundfile
 
-from flax_asr import config, errors, evaluate, experiment, export, loading, parallel, vocabulary
+from flax_asr import config, errors, evaluate, experiment, loading, parallel, vocabulary
 from flax_asr.data import buckets, examples
 from flax_asr.models import wav2vec2
 from flax_asr.record import lineage
@@ -337,7 +337,7 @@ def release(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, saved):
     folder = tmp_path_factory.mktemp("model") / "export"
-    export.write_folder(folder, saved, config.build(saved.meta.run), saved.meta.facts)
+    small_saved.export_folder(folder, saved)
     return folder
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_saved
 
-from flax_asr import checkpoint, config, errors, export, loading
+from flax_asr import checkpoint, config, errors, loading
 from flax_asr.record import lineage
 
 
@@ -21,7 +21,7 @@ def saved():
 @pytest.fixture(scope="module")
 def _exported(tmp_path_factory, saved):
     folder = tmp_path_factory.mktemp("run") / "export"
-    export.write_folder(folder, saved, config.build(saved.meta.run), saved.meta.facts)
+    small_saved.export_folder(folder, saved)
     return folder
 
 
@@ -84,7 +84,7 @@ def test_the_feature_extractor_s_settings_are_honoured(
 
 def test_group_normalisation_hears_padding_even_with_a_mask(tmp_path):
     saved = small_saved.saved("base")
-    export.write_folder(tmp_path / "m", saved, config.build(saved.meta.run), saved.meta.facts)
+    small_saved.export_folder(tmp_path / "m", saved)
     _change(tmp_path / "m" / "preprocessor_config.json", return_attention_mask=True)
     assert not loading.load(str(tmp_path / "m")).ignores_padding
 

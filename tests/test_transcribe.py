@@ -10,7 +10,7 @@ import small_saved
 import soundfile
 import transformers
 
-from flax_asr import alignment, audio, config, errors, export, loading, transcribe
+from flax_asr import alignment, audio, errors, loading, transcribe
 from flax_asr.models import wav2vec2
 
 SECONDS = (0.11, 0.17, 0.4, 0.55)
@@ -28,7 +28,7 @@ def exported(request, tmp_path_factory):
     """One model that does not hear padding, one that does."""
     folder = tmp_path_factory.mktemp(request.param) / "export"
     saved = small_saved.saved(request.param)
-    export.write_folder(folder, saved, config.build(saved.meta.run), saved.meta.facts)
+    small_saved.export_folder(folder, saved)
     return folder
 
 
@@ -62,19 +62,26 @@ def test_the_text_does_not_depend_on_the_batch(exported, clips):
     assert together == [*one_by_one, *one_by_one]
 
 
-@pytest.fixture
-def windowed(monkeypatch, tmp_path):
-    """A model with windows of 0.3 s, that hears no more than its own neighbourhood."""
-    monkeypatch.setattr(transcribe, "WINDOW_SECONDS", 0.3)
-    monkeypatch.setattr(transcribe, "OVERLAP_SECONDS", 0.1)
-    monkeypatch.setattr(transcribe, "SHAPE_SECONDS", (0.1,))
+@pytest.fixture(scope="module")
+def near(tmp_path_factory):
+    """A model that hears no more than its own neighbourhood."""
     saved = small_saved.saved(do_normalize=False)
     for layer in saved.params["wav2vec2"]["encoder"]["layers"].values():
         layer["attention"]["out_proj"]["kernel"] = np.zeros_like(
             layer["attention"]["out_proj"]["kernel"]
         )
-    export.write_folder(tmp_path / "m", saved, config.build(saved.meta.run), saved.meta.facts)
-    return _recogniser(tmp_path / "m", rows=3)
+    folder = tmp_path_factory.mktemp("near") / "export"
+    small_saved.export_folder(folder, saved)
+    return folder
+
+
+@pytest.fixture
+def windowed(monkeypatch, near):
+    """That model with windows of 0.3 s."""
+    monkeypatch.setattr(transcribe, "WINDOW_SECONDS", 0.3)
+    monkeypatch.setattr(transcribe, "OVERLAP_SECONDS", 0.1)
+    monkeypatch.setattr(transcribe, "SHAPE_SECONDS", (0.1,))
+    return _recogniser(near, rows=3)
 
 
 @pytest.mark.parametrize("samples", [4900, 5000, 8601, 17_345, 26_660])

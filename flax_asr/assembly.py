@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 Programs = dict[tuple, Callable]
 """Compiled steps: ("accumulate", "accumulate_head" or "evaluate", padded samples), ("update", 0),
-and what `parallel.gather_jobs` asks for."""
+and what `parallel.gather_jobs` asks for. Where `Assembly.updates_at_once`, ("update_from", padded
+samples) takes the place of "accumulate" and "update"."""
 
 
 class Assembly:
@@ -115,6 +116,11 @@ class Assembly:
         """Whether the run began with a head that knew nothing."""
         return self.start.facts["head"].startswith("fresh")
 
+    @property
+    def updates_at_once(self) -> bool:
+        """Whether "update_from" is the program of every update, and there are no sums."""
+        return experiment.updates_at_once(self.cfg, self.devices.count)
+
     def accumulates(self, update: int) -> str:
         """The name of the program for the micro-batches of this update, counted from 0."""
         return "accumulate_head" if update < self.cfg.model.freeze_encoder_steps else "accumulate"
@@ -179,31 +185,19 @@ class Assembly:
         state = self.state_shapes()
         params = state.scored
         sums = devices.sum_shapes(state.trainable)
-        begin = 0 if self.past is None else self.past.step
-        accumulate = {
-            kind: parallel.accumulate(
-                self.objective, devices, self.layout, head_only=kind == "accumulate_head"
-            )
-            for kind in sorted({self.accumulates(update) for update in (begin, self.updates - 1)})
-        }
-        evaluate = parallel.evaluate(self.objective, devices, self.layout)
         jobs: dict[tuple, tuple] = {}
+        functions = self._learning_functions()
+        update = functions.pop("update", None)
         for samples, tokens in reversed(list(self.train_shapes)):
             batch = devices.train_batch_shapes(
                 self.objective, train.per_device_train_batch_size, samples, tokens
             )
-            for kind, function in accumulate.items():
-                jobs[kind, samples] = (function, (state, sums, batch))
-        update = parallel.update(
-            self._optimiser,
-            self._learning_rate,
-            devices,
-            self.cfg.optim.ema_decay,
-            clips_an_update=train.global_batch_size if self.semantics.leaks else None,
-            layout=self.layout,
-        )
-        jobs["update", 0] = (update, (state, sums))
+            arguments = (state, batch) if update is None else (state, sums, batch)
+            jobs |= {(name, samples): (function, arguments) for name, function in functions.items()}
+        if update is not None:
+            jobs["update", 0] = (update, (state, sums))
         jobs |= parallel.gather_jobs(state, devices)
+        evaluate = parallel.evaluate(self.objective, devices, self.layout)
         for samples, tokens in reversed(list(self.eval_shapes)):
             batch = devices.batch_shapes(train.per_device_eval_batch_size, samples, tokens)
             jobs["evaluate", samples] = (evaluate, (params, batch))
@@ -217,6 +211,28 @@ class Assembly:
         )
         with progress.Progress(len(jobs), "compiling", "programs") as bar:
             return parallel.compile_all(jobs, lambda key, seconds: bar.advance(1))
+
+    def _learning_functions(self) -> dict[str, Callable]:
+        """The functions of the remaining updates by the names of their programs."""
+        objective, devices, layout = self.objective, self.devices, self.layout
+        settings = {
+            "optimiser": self._optimiser,
+            "learning_rate": self._learning_rate,
+            "devices": devices,
+            "ema_decay": self.cfg.optim.ema_decay,
+            "clips_an_update": self.cfg.train.global_batch_size if self.semantics.leaks else None,
+            "layout": layout,
+        }
+        if self.updates_at_once:
+            return {"update_from": parallel.update_from(objective, **settings)}
+        begin = 0 if self.past is None else self.past.step
+        names = sorted({self.accumulates(update) for update in (begin, self.updates - 1)})
+        return {
+            name: parallel.accumulate(
+                objective, devices, layout, head_only=name == "accumulate_head"
+            )
+            for name in names
+        } | {"update": parallel.update(**settings)}
 
     def meta(self, **progress: Any) -> inventory.Meta:
         """What stands beside the arrays of a checkpoint.

@@ -206,6 +206,15 @@ def train_plan(
     )
 
 
+def updates_at_once(cfg: config.Config, device_count: int) -> bool:
+    """Whether every update is one micro-batch, and one program: `step.update_from`.
+
+    While the encoder waits for the head the update is a program of its own.
+    """
+    at_once = device_count * cfg.train.per_device_train_batch_size
+    return cfg.train.global_batch_size == at_once and not cfg.model.freeze_encoder_steps
+
+
 def total_updates(train: config.TrainConfig, updates_per_epoch: int) -> int:
     """Updates of the whole run."""
     if train.max_steps is not None:

@@ -180,7 +180,8 @@ class Run:
 
     def _updates(self) -> None:
         data, plan, devices = self.made.corpus.train, self.made.plan, self.devices
-        sums = devices.zero_sums(self.state.trainable)
+        at_once = self.made.updates_at_once
+        sums = None if at_once else devices.zero_sums(self.state.trainable)
         compilations = parallel.Compilations()
         previous = None
         with (
@@ -197,12 +198,16 @@ class Run:
             progress.Progress(self.made.updates, "training", "updates", initial=self.step) as bar,
         ):
             for number, groups in batches:
+                learns_by = "update_from" if at_once else self.made.accumulates(number)
                 for batch, group in groups:
-                    samples = plan.shapes[group.shape]
-                    program = self.programs[self.made.accumulates(number), samples]
+                    program = self.programs[learns_by, plan.shapes[group.shape]]
                     for micro in devices.micro_batches(batch, self.cfg.per_device_train_batch_size):
-                        sums = program(self.state, sums, micro)
-                self.state, sums, metrics = self.programs["update", 0](self.state, sums)
+                        if at_once:
+                            self.state, metrics = program(self.state, micro)
+                        else:
+                            sums = program(self.state, sums, micro)
+                if not at_once:
+                    self.state, sums, metrics = self.programs["update", 0](self.state, sums)
                 self.stop.passed()
                 # Read only now that the next update is on its way: the device never waits.
                 self._count(previous, bar)

@@ -197,6 +197,34 @@ def update(
     )
 
 
+def update_from(
+    objective: step.Objective,
+    optimiser: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.Schedule,
+    devices: Devices,
+    ema_decay: float | None = None,
+    clips_an_update: int | None = None,
+    layout: partition.Layout = partition.REPLICATED,
+) -> Callable:
+    """`step.update_from(state, batch) -> (state, metrics)` over all devices; state is donated."""
+    update = functools.partial(
+        step.update,
+        optimiser,
+        learning_rate,
+        ema_decay,
+        layout.axes,
+        clips_an_update=clips_an_update,
+    )
+    return jax.pmap(
+        functools.partial(step.update_from, objective.on(devices.platform), update),
+        axis_name=partition.AXIS,
+        in_axes=(layout.mapped, 0),
+        out_axes=(layout.mapped, None),
+        donate_argnums=(0,),
+        devices=devices.devices,
+    )
+
+
 def evaluate(
     objective: step.Objective,
     devices: Devices,

@@ -18,7 +18,7 @@ from typing import TextIO
 
 import jax
 
-from flax_asr import config, errors, parallel, run_folder
+from flax_asr import config, errors, experiment, parallel, run_folder
 from flax_asr.console import results
 from flax_asr.estimate import chips, flops, hlo, outlook, workload
 
@@ -153,7 +153,8 @@ def jobs(cfg: config.Config, work: workload.Workload, devices: parallel.Devices)
     """The pmapped functions of the run in their largest shapes."""
     state = devices.placed_shapes(work.state, work.layout.state)
     sums = devices.sum_shapes(state.trainable)
-    held = work.state_bytes + outlook.tree_bytes(sums) // devices.count
+    at_once = experiment.updates_at_once(cfg, devices.count)
+    held = work.state_bytes + (0 if at_once else outlook.tree_bytes(sums) // devices.count)
     train, model_config = cfg.train, work.objective.config
 
     def job(function, rows, samples, count, pmapped, *arguments, batch=None) -> Job:
@@ -165,12 +166,15 @@ def jobs(cfg: config.Config, work: workload.Workload, devices: parallel.Devices)
     lower_layers = work.objective.lower_layers
     counted = flops.gradient(model_config, rows, samples, work.is_trained, lower_layers)
     count = sum(counted.values())
-    accumulate = parallel.accumulate(work.objective, devices, work.layout)
-    yield job("accumulate", rows, samples, count, accumulate, state, sums, batch, batch=batch)
-    update = parallel.update(
-        work.optimiser, work.learning_rate, devices, cfg.optim.ema_decay, layout=work.layout
-    )
-    yield job("update", 0, 0, 0, update, state, sums)
+    settings = (work.optimiser, work.learning_rate, devices, cfg.optim.ema_decay)
+    if at_once:
+        both = parallel.update_from(work.objective, *settings, layout=work.layout)
+        yield job("update_from", rows, samples, count, both, state, batch, batch=batch)
+    else:
+        accumulate = parallel.accumulate(work.objective, devices, work.layout)
+        yield job("accumulate", rows, samples, count, accumulate, state, sums, batch, batch=batch)
+        update = parallel.update(*settings, layout=work.layout)
+        yield job("update", 0, 0, 0, update, state, sums)
     if work.eval_shapes.samples:
         rows, (samples, tokens) = train.per_device_eval_batch_size, work.eval_shapes.largest
         batch = devices.batch_shapes(rows, samples, tokens)

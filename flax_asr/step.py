@@ -1,10 +1,12 @@
 """One update, as pure functions over one named axis of devices.
 
 `accumulate` adds the gradients of one micro-batch to sums that stay on their device; `update`
-averages the sums over all clips of all devices, once, and moves the parameters; `evaluate` scores.
-Nothing here knows how many devices there are or how it is compiled: parallel.py does.
+averages the sums over all clips of all devices, once, and moves the parameters; `update_from` does
+both where one micro-batch is all of an update; `evaluate` scores. Nothing here knows how many
+devices there are or how it is compiled: parallel.py does.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -179,8 +181,24 @@ def accumulate(
 
     What is not differentiated costs no backward pass, and its gradient stays what it is: zero.
     """
+    found = _found(objective, head_only, state, sums.micro_batches, batch)
+    is_first = sums.micro_batches == 0
+    before = {path: jnp.where(is_first, 0.0, total) for path, total in sums.gradients.items()}
+    added = {path: before[path] + gradient for path, gradient in found.gradients.items()}
+    total = jax.tree.map(jnp.add, sums.replace(gradients={}), found.replace(gradients={}))
+    return total.replace(gradients={**before, **added})
+
+
+def _found(
+    objective: Objective,
+    head_only: bool,
+    state: TrainState,
+    micro_batch: Int[Array, ""] | int,
+    batch: Batch | CachedBatch,
+) -> Sums:
+    """What one micro-batch alone adds up to; only of what is differentiated there are gradients."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    key = jax.random.fold_in(key, sums.micro_batches)
+    key = jax.random.fold_in(key, micro_batch)
     key = jax.random.fold_in(key, jax.lax.axis_index(partition.AXIS))
 
     # fp16 sees the gradient of a mean, as it does in PyTorch: a sum would overflow sooner
@@ -207,13 +225,10 @@ def accumulate(
 
     learnt = {path: leaf for path, leaf in state.trainable.items() if learning[path]}
     gradients, counts = jax.grad(scaled_loss, has_aux=True)(learnt)
-    is_first = sums.micro_batches == 0
-    before = {path: jnp.where(is_first, 0.0, total) for path, total in sums.gradients.items()}
-    added = {path: before[path] + rows * g.astype(jnp.float32) for path, g in gradients.items()}
-    return sums.replace(
-        gradients={**before, **added},
-        micro_batches=sums.micro_batches + 1,
-        **{name: getattr(sums, name) + count for name, count in counts.items()},
+    return Sums(
+        gradients={path: rows * g.astype(jnp.float32) for path, g in gradients.items()},
+        micro_batches=jnp.int32(1),
+        **counts,
     )
 
 
@@ -226,6 +241,7 @@ def update(
     sums: Sums,
     *,
     clips_an_update: int | None = None,
+    fresh: bool = False,
 ) -> tuple[TrainState, Sums, Metrics]:
     """Moves the parameters by the mean gradient over the clips of all devices.
 
@@ -233,18 +249,20 @@ def update(
     counters, and nothing else. The average becomes `ema_decay` of itself and the rest of the new
     parameters; it starts as the parameters before the first update. With `clips_an_update` sums
     are divided by so many clips, however many there are. Where parameters are cut along `axes`, a
-    device holds moments and average of its slices only and moves these.
+    device holds moments and average of its slices only and moves these. With `fresh` the sums are
+    computed in the same program, and squared there for their norm.
     """
     total = partition.summed(sums, axes)
     clips = jnp.maximum(total.clips, 1.0) if clips_an_update is None else clips_an_update
     gradients = jax.tree.map(lambda g: g / (clips * state.loss_scale.value), total.gradients)
-    norm = partition.norm(gradients, axes)
+    norm = partition.norm(gradients, axes, fresh)
     finite = jnp.isfinite(norm)
     old = partition.slices(state.trainable, axes)
-    moves, optimiser_state = optimiser.update(
-        gradients, state.optimiser, old, norm=norm, step=state.step
-    )
-    moved = optim.select(finite, optax.apply_updates(old, moves), old)
+    with jax.named_scope("optimiser"):
+        moves, optimiser_state = optimiser.update(
+            gradients, state.optimiser, old, norm=norm, step=state.step
+        )
+        moved = optim.select(finite, optax.apply_updates(old, moves), old)
     average = state.average
     if ema_decay is not None:
         average = optax.incremental_update(moved, average, 1.0 - ema_decay)
@@ -275,6 +293,20 @@ def update(
     )
     empty = jax.tree.map(jnp.zeros_like, sums.replace(gradients={}))
     return new, empty.replace(gradients=sums.gradients), metrics
+
+
+def update_from(
+    objective: Objective,
+    update: Callable[..., tuple[TrainState, Sums, Metrics]],
+    state: TrainState,
+    batch: Batch | CachedBatch,
+) -> tuple[TrainState, Metrics]:
+    """`accumulate` and `update` of the only micro-batch of an update.
+
+    No sums cross the memory between the two.
+    """
+    new, _, metrics = update(state, _found(objective, False, state, 0, batch), fresh=True)
+    return new, metrics
 
 
 def evaluate(

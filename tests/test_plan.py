@@ -241,6 +241,23 @@ def test_an_update_is_its_micro_batches_and_one_move_of_the_parameters():
     assert seen.programs == 2
 
 
+def test_an_update_of_one_program_moves_the_parameters_at_the_same_cost_in_every_shape():
+    cfg = tiny(train={"global_batch_size": 4})
+    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=workload.Shapes((), ()))
+    accumulate, update = programs(work)
+    both = dataclasses.replace(
+        accumulate, function="update_from", by_part={**accumulate.by_part, **update.by_part}
+    )
+    apart, together = (
+        outlook.Outlook.of(cfg, work, found, V5E, device_count=2)
+        for found in ([accumulate, update], [both])
+    )
+    assert together.update_seconds == pytest.approx(apart.update_seconds)
+    assert together.held_bytes["gradient sums"] == 0
+    assert together.peak_bytes == both.peak_bytes + both.code_bytes
+    assert together.largest_rows == 10  # 300 bytes of sums among the activations
+
+
 def test_smaller_shapes_cost_in_proportion_to_their_operations():
     cfg = tiny()
     work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=workload.Shapes((), ()))
@@ -286,10 +303,10 @@ def test_the_size_is_read_from_the_compiler_s_refusal():
 KEYS = "function rows samples cycles flops peak_bytes compile_seconds by_part".split()
 
 
-def check_results(path: pathlib.Path):
+def check_results(path: pathlib.Path, functions: list[str]):
     *compiled, run = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [list(program) for program in compiled] == [KEYS] * 3
-    assert [p["function"] for p in compiled] == ["accumulate", "update", "evaluate"]
+    assert [list(program) for program in compiled] == [KEYS] * len(functions)
+    assert [p["function"] for p in compiled] == functions
     for program in compiled:
         assert program["cycles"] == pytest.approx(sum(program["by_part"].values()), abs=20)
         assert program["peak_bytes"] > 0
@@ -302,7 +319,7 @@ def test_the_command_on_the_compiler_of_this_machine(tmp_path, monkeypatch, caps
     monkeypatch.setattr(plan, "describe", lambda described: parallel.Devices(jax.devices()[:2]))
     path = tmp_path / "plan.jsonl"
     plan.command(tiny(train={"zero_sharding": True}), "v5e:2x4", str(path))
-    _, run = check_results(path)
+    _, run = check_results(path, ["accumulate", "update", "evaluate"])
     assert run["updates"] == 100
     text = capsys.readouterr().out
     for words in (
@@ -318,6 +335,14 @@ def test_the_command_on_the_compiler_of_this_machine(tmp_path, monkeypatch, caps
         assert words in text
 
 
+def test_an_update_of_one_micro_batch_is_one_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "describe", lambda described: parallel.Devices(jax.devices()[:2]))
+    path = tmp_path / "plan.jsonl"
+    plan.command(tiny(train={"global_batch_size": 4}), "v5e:2x4", str(path))
+    _, run = check_results(path, ["update_from", "evaluate"])
+    assert run["bytes_by_kind"]["gradient sums"] == 0
+
+
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
     monkeypatch.setattr(plan, "describe", lambda described: parallel.Devices(jax.devices()[:2]))
     with pytest.raises(errors.ConfigError, match="2 devices"):
@@ -326,9 +351,13 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x4", "v4:2x2x1", "v5p:2x2x1", "v6e:2x4"])
-def test_the_command_on_the_real_tpu_compiler(tmp_path, topology):
-    cfg = tiny(data={"max_seconds": 0.5, "num_buckets": 1}, train={"global_batch_size": None})
+def test_the_command_on_the_real_tpu_compiler(tmp_path, topology, micro_batches):
+    cfg = tiny(
+        data={"max_seconds": 0.5, "num_buckets": 1},
+        train={"global_batch_size": None, "gradient_accumulation_steps": micro_batches},
+    )
     config.save(cfg, tmp_path / "tiny.yaml")
     path = tmp_path / "plan.jsonl"
     command = [sys.executable, "-m", "flax_asr", "plan", "--config", tmp_path / "tiny.yaml"]
@@ -342,6 +371,10 @@ def test_the_command_on_the_real_tpu_compiler(tmp_path, topology):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (accumulate, update, _), _ = check_results(path)
-    assert {"feature encoder", "attention", "feed-forward", "CTC"} <= accumulate["by_part"].keys()
-    assert ("collectives (bound)" in update["by_part"]) == (topology != "v5e:1x1")
+    learning = ["update_from"] if micro_batches == 1 else ["accumulate", "update"]
+    compiled, _ = check_results(path, [*learning, "evaluate"])
+    parts = compiled[0]["by_part"].keys()
+    assert {"feature encoder", "attention", "feed-forward", "CTC"} <= parts
+    moves = compiled[len(learning) - 1]["by_part"]
+    assert "optimiser" in moves
+    assert ("collectives (bound)" in moves) == (topology != "v5e:1x1")

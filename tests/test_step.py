@@ -8,7 +8,7 @@ import torch
 import transformers
 from models import small_torch
 
-from flax_asr import optim, step
+from flax_asr import optim, parallel, step
 from flax_asr.models import convert
 
 QUIET = dict.fromkeys(
@@ -279,6 +279,40 @@ def test_four_micro_batches_equal_one_of_all_rows():
     _assert_equal(
         _gradients(config, params, groups), _gradients(config, params, [small_run.joined(*groups)])
     )
+
+
+@pytest.mark.parametrize(
+    ("devices", "zero_sharding"), [(1, False), pytest.param(2, True, marks=pytest.mark.slow)]
+)
+def test_one_program_moves_a_single_micro_batch_as_two_programs_do(devices, zero_sharding):
+    config, _, params = _model(hidden_dropout=0.2)
+    objective = small_run.objective(config)
+    one, two = (
+        small_run.Trainer(
+            objective,
+            params,
+            devices=devices,
+            zero_sharding=zero_sharding,
+            optim={**OPTIM, "ema_decay": 0.9},
+        )
+        for _ in range(2)
+    )
+    update_from = parallel.update_from(
+        objective,
+        two.optimiser,
+        optim.schedule(two.cfg.optim, 100),
+        two.devices,
+        ema_decay=0.9,
+        layout=two.layout,
+    )
+    for seed in range(3):
+        group = small_run.batch(4, seed, config.vocab_size)
+        (micro,) = two.devices.micro_batches(group, 4 // devices)
+        one.state, metrics = update_from(one.state, micro)
+        for ours, expected in zip(jax.device_get(metrics), two.update(group), strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    for ours, expected in zip(*map(jax.tree.leaves, (one.state, two.state)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_changes_nothing():

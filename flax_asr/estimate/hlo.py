@@ -102,6 +102,7 @@ _BY_PATH = (
     (r"/feed_forward/", "feed-forward"),
     (r"/(final_)?layer_norm/", "layer norms"),
     (r"/lm_head/", "head"),
+    (r"/optimiser/", "optimiser"),
 )
 _BY_FILE = {
     "ctc.py": "CTC",

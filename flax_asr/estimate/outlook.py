@@ -20,7 +20,7 @@ class Program:
     """A compiled function, or one that was refused for want of memory.
 
     Attributes:
-        function: `accumulate`, `update` or `evaluate`.
+        function: `accumulate` and `update`, or `update_from`; `evaluate`.
         rows: clips a device, 0 for `update`.
         samples: padded length, 0 for `update`.
         flops: of a device, counted analytically.
@@ -151,22 +151,24 @@ class Outlook:
     ) -> "Outlook":
         """Everything from the compiled programs; other shapes cost in proportion to FLOPs."""
         named = {program.function: program for program in programs}
-        accumulate, update = named["accumulate"], named["update"]
+        at_once = "update_from" in named
+        learn = named["update_from" if at_once else "accumulate"]
         scoring = named.get("evaluate")
         held = _held_bytes(work, programs)
         fixed = sum(held.values()) - held["batch and activations"]
-        a_row = (accumulate.peak_bytes - accumulate.code_bytes - update.argument_bytes) / (
-            accumulate.rows
-        )
+        a_row = (learn.peak_bytes - learn.code_bytes - fixed + held["programs"]) / learn.rows
         refused = any(program.refused for program in programs)
         clock = described.chip.clock_hz
         seconds = share = scored = None
         if not refused:
-            micro_batches = cfg.train.global_batch_size // (device_count * accumulate.rows)
+            micro_batches = cfg.train.global_batch_size // (device_count * learn.rows)
             costs = _train_costs(work)
             mean = float(np.dot(costs, work.train_portions)) / costs[-1]
-            seconds = (micro_batches * accumulate.cycles * mean + update.cycles) / clock
-            share = micro_batches * accumulate.flops * mean / seconds / described.flops
+            # What moves the parameters costs the same in every shape.
+            move = learn.by_part.get("optimiser", 0) if at_once else named["update"].cycles
+            gradient = learn.cycles - move if at_once else learn.cycles
+            seconds = (micro_batches * gradient * mean + move) / clock
+            share = micro_batches * learn.flops * mean / seconds / described.flops
             scored = _evaluation_seconds(cfg, work, scoring, clock)
         return cls(
             described=described,
@@ -225,20 +227,25 @@ class Outlook:
 
 
 def _held_bytes(work: workload.Workload, programs: Sequence[Program]) -> dict[str, int]:
-    """What is on a device while the hungriest program runs; all programs stay loaded."""
+    """What is on a device while the hungriest program runs; all programs stay loaded.
+
+    Where the sums do not outlive a program, its gradients are among its activations.
+    """
     named = {program.function: program for program in programs}
-    update = named["update"]
+    sums = named["update"].argument_bytes - work.state_bytes if "update" in named else 0
+    held = work.state_bytes + sums
     numbers = {
         "accumulate": len(work.train_shapes.samples),
+        "update_from": len(work.train_shapes.samples),
         "update": 1,
         "evaluate": len(work.eval_shapes.samples),
     }
     return {
         "parameters": work.state_bytes - work.moment_bytes,
         "optimiser moments": work.moment_bytes,
-        "gradient sums": update.argument_bytes - work.state_bytes,
+        "gradient sums": sums,
         "batch and activations": max(
-            program.peak_bytes - program.code_bytes - update.argument_bytes for program in programs
+            program.peak_bytes - program.code_bytes - held for program in programs
         ),
         "programs": sum(program.code_bytes * numbers[program.function] for program in programs),
     }

@@ -3,8 +3,9 @@
 XLA's own gradient of this convolution (128 taps, 16 groups) is ten times slower on a CPU than
 PyTorch's. There the convolution is done in blocks in the frequency domain: the transforms and the
 products at each frequency are matrix products, which XLA does well. Elsewhere XLA's convolution
-is used. Both compute the same function; which one runs is decided when the program is lowered, so
-that a program compiled for another machine gets that machine's.
+is used, for TPU with weights laid out as its quicker form takes them. All compute the same
+function; which one runs is decided when the program is lowered, so that a program compiled for
+another machine gets that machine's.
 """
 
 import functools
@@ -43,6 +44,7 @@ def grouped_convolution(
         x,
         weight,
         cpu=functools.partial(_spectral, groups=groups),
+        tpu=functools.partial(_by_tap, groups=groups),
         default=functools.partial(direct_convolution, groups=groups),
     )
 
@@ -60,6 +62,7 @@ def _backward(groups, residuals, gradient):
         *residuals,
         gradient,
         cpu=functools.partial(_spectral_gradient, groups=groups),
+        tpu=functools.partial(_by_tap_gradient, groups=groups),
         default=direct,
     )
 
@@ -80,6 +83,39 @@ def direct_convolution(
         window_strides=(1,),
         padding=[(taps // 2, (taps - 1) // 2)],
         dimension_numbers=("NTC", "OIT", "NTC"),
+        feature_group_count=groups,
+        precision=layers.precision(x.dtype),
+    )
+
+
+# The form for TPU. There the convolution takes less than half the time when the weight lies in
+# memory as [tap, input, output]. Without the barriers XLA moves the transposition into the
+# convolution, and the weight stays as it was.
+
+
+def _by_tap(x, weight, groups):
+    taps = weight.shape[-1]
+    weight = jax.lax.optimization_barrier(weight.transpose(2, 1, 0))
+    return _tap_first(x, weight, groups, before=taps // 2)
+
+
+def _by_tap_gradient(x, weight, gradient, groups):
+    taps, width = weight.shape[-1], weight.shape[1]
+    turned = weight[..., ::-1].reshape(groups, -1, width, taps).transpose(3, 1, 0, 2)
+    turned = jax.lax.optimization_barrier(turned.reshape(taps, -1, groups * width))
+    x_gradient = _tap_first(gradient, turned, groups, before=(taps - 1) // 2)
+    own = functools.partial(_tap_first, x, groups=groups, before=taps // 2)
+    (weight_gradient,) = jax.linear_transpose(own, weight.transpose(2, 1, 0))(gradient)
+    return x_gradient, weight_gradient.transpose(2, 1, 0)
+
+
+def _tap_first(x, weight, groups, before):
+    return jax.lax.conv_general_dilated(
+        x,
+        weight,
+        window_strides=(1,),
+        padding=[(before, weight.shape[0] - 1 - before)],
+        dimension_numbers=("NTC", "TIO", "NTC"),
         feature_group_count=groups,
         precision=layers.precision(x.dtype),
     )

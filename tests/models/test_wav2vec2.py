@@ -258,6 +258,12 @@ def test_positional_convolution_equals_xlas_and_pytorchs(batch_size, frames, hid
 
     ours = jax.jit(lambda: results(positional.grouped_convolution))()
     plain = jax.jit(lambda: results(positional.direct_convolution))()
+    by_tap = jax.jit(
+        lambda: (
+            positional._by_tap(x, weight, groups),
+            *positional._by_tap_gradient(x, weight, upstream, groups),
+        )
+    )()
     tensor = torch.tensor(x.transpose(0, 2, 1)).requires_grad_()
     kernel = torch.tensor(weight).requires_grad_()
     y = torch.nn.functional.conv1d(tensor, kernel, padding=taps // 2, groups=groups)[..., :frames]
@@ -267,9 +273,10 @@ def test_positional_convolution_equals_xlas_and_pytorchs(batch_size, frames, hid
         tensor.grad.numpy().transpose(0, 2, 1),
         kernel.grad.numpy(),
     )
-    for mine, xla, other in zip(ours, plain, theirs, strict=True):
+    for mine, xla, tpu, other in zip(ours, plain, by_tap, theirs, strict=True):
         close(mine, other, 2e-6)
         close(xla, other, 2e-6)
+        close(tpu, other, 2e-6)
 
 
 def test_positional_convolution_is_xlas_where_the_backend_is_not_a_cpu():

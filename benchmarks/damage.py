@@ -38,7 +38,7 @@ def make_run(folder: pathlib.Path, rng: np.random.Generator) -> None:
     saved = small_saved.saved()
     cfg = config.build(saved.meta.run)
     optimiser = optim.adamw(cfg.optim, lambda count: 1e-3)
-    fresh = experiment.fresh_state(cfg, saved.params, optimiser)
+    fresh = experiment.fresh_state(cfg, saved.model_config, saved.params, optimiser)
     folder.mkdir()
     writer = checkpoint.Checkpoints(folder, keep=len(STEPS))
     for step in STEPS:

@@ -193,7 +193,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     side.run(batches)
     spent = time.perf_counter() - started
     real = np.concatenate([side.real_samples(batch) for batch in batches])
-    is_trained = optim.trainable(work.cfg.model, work.model.num_hidden_layers)
+    is_trained = optim.trainable(work.cfg.model, work.model)
     # Counted to a tenth of a second: each length takes a while to count.
     lengths, counts = np.unique(np.round(real / 1600) * 1600, return_counts=True)
     floating = sum(

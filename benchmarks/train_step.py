@@ -91,7 +91,7 @@ class Ours:
         )
         learning_rate = optim.schedule(cfg.optim, 1000)
         optimiser = optim.adamw(cfg.optim, learning_rate)
-        fresh = experiment.fresh_state(cfg, params, optimiser)
+        fresh = experiment.fresh_state(cfg, model, params, optimiser)
         self.state = self.devices.replicate(jax.device_get(fresh))
         self._sums = self.devices.zero_sums(self.state.trainable)
         self._accumulate = parallel.accumulate(self.objective, self.devices)

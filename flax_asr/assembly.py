@@ -92,7 +92,7 @@ class Assembly:
         if params is None:
             params = experiment.parameter_shapes(self.objective)
         self._shapes = jax.eval_shape(
-            lambda p: experiment.fresh_state(cfg, p, self._optimiser), params
+            lambda p: experiment.fresh_state(cfg, start.model_config, p, self._optimiser), params
         )
         self.layout = experiment.layout(cfg, self._shapes, devices.count)
 
@@ -159,7 +159,9 @@ class Assembly:
 
     def initial_state(self) -> step.TrainState:
         """The state before the first update; to be asked for once, as its arrays are large."""
-        fresh = experiment.fresh_state(self.cfg, self._params, self._optimiser)
+        fresh = experiment.fresh_state(
+            self.cfg, self.start.model_config, self._params, self._optimiser
+        )
         self._params = None
         return self.devices.place(jax.device_get(fresh), self.layout.state)
 

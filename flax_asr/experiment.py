@@ -106,11 +106,13 @@ def parameter_shapes(model: step.Objective) -> PyTree:
 
 
 def fresh_state(
-    cfg: config.Config, params: PyTree, optimiser: optax.GradientTransformation
+    cfg: config.Config,
+    model_config: Wav2Vec2Config,
+    params: PyTree,
+    optimiser: optax.GradientTransformation,
 ) -> step.TrainState:
     """The state before the first update; parameters may be shapes (under `jax.eval_shape`)."""
-    layers = _layer_count(params)
-    trainable, frozen = step.split(params, optim.trainable(cfg.model, layers))
+    trainable, frozen = step.split(params, optim.trainable(cfg.model, model_config))
     return step.TrainState(
         step=jnp.int32(0),
         trainable=trainable,
@@ -127,10 +129,6 @@ def fresh_state(
 def layout(cfg: config.Config, state: step.TrainState, device_count: int) -> partition.Layout:
     """What of a state, of arrays or shapes, is cut over the devices."""
     return partition.layout(state, device_count if cfg.train.zero_sharding else 1)
-
-
-def _layer_count(params: PyTree) -> int:
-    return len(params["wav2vec2"]["encoder"]["layers"])
 
 
 @dataclass(frozen=True)

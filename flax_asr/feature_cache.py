@@ -47,10 +47,10 @@ def check(cfg: config.Config, start: origins.Origin, host_count: int = 1) -> Non
         refuse("keeps one form of every clip: it cannot be used with data.augment.")
     if host_count > 1:
         refuse(f"works on one host, not on {host_count}.")
-    if model.feat_extract_norm != "layer" or not model.do_stable_layer_norm:
+    if model.feat_extract_norm != "layer":
         refuse(
-            "needs an encoder with layer norms before its layers, such as XLS-R's: in this one a"
-            " clip's features depend on its padding, or a norm below the layers is trained."
+            "needs an encoder whose convolutions have layer norm, such as XLS-R's: in this one a"
+            " clip's features depend on its padding."
         )
     if not start.use_attention_mask:
         refuse(
@@ -129,7 +129,7 @@ def _is_below(objective: step.Objective, path: str) -> bool:
     only_upper = config.ModelConfig(
         trainable_layers=objective.config.num_hidden_layers - objective.lower_layers
     )
-    return not optim.trainable(only_upper, objective.config.num_hidden_layers)(path)
+    return not optim.trainable(only_upper, objective.config)(path)
 
 
 def _compute(

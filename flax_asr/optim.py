@@ -123,19 +123,22 @@ def decays(path: str) -> bool:
     return not path.endswith(("bias", "layer_norm/scale"))
 
 
-def trainable(model: config.ModelConfig, layers: int) -> Callable[[str], bool]:
+def trainable(model: config.ModelConfig, model_config: Any) -> Callable[[str], bool]:
     """Which parameters get a gradient and an optimiser state.
 
     Args:
         model: `freeze_feature_encoder` stops at the convolutions, `trainable_layers` = N leaves
-            only the head, the top N of the encoder's layers and its last LayerNorm.
-        layers: the number of the encoder's layers.
+            only the head, the top N of the encoder's layers, and the encoder's own LayerNorm where
+            it comes after them.
+        model_config: a transformers.Wav2Vec2Config. Without `do_stable_layer_norm` the encoder's
+            LayerNorm comes before its layers.
     """
     if model.trainable_layers is None:
         return lambda path: (
             not (model.freeze_feature_encoder and path.startswith("wav2vec2/feature_extractor/"))
         )
-    first = first_trained_layer(model, layers)
+    first = first_trained_layer(model, model_config.num_hidden_layers)
+    norm_is_trained = model.trainable_layers > 0 and model_config.do_stable_layer_norm
     encoder = "wav2vec2/encoder/layers/"
 
     def is_trained(path: str) -> bool:
@@ -143,7 +146,7 @@ def trainable(model: config.ModelConfig, layers: int) -> Callable[[str], bool]:
             return True
         if path.startswith(encoder):
             return int(path.removeprefix(encoder).split("/")[0]) >= first
-        return path.startswith("wav2vec2/encoder/layer_norm/") and model.trainable_layers > 0
+        return norm_is_trained and path.startswith("wav2vec2/encoder/layer_norm/")
 
     return is_trained
 

@@ -69,7 +69,7 @@ class Trainer:
         self.frozen_steps = self.cfg.model.freeze_encoder_steps
         learning_rate = optim.schedule(self.cfg.optim, updates)
         self.optimiser = optim.adamw(self.cfg.optim, learning_rate, self.frozen_steps)
-        fresh = experiment.fresh_state(self.cfg, params, self.optimiser)
+        fresh = experiment.fresh_state(self.cfg, objective.config, params, self.optimiser)
         self.layout = experiment.layout(self.cfg, fresh, devices)
         self.state = self.devices.place(jax.device_get(fresh), self.layout.state)
         self.sums = self.devices.zero_sums(self.state.trainable)

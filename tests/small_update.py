@@ -4,6 +4,7 @@
 import flax.traverse_util
 import jax
 import numpy as np
+from transformers import Wav2Vec2Config
 
 from flax_asr import config, experiment, optim, parallel, step
 
@@ -49,7 +50,7 @@ class Updates:
         rng = np.random.default_rng(0)
         params = {path: rng.standard_normal(s, np.float32) for path, s in SHAPES.items()}
         fresh = experiment.fresh_state(
-            cfg, flax.traverse_util.unflatten_dict(params, sep="/"), adamw
+            cfg, Wav2Vec2Config(), flax.traverse_util.unflatten_dict(params, sep="/"), adamw
         )
         self.layout = experiment.layout(cfg, fresh, devices)
         self.shapes = self.devices.placed_shapes(fresh, self.layout.state)

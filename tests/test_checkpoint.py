@@ -36,7 +36,9 @@ def fresh(seed: int = 0, devices: int = 2, params=None, optimiser=None) -> step.
     """A placed state in which every array is random, moments and counters too."""
     if optimiser is None:
         optimiser = optim.adamw(CONFIGURATION.optim, lambda count: 1e-3)
-    state = experiment.fresh_state(CONFIGURATION, params or SAVED.params, optimiser)
+    state = experiment.fresh_state(
+        CONFIGURATION, SAVED.model_config, params or SAVED.params, optimiser
+    )
     rng = np.random.default_rng(seed)
 
     def random(leaf):

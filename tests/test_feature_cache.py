@@ -201,8 +201,7 @@ def test_the_quiet_case_is_not_refused():
         ({"model.trainable_layers": "null"}, {}, 1, "set model.trainable_layers"),
         ({"data.augment.speed": "[0.9,1.1]"}, {}, 1, "cannot be used with data.augment"),
         ({}, {}, 2, "works on one host, not on 2"),
-        ({}, {"model": {"feat_extract_norm": "group"}}, 1, "layer norms before its layers"),
-        ({}, {"model": {"do_stable_layer_norm": False}}, 1, "layer norms before its layers"),
+        ({}, {"model": {"feat_extract_norm": "group"}}, 1, "convolutions have layer norm"),
         ({}, {"use_attention_mask": False}, 1, "return_attention_mask false"),
         (
             {},

@@ -362,8 +362,10 @@ def test_the_feature_encoder_has_no_optimiser_state_when_frozen():
     assert paths & set(trainer.state.trainable)
 
 
-def test_only_the_top_layers_train_where_asked():
-    config, _, params = _model()
+@pytest.mark.parametrize("norm_comes_last", [True, False])
+def test_only_the_top_layers_train_where_asked(norm_comes_last):
+    """Before the layers, the encoder's own norm is below what is trained."""
+    config, _, params = _model(do_stable_layer_norm=norm_comes_last)
     trainer = small_run.Trainer(
         small_run.objective(config), params, optim=OPTIM, model={"trainable_layers": 1}
     )
@@ -372,10 +374,10 @@ def test_only_the_top_layers_train_where_asked():
         trainer.update(small_run.batch(4, seed, config.vocab_size))
     moved = {p for p, value in trainer.params.items() if not np.array_equal(value, before[p])}
     assert moved == set(trainer.state.trainable)
-    assert all(
-        p.startswith(("lm_head/", "wav2vec2/encoder/layers/1/", "wav2vec2/encoder/layer_norm/"))
-        for p in moved
-    )
+    norm = ("wav2vec2/encoder/layer_norm/",) if norm_comes_last else ()
+    begins = ("lm_head/", "wav2vec2/encoder/layers/1/", *norm)
+    assert {begin for begin in begins for p in moved if p.startswith(begin)} == set(begins)
+    assert all(p.startswith(begins) for p in moved)
 
 
 @pytest.mark.parametrize("changes", [{"hidden_dropout": 0.5}, {"mask_time_prob": 0.5}])

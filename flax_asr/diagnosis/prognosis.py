@@ -145,7 +145,7 @@ class Prognosis:
         cfg, seen = self.cfg, self.seen
         optimiser = optim.adamw(cfg.optim, optim.schedule(cfg.optim, 1))
         state = jax.eval_shape(
-            lambda params: experiment.fresh_state(cfg, params, optimiser),
+            lambda params: experiment.fresh_state(cfg, seen.start.model_config, params, optimiser),
             experiment.parameter_shapes(experiment.objective(cfg, seen.start)),
         )
         weights = _bytes((state.trainable, state.frozen))

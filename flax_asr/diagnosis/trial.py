@@ -173,7 +173,7 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
         lambda leaf: rng.random(leaf.shape, np.float32) * 0.02 + 0.01,
         experiment.parameter_shapes(objective),
     )
-    fresh = jax.device_get(experiment.fresh_state(cfg, params, optimiser))
+    fresh = jax.device_get(experiment.fresh_state(cfg, model_config, params, optimiser))
     layout = experiment.layout(cfg, fresh, devices.count)
     state = devices.place(fresh, layout.state)
     sums = devices.zero_sums(state.trainable)

@@ -68,6 +68,9 @@ def products(config: Any, rows: int, samples: int) -> list[Product]:
             "wav2vec2/encoder/pos_conv_embed/conv/weight_v",
         )
     )
+    own_norm = norm("wav2vec2/encoder/layer_norm/scale")
+    if not config.do_stable_layer_norm:
+        found.append(own_norm)
     for layer in range(config.num_hidden_layers):
         path = f"wav2vec2/encoder/layers/{layer}"
         found += [
@@ -82,7 +85,8 @@ def products(config: Any, rows: int, samples: int) -> list[Product]:
             dense("feed-forward", hidden, wide, f"{path}/feed_forward/intermediate_dense/kernel"),
             dense("feed-forward", wide, hidden, f"{path}/feed_forward/output_dense/kernel"),
         ]
-    found.append(norm("wav2vec2/encoder/layer_norm/scale"))
+    if config.do_stable_layer_norm:
+        found.append(own_norm)
     found.append(dense("head", hidden, config.vocab_size, "lm_head/kernel"))
     return found
 

@@ -133,7 +133,7 @@ class Work:
 
     def _gradient(self, samples: int, model: config.ModelConfig) -> int:
         layers = self.model_config.num_hidden_layers
-        is_trained = optim.trainable(model, layers)
+        is_trained = optim.trainable(model, self.model_config)
         lower_layers = optim.first_trained_layer(model, layers) if self.cached else None
         counted = flops.gradient(self.model_config, 1, samples, is_trained, lower_layers)
         return sum(counted.values())

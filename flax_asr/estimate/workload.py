@@ -156,7 +156,9 @@ def of(cfg: config.Config, device_count: int) -> Workload:
     learning_rate = optim.schedule(cfg.optim, PLANNED_UPDATES if updates is None else updates)
     optimiser = optim.adamw(cfg.optim, learning_rate, cfg.model.freeze_encoder_steps)
     params = experiment.parameter_shapes(objective)
-    state = jax.eval_shape(lambda p: experiment.fresh_state(cfg, p, optimiser), params)
+    state = jax.eval_shape(
+        lambda p: experiment.fresh_state(cfg, model_config, p, optimiser), params
+    )
     return Workload(
         objective=objective,
         state=state,
@@ -164,7 +166,7 @@ def of(cfg: config.Config, device_count: int) -> Workload:
         device_count=device_count,
         optimiser=optimiser,
         learning_rate=learning_rate,
-        is_trained=optim.trainable(cfg.model, model_config.num_hidden_layers),
+        is_trained=optim.trainable(cfg.model, model_config),
         **measured,
     )
 

@@ -66,7 +66,7 @@ def xla_count(config, is_trained=None) -> float:
 
 
 def trainable(**options):
-    return optim.trainable(configuration.ModelConfig(**options), layers=2)
+    return optim.trainable(configuration.ModelConfig(**options), model())
 
 
 def total(counted) -> int:
@@ -138,9 +138,7 @@ def test_xls_r_300m_costs_what_is_known_of_it():
 @pytest.mark.parametrize("trained", [0, 1, 2])
 def test_a_batch_with_layers_behind_it_costs_what_is_above_them(trained):
     config = model()
-    is_trained = optim.trainable(
-        configuration.ModelConfig(trainable_layers=trained), config.num_hidden_layers
-    )
+    is_trained = optim.trainable(configuration.ModelConfig(trainable_layers=trained), config)
     lower = config.num_hidden_layers - trained
     whole = flops.gradient(config, 2, 4000, is_trained)
     above = flops.gradient(config, 2, 4000, is_trained, lower)

@@ -10,10 +10,12 @@ from models import small_torch
 from flax_asr.models import upper, wav2vec2
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[True, False], ids=["norms first", "norms last"])
+def model(request):
     """(module, parameters, audio, mask of samples, mask of frames)."""
-    config = small_torch.config(num_hidden_layers=3, **dict.fromkeys(RANDOM, 0.0))
+    config = small_torch.config(
+        num_hidden_layers=3, do_stable_layer_norm=request.param, **dict.fromkeys(RANDOM, 0.0)
+    )
     config.final_dropout = 0.4
     module = wav2vec2.Wav2Vec2ForCTCModule(config)
     rng = np.random.default_rng(0)

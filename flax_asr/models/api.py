@@ -266,7 +266,7 @@ class _PretrainedModel:
 
         Args:
             save_directory: the folder.
-            params: what is written; None: the model's own.
+            params: what is written, in the types that they have; None: the model's own.
             push_to_hub: refused where true: the folder is what `hf upload` takes.
             max_shard_size, token, safe_serialization: accepted; it is one file of safetensors.
 
@@ -282,9 +282,11 @@ class _PretrainedModel:
         tree = flax.core.unfreeze(self.params if params is None else params)
         stored = copy.deepcopy(self.config)
         stored.architectures = [type(self).__name__.removeprefix("Flax")]
-        # What is written; transformers loads a model in the type that is named here.
-        stored.dtype = "float32"
-        weights.write(save_directory, convert.torch_from_params(tree, stored))
+        tensors = convert.torch_from_params(tree, stored)
+        # transformers loads a model in the type that is named here.
+        types = {tensor.dtype.name for tensor in tensors.values()}
+        stored.dtype = types.pop() if len(types) == 1 else "float32"
+        weights.write(save_directory, tensors)
         weights.write_config(Path(save_directory), stored.to_json_string(use_diff=False))
 
     def to_bf16(self, params: Mapping[str, Any], mask: Any = None) -> pretrained.Tree:

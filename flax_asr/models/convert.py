@@ -175,7 +175,7 @@ def _fresh_mask_embedding(config: "Wav2Vec2Config") -> np.ndarray:
     return np.random.default_rng(0).uniform(size=config.hidden_size).astype(np.float32)
 
 
-def _float32(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
+def _check(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> None:
     if tensor.shape != expected:
         raise errors.ModelError(
             f"The tensor {name!r} has shape {tuple(tensor.shape)} in the checkpoint, but "
@@ -187,7 +187,6 @@ def _float32(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> np.nda
             f"The tensor {name!r} holds {tensor.dtype.name}, not floating-point numbers: "
             "quantised checkpoints are not supported."
         )
-    return tensor.astype(np.float32, copy=False)
 
 
 def _listed(names: list[str]) -> str:
@@ -230,12 +229,12 @@ def params_from_torch(
     params: Tree = {}
     for entry in entries:
         name = prefix + entry.torch_name
-        values = _float32(name, found[name], entry.torch_shape)
+        _check(name, found[name], entry.torch_shape)
         branch = params
         for key in entry.path[:-1]:
             branch = branch.setdefault(key, {})
         # A copy: `tensors` may be views of a mapped file, which may change or go.
-        branch[entry.path[-1]] = np.array(values.transpose(entry.axes), order="C")
+        branch[entry.path[-1]] = np.array(found[name].transpose(entry.axes), np.float32, order="C")
     return params
 
 
@@ -248,7 +247,7 @@ def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def torch_from_params(params: Mapping[str, Any], config: "Wav2Vec2Config") -> dict[str, np.ndarray]:
-    """Torch's tensors, float32 and contiguous, with the names that transformers 5 writes.
+    """Torch's tensors, contiguous and in the parameters' types, with transformers 5's names.
 
     The tree of a model with a head gives Wav2Vec2ForCTC's tensors, one without a head
     Wav2Vec2Model's. `masked_spec_embed` is written where torch's class has it: with a mask
@@ -268,7 +267,8 @@ def torch_from_params(params: Mapping[str, Any], config: "Wav2Vec2Config") -> di
     for path, entry in entries.items():
         if path[-1] == MASK_EMBEDDING and not keeps_mask_embedding:
             continue
-        values = _float32("/".join(path), np.asarray(leaves[path]), entry.shape)
+        values = np.asarray(leaves[path])
+        _check("/".join(path), values, entry.shape)
         # safetensors writes the buffer as it lies in memory: a view would come out scrambled.
         tensors[entry.torch_name] = np.ascontiguousarray(values.transpose(entry.axes))
     return tensors

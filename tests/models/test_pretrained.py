@@ -146,6 +146,25 @@ def test_a_half_precision_checkpoint_loads_as_float32_and_is_saved_as_float32(bu
     assert back.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_parameters_in_half_precision_are_saved_as_they_are(model, name, tmp_path):
+    half = {"bfloat16": model.to_bf16, "float16": model.to_fp16}[name](model.params)
+    model.save_pretrained(tmp_path, params=half)
+    back = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path)
+    assert back.dtype == getattr(torch, name)
+    saved = weights.read(tmp_path)
+    assert saved.keys() == back.state_dict().keys()
+    for key, tensor in back.state_dict().items():
+        np.testing.assert_array_equal(saved[key].astype(np.float32), tensor.float().numpy())
+    assert _equal(FlaxWav2Vec2ForCTC.from_pretrained(tmp_path).params, model.to_fp32(half))
+
+
+def test_parameters_of_several_types_are_a_float32_model(model, tmp_path):
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path), model.params)
+    model.save_pretrained(tmp_path, params=model.to_bf16(model.params, mask))
+    assert transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path).dtype == torch.float32
+
+
 # save_pretrained
 
 

@@ -5,14 +5,18 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
 import flax_asr
 from flax_asr import config, errors
 from flax_asr.console import terminal
+from flax_asr.hosts import stopping
 
-USER_ERROR, INTERRUPTED = errors.STATUS, 75
+USER_ERROR, INTERRUPTED = errors.STATUS, stopping.STATUS
+BROKEN_OFF = 128 + signal.SIGINT
+"""Of a command that has nothing to go on from; as shells have it."""
 
 OWN_OPTIONS = frozenset(
     (
@@ -63,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except errors.FlaxAsrError as error:
         terminal.show(f"flax-asr: {error}", sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        terminal.show("flax-asr: stopped.", sys.stderr)
+        return BROKEN_OFF
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -95,7 +102,8 @@ def _run(known: argparse.Namespace, options: list[str]) -> int:
         cfg.require("data.source", "data.language")
         from flax_asr.data import prepare
 
-        prepare.command(cfg)
+        with stopping.Stop():
+            prepare.command(cfg)
     elif known.command == "train":
         cfg = config.load(known.config, options)
         from flax_asr import loop

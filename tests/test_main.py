@@ -1,8 +1,10 @@
 """The command line: help, exit statuses, and one clear message for what the user can mend."""
 
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -133,6 +135,36 @@ def test_what_the_user_can_mend_is_status_2(kind, train_that, capsys):
     train_that(refuses)
     assert __main__.main(["train", "--config", RECIPE]) == 2
     assert capsys.readouterr().err == "flax-asr: clip.mp3 is cut short\n"
+
+
+def test_a_command_that_is_broken_off_says_so_without_a_traceback(train_that, capsys):
+    def interrupted(cfg, restart):
+        raise KeyboardInterrupt
+
+    train_that(interrupted)
+    assert __main__.main(["train", "--config", RECIPE]) == 130
+    assert capsys.readouterr().err == "flax-asr: stopped.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_preparation_that_is_stopped_is_status_75_and_goes_on(number, tmp_path):
+    corpus = ROOT / "configs" / "quickstart" / "corpus"
+    words = f"prepare --data.source {corpus} --data.language yue --output_dir {tmp_path}/run"
+    command = [sys.executable, "-m", "flax_asr", *words.split()]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("prepared-*/train/audio-*.bin")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    name = signal.Signals(number).name
+    assert said.strip() == f"{name}: stopped. Run the same command to go on."
+    assert not list(tmp_path.glob("prepared-*/train/manifest.json"))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "train: 510 clips" in done.stdout
 
 
 def test_a_bug_is_not_hidden(train_that):

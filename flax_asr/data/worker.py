@@ -4,6 +4,7 @@ It is a Python of its own, never a fork (a fork of a process with jax's threads 
 imports what the function's module imports and not the script that runs here.
 """
 
+import contextlib
 import os
 import queue
 import socket
@@ -67,13 +68,14 @@ def start(
 def live(descriptor: int) -> None:
     """The life of a process: take tasks, send results, until the connection ends."""
     link = socket.socket(fileno=descriptor)
-    function = messages.receive(link)
-    batches: queue.SimpleQueue = queue.SimpleQueue()
-    # A thread takes tasks in, or both sides could wait for each other with full buffers.
-    threading.Thread(target=_take_in, args=(link, batches), daemon=True).start()
-    messages.send(link, None)
-    while True:
-        messages.send(link, [_result(function, task) for task in batches.get()])
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+        function = messages.receive(link)
+        batches: queue.SimpleQueue = queue.SimpleQueue()
+        # A thread takes tasks in, or both sides could wait for each other with full buffers.
+        threading.Thread(target=_take_in, args=(link, batches), daemon=True).start()
+        messages.send(link, None)
+        while True:
+            messages.send(link, [_result(function, task) for task in batches.get()])
 
 
 def _result(function: Callable[[Any], Any], task: Any) -> Any:

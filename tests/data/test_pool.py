@@ -60,7 +60,14 @@ def test_results_come_in_order_with_their_items(batch):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_dead_process_costs_one_task(batch):
+def test_a_dead_process_costs_one_task(batch, monkeypatch):
+    starts, start = itertools.count(), pool.worker.start
+
+    def counted(function):
+        assert next(starts) < 40, "what kills its process is tried again without end"
+        return start(function)
+
+    monkeypatch.setattr(pool.worker, "start", counted)
     tasks = [1, "die", 2, 3, "exit", 4, "die", "die", 5]
     found = list(run(tasks, batch=batch))
     assert [item for item, _ in found] == list(range(9))

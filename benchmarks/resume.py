@@ -10,6 +10,7 @@ it. Then the audio that training hashes beside its first updates: processor time
 import argparse
 import contextlib
 import io
+import logging
 import os
 import pathlib
 import shutil
@@ -58,6 +59,7 @@ def going_on(command: list[str]) -> tuple[float, int]:
 
 def resumes(folder: pathlib.Path, steps: list[int], runs: int) -> list[dict[str, float]]:
     """One row a step, the least of several runs, which take turns."""
+    logging.disable(logging.WARNING)
     source = small_training.corpus(folder)
     small_training.share_compiled(str(folder / "compiled"))
     small_training.without_torch()

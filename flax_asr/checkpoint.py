@@ -186,12 +186,13 @@ class Checkpoints:
         for path in self._folder.glob(f"{inventory.UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-        free = shutil.disk_usage(self._folder).free
-        if needed > free:
+        disk = shutil.disk_usage(self._folder)
+        # Some file systems do not know their size.
+        if disk.total > 0 and needed > disk.free:
             raise OSError(
                 errno.ENOSPC,
                 f"{os.strerror(errno.ENOSPC)}: it takes up to {needed / 1e6:,.1f} MB,"
-                f" {free / 1e6:,.1f} MB are free",
+                f" {disk.free / 1e6:,.1f} MB are free",
             )
 
     def _give_up(self, unfinished: Path) -> None:

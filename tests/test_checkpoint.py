@@ -7,6 +7,7 @@ import pathlib
 import re
 import resource
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -405,6 +406,27 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_older_checkpoint(run):
     writer.save(fresh(6), meta(6))
     writer.close()
     assert_equal(checkpoint.restore(run, 6, shapes(fresh())), fresh(6))
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(run, monkeypatch):
+    writer = checkpoint.Checkpoints(run, 2)
+    (run / inventory.FOLDER / ".unfinished-5").mkdir()  # of a writer that failed late
+    needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(fresh(6)))
+
+    def disk(total, free):
+        usage = types.SimpleNamespace(total=total, free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+    disk(10 * needed, needed - 1)
+    with pytest.raises(errors.CheckpointError, match=r"No space left on device.*MB are free\."):
+        writer.save(fresh(6), meta(6))
+    assert sorted(p.name for p in (run / inventory.FOLDER).iterdir()) == ["2", "4"]
+    disk(10 * needed, needed)
+    writer.save(fresh(6), meta(6))
+    disk(0, 0)
+    writer.save(fresh(8), meta(8))
+    writer.close()
+    assert inventory.steps(run)[:2] == [8, 6]
 
 
 def test_a_vanished_folder_is_one_clear_error(run):

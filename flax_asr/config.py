@@ -323,6 +323,12 @@ class Config:
             )
 
 
+_PLACES = frozenset(
+    "output_dir data.source data.prepared_dir model.pretrained text.vocabulary".split()
+)
+"""Where a leading ~ is the user's home; in a file no shell has seen to it."""
+
+
 def option_types() -> dict[str, Any]:
     """Every option of the configuration as a dotted name, with its type."""
     return options.kinds(Config)
@@ -355,8 +361,11 @@ def build(
     """A configuration from nested values (as `as_dict` gives them) and options."""
     kinds = option_types()
     found = options.flatten(values, kinds, f"{origin}: " if origin is not None else "")
-    found |= options.parse(overrides, kinds)
+    found = options.merged(found, options.parse(overrides, kinds), kinds)
     checked = {name: options.typed(name, value, kinds[name]) for name, value in found.items()}
+    for name in _PLACES & checked.keys():
+        if checked[name] is not None:
+            checked[name] = os.path.expanduser(checked[name])
     return options.construct(Config, checked)
 
 

@@ -246,12 +246,27 @@ def parse(arguments: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
                 wanted = "" if inside_mapping else _wanted(kinds[name])
                 raise errors.ConfigError(f"--{name} needs a value{wanted and f': {wanted}'}.")
             value = rest.pop(0)
-        if inside_mapping:
-            found.setdefault(parent, {})[name.rpartition(".")[2]] = _scalar(name, value)
-        elif name in found:
+        if name in found:
             raise errors.ConfigError(f"--{name} is given twice.")
-        else:
-            found[name] = _option_value(name, value, kinds[name])
+        found[name] = (
+            _scalar(name, value) if inside_mapping else _option_value(name, value, kinds[name])
+        )
+    return found
+
+
+def merged(
+    values: Mapping[str, Any], given: Mapping[str, Any], kinds: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a file says, and what options say on top; both by dotted names.
+
+    A single key of a mapping, such as `model.config.layerdrop`, leaves its other keys as they are.
+    """
+    found = {**values, **{name: value for name, value in given.items() if name in kinds}}
+    for name in given.keys() - kinds.keys():
+        parent, _, key = name.rpartition(".")
+        before = {} if parent not in found or found[parent] is None else found[parent]
+        if isinstance(before, Mapping):  # else `typed` has something to say about it
+            found[parent] = {**before, key: given[name]}
     return found
 
 

@@ -57,6 +57,36 @@ def test_scalars_are_yaml_1_2(tmp_path):
     assert (cfg.seed, cfg.data.language, cfg.optim.adam_epsilon) == (10, "no", 1e-8)
 
 
+def test_one_field_of_the_model_configuration_leaves_those_of_the_file(tmp_path):
+    path = _file(tmp_path, "model: {config: {mask_time_prob: 0.3, layerdrop: 0.05}}")
+    one = config.load(path, ["--model.config.mask_time_prob", "0.05"])
+    assert one.model.config == {"mask_time_prob": 0.05, "layerdrop": 0.05}
+    whole = config.load(path, ["--model.config.layerdrop=0", "--model.config={hidden_dropout: 1}"])
+    assert whole.model.config == {"hidden_dropout": 1, "layerdrop": 0}
+    empty = _file(tmp_path, "model: {config: }")
+    assert config.load(empty, ["--model.config.layerdrop=0"]).model.config == {"layerdrop": 0}
+    with pytest.raises(errors.ConfigError, match=r"model\.config is 3"):
+        config.load(_file(tmp_path, "model: {config: 3}"), ["--model.config.layerdrop=0"])
+
+
+def test_a_leading_tilde_is_the_home_of_the_user_wherever_a_place_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = """
+        output_dir: ~/runs/cy
+        data: {source: ~/cy.tar.gz, prepared_dir: ~/old}
+        model: {pretrained: ~/xls-r}
+        text: {vocabulary: ~/vocab.json}
+    """
+    cfg = config.load(_file(tmp_path, text), ["--data.prepared_dir=~/prepared"])
+    assert (cfg.output_dir, cfg.data.source) == ("/home/me/runs/cy", "/home/me/cy.tar.gz")
+    assert cfg.data.prepared_dir == "/home/me/prepared"
+    assert (cfg.model.pretrained, cfg.text.vocabulary) == (
+        "/home/me/xls-r",
+        "/home/me/vocab.json",
+    )
+    assert config.load(None, ["--output_dir=gs://a/~"]).output_dir == "gs://a/~"
+
+
 def test_fields_of_the_model_configuration_are_options_too():
     cfg = config.load(None, ["--model.config.mask_time_prob", "0.75"])
     assert cfg.model.config == {"mask_time_prob": 0.75}
@@ -111,6 +141,7 @@ def test_a_wrong_file_is_refused_with_its_name_and_the_way_out(tmp_path, text, e
         (["--optim.learning_rat", "1"], "did you mean optim.learning_rate"),
         (["--optim.learning_rate"], "needs a value"),
         (["--seed", "1", "--seed", "2"], "given twice"),
+        (["--model.config.layerdrop=0", "--model.config.layerdrop=1"], "given twice"),
         (["--data.trim_silence", "no"], "data.trim_silence is 'no'"),
         (["stray"], "unexpected argument stray"),
     ],

@@ -25,6 +25,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_asr import ctc_kernel
 
+_FEW_SYMBOLS = 64
+"""With so many, a matrix product over all of them is quicker than a gather and a scatter."""
+
 
 def ctc_loss(
     logits: Float[Array, "batch frames vocab"],
@@ -119,14 +122,22 @@ def _loss_backward(blank, residuals, cotangents):
     counts = frame_mask & ~jnp.isposinf(loss)[:, None]
     scale = cotangents[:, None, None]
     probabilities = jnp.exp(logits.astype(log_norms.dtype) - log_norms[..., None])
-    gradient = jnp.where(counts[..., None], probabilities * scale, 0).astype(logits.dtype)
+    # The best state weighs 1; no state is left only where nothing counts.
+    totals = jnp.maximum(weights.sum(-1), 1).T
 
+    if logits.shape[-1] <= _FEW_SYMBOLS:
+        entries = jnp.arange(logits.shape[-1])
+        owns = (columns[..., None] == entries).astype(weights.dtype)
+        merged = jnp.einsum("tbm,bmv->btv", weights, owns, precision=jax.lax.Precision.HIGHEST)
+        gradient = (probabilities - merged / totals[..., None]) * scale
+        return jnp.where(counts[..., None], gradient, 0).astype(logits.dtype), None, None, None
+
+    gradient = jnp.where(counts[..., None], probabilities * scale, 0).astype(logits.dtype)
     # A label that occurs twice owns one column: its weights are added up first, then every needed
     # column is written once, rounded once. Equal values make the order of the writes irrelevant.
     same = (columns[:, :, None] == columns[:, None, :]).astype(weights.dtype)
     merged = jnp.einsum("tbm,bmn->bnt", weights, same, precision=jax.lax.Precision.HIGHEST)
-    # The best state weighs 1; no state is left only where nothing counts.
-    posteriors = merged / jnp.maximum(weights.sum(-1), 1).T[:, None]
+    posteriors = merged / totals[:, None]
     needed = jnp.exp(_take(logits, columns).astype(log_norms.dtype) - log_norms[:, None])
     needed = jnp.where(counts[:, None], (needed - posteriors) * scale, 0).astype(logits.dtype)
     rows = jnp.arange(columns.shape[0])[:, None]

@@ -98,10 +98,10 @@ def random_batch(rng, batch=6, frames=40, vocab=11, tokens=9, blank=0):
 
 
 @pytest.mark.parametrize("blank", [0, 4, 10])
-@pytest.mark.parametrize("seed", range(3))
-def test_loss_and_gradient_equal_torch_in_float64(seed, blank):
+@pytest.mark.parametrize(("seed", "vocab"), [(0, 11), (1, 11), (2, 11), (3, 100)])
+def test_loss_and_gradient_equal_torch_in_float64(seed, vocab, blank):
     rng = np.random.default_rng(seed)
-    clips = random_batch(rng, blank=blank)
+    clips = random_batch(rng, vocab=vocab, blank=blank)
     weights = rng.uniform(0.1, 2, 6)
     loss, gradient = ours(*clips, blank=blank, weights=weights)
     expected_loss, expected_gradient = torch_ctc(*clips, blank, weights)
@@ -227,6 +227,23 @@ def test_forbidden_symbols_never_make_a_nan(seed):
     assert np.isfinite(loss).sum() > 16
     assert np.isfinite(gradient).all()
     assert np.isfinite(plain_gradient(*clips)).all()
+
+
+def test_symbols_that_cannot_be_said_change_nothing():
+    # With so many, the gradient is put together in another way.
+    rng = np.random.default_rng(5)
+    logits, logit_lengths, labels, label_lengths = random_batch(rng)
+    logits[rng.random(logits.shape) < 0.02] = -np.inf
+    labels[np.arange(labels.shape[1]) >= label_lengths[:, None]] = -100
+    labels[4, 0] = 0
+    more = np.pad(logits, ((0, 0), (0, 0), (0, 100)), constant_values=-np.inf)
+    loss, gradient = ours(logits, logit_lengths, labels, label_lengths)
+    more_loss, more_gradient = ours(more, logit_lengths, labels, label_lengths)
+    assert np.isfinite(loss).any()
+    assert np.isposinf(loss).any()
+    np.testing.assert_allclose(more_loss, loss, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(more_gradient[..., :11], gradient, rtol=0, atol=1e-12)
+    assert (more_gradient[..., 11:] == 0).all()
 
 
 def test_what_lies_past_the_lengths_changes_nothing():

@@ -15,7 +15,7 @@ import time
 import sidebyside
 import train_step
 
-from flax_asr import config, parallel, plan
+from flax_asr import config, experiment, parallel, plan
 from flax_asr.estimate import chips, flops, outlook, workload
 
 BASELINE_CYCLES = 174.5e6  # the deleted class with optax.ctc_loss, the whole step, same compiler
@@ -53,8 +53,8 @@ def configuration(
 def workload_of(cfg: config.Config, seconds: float) -> workload.Workload:
     """The planned workload with exactly so many samples and labels, and without evaluation."""
     work = workload.of(cfg, 1)
-    exact = workload.Shapes((int(seconds * SAMPLE_RATE_HZ),), (TOKENS,))
-    return dataclasses.replace(work, train_shapes=exact, eval_shapes=workload.Shapes((), ()))
+    exact = experiment.Shapes((int(seconds * SAMPLE_RATE_HZ),), (TOKENS,))
+    return dataclasses.replace(work, train_shapes=exact, eval_shapes=experiment.Shapes((), ()))
 
 
 def main():

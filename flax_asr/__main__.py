@@ -200,8 +200,11 @@ class _Parser(argparse.ArgumentParser):
     """Errors as those of the configuration: one line, status 2."""
 
     def error(self, message: str):
-        files = re.findall(r"\S+\.ya?ml\b", message) if message.startswith("unrec") else []
-        hint = f" A configuration file is given as --config {files[0]}." if files else ""
+        hint = ""
+        if message.startswith("unrecognized"):
+            hint = " An option takes one value, a list is written a,b."
+            if file := re.search(r"\S+\.ya?ml\b", message):
+                hint = f" A configuration file is given as --config {file[0]}."
         raise errors.ConfigError(f"{message}.{hint} See {self.prog} --help.")
 
 

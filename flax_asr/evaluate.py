@@ -51,7 +51,6 @@ def score(
     seed: int,
     tokens: Sequence[int] | None = None,
     predictions: Path | None = None,
-    speakers: bool = False,
     padded: bool = False,
 ) -> scoring.Scores:
     """Scores every example once.
@@ -66,8 +65,7 @@ def score(
         seed: of the bootstrap.
         tokens: label width of each shape of the plan; by default what these examples need.
         predictions: where reference and hypothesis of each clip go, one JSON object a line; host 0
-            writes it, whole or not at all.
-        speakers: name the speaker there too. Common Voice asks not to spread what tells them apart.
+            writes it, whole or not at all. No speaker is named, as Common Voice asks.
         padded: score as the scripts of 2022 did as well: the frames up to the longest clip of the
             batch are read for every clip, every space counts, unknown characters of the reference
             are "[UNK]" there, which the model can say.
@@ -111,7 +109,6 @@ def score(
                         "errors": characters.errors,
                         "units": characters.units,
                     }
-                    line |= {"speaker": data.facts(row)["speaker"]} if speakers else {}
                     lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             bar.advance(int(real.sum()))
     rule = scoring.rule(normalization, spaced, padded)
@@ -183,7 +180,6 @@ def command(
     overrides: Sequence[str],
     json_file: str | None,
     legacy: bool = False,
-    predictions: str | None = None,
 ) -> None:
     """`flax-asr evaluate`: scores the test splits of the model's configuration.
 
@@ -192,12 +188,13 @@ def command(
         overrides: options of the configuration.
         json_file: one object a split, one a line; "-" is standard output.
         legacy: also score as the scripts of 2022 did.
-        predictions: the folder of `predictions-SPLIT.jsonl`; by default the run's, or the present
-            one.
+
+    Reference and hypothesis of every clip go to `predictions-SPLIT.jsonl` in the run's folder, of
+    other models in the present one.
     """
     cluster.join()
     with multihost.Hosts() as hosts:
-        _score_splits(hosts, model, overrides, json_file, legacy, predictions)
+        _score_splits(hosts, model, overrides, json_file, legacy)
 
 
 def _score_splits(
@@ -206,7 +203,6 @@ def _score_splits(
     overrides: Sequence[str],
     json_file: str | None,
     legacy: bool,
-    predictions: str | None,
 ) -> None:
     loaded = loading.load(model)
     cfg = _resolved(loaded, overrides)
@@ -236,8 +232,7 @@ def _score_splits(
     shapes = experiment.shapes(cfg, loaded.config, list(sets.values()))
     forward = compiled(loaded, cfg, shapes, devices)
     hosts.wait()
-    folder = Path(predictions) if predictions is not None else loaded.run or Path()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = loaded.run or Path()
     rows = devices.count * cfg.train.per_device_eval_batch_size
     people = results.people(json_file) if hosts.is_first else io.StringIO()
     with results.writer(json_file if hosts.is_first else None) as write:

@@ -133,13 +133,18 @@ def layout(cfg: config.Config, state: step.TrainState, device_count: int) -> par
 
 @dataclass(frozen=True)
 class Shapes:
-    """The static shapes of a run: padded samples and label tokens of each bucket."""
+    """The static shapes of a run: padded samples and label tokens of each bucket, ascending."""
 
     samples: tuple[int, ...]
     tokens: tuple[int, ...]
 
     def __iter__(self):
         return iter(zip(self.samples, self.tokens, strict=True))
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Samples and tokens of the largest one."""
+        return self.samples[-1], self.tokens[-1]
 
 
 def shapes(

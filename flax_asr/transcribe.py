@@ -145,8 +145,7 @@ class Recogniser:
         if total == 0:
             raise errors.AudioError("too_short", f"{samples} samples make no frame")
         size = self._shapes[-1]
-        # With an adapter behind the encoder, frames of two windows need not lie on one another.
-        if samples <= size or config.add_adapter:
+        if samples <= size:
             return [Window(0, samples, 0, total)]
         stride = math.prod(config.conv_stride)
         frames = int(wav2vec2.frame_lengths(config, size))

@@ -58,6 +58,7 @@ def test_the_version_is_the_package_s(capsys):
         ("train --config", "--config: expected one argument"),
         ("train --conf {recipe}", "did you mean --config?"),
         ("train --config {recipe} more", "unrecognized arguments: more"),
+        ("train --data.train_splits train dev", "dev. An option takes one value, a list is"),
         ("train {recipe}", "A configuration file is given as --config {recipe}"),
         ("train", "output_dir, data.source and data.language are not set"),
         ("prepare --data.source x", "data.language is not set: write it"),

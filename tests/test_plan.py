@@ -233,7 +233,7 @@ def programs(work, temporary: int = 3 * 2**30):
 
 def test_an_update_is_its_micro_batches_and_one_move_of_the_parameters():
     cfg = tiny(data={"num_buckets": 1})
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=workload.Shapes((), ()))
+    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
     seen = outlook.Outlook.of(cfg, work, programs(work), V5E, device_count=2)
     assert seen.update_seconds == pytest.approx(2 * 2.0 + 1.0)
     assert seen.peak_share == pytest.approx(2 * 4_000 / 5.0 / 197e12)
@@ -243,7 +243,7 @@ def test_an_update_is_its_micro_batches_and_one_move_of_the_parameters():
 
 def test_an_update_of_one_program_moves_the_parameters_at_the_same_cost_in_every_shape():
     cfg = tiny(train={"global_batch_size": 4})
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=workload.Shapes((), ()))
+    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
     accumulate, update = programs(work)
     both = dataclasses.replace(
         accumulate, function="update_from", by_part={**accumulate.by_part, **update.by_part}
@@ -260,7 +260,7 @@ def test_an_update_of_one_program_moves_the_parameters_at_the_same_cost_in_every
 
 def test_smaller_shapes_cost_in_proportion_to_their_operations():
     cfg = tiny()
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=workload.Shapes((), ()))
+    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
     seen = outlook.Outlook.of(cfg, work, programs(work), V5E, device_count=2)
     short, long = work.train_shapes.samples
     ratio = short / long  # products grow with the length, attention with its square
@@ -269,7 +269,7 @@ def test_smaller_shapes_cost_in_proportion_to_their_operations():
 
 def test_memory_counts_what_is_there_at_once_and_the_batch_that_fits_follows():
     cfg = tiny(data={"num_buckets": 1})
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=workload.Shapes((), ()))
+    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
     seen = outlook.Outlook.of(cfg, work, programs(work), V5E, device_count=2)
     state = outlook.tree_bytes(work.state)
     assert seen.peak_bytes == state + 300 + 3 * 2**30 + 10 + 20
@@ -281,7 +281,7 @@ def test_memory_counts_what_is_there_at_once_and_the_batch_that_fits_follows():
 
 def test_a_program_that_the_compiler_refused_leaves_no_times():
     cfg = tiny(data={"num_buckets": 1})
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=workload.Shapes((), ()))
+    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
     accumulate, update = programs(work)
     refused = dataclasses.replace(accumulate, by_part={}, refused="RESOURCE_EXHAUSTED: 90.00G")
     seen = outlook.Outlook.of(cfg, work, [refused, update], V5E, 2)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from jaxtyping import Float64, Int, Int16, Int32, UInt64
 
-from flax_asr import audio, config
+from flax_asr import alignment, audio, config
 from flax_asr.data import examples, pool
 
 _SPEED, _PITCH, _GAIN, _NOISE = range(4)
@@ -50,7 +50,7 @@ class Augmentation:
         self._settings, self._data, self._seed = settings, data, seed
         self._clip_keys = np.array([_clip_key(clip_id) for clip_id in data.ids], np.uint64)
         shortest = [
-            smallest_samples(examples.min_frames(data.labels(row))) for row in range(len(data))
+            smallest_samples(alignment.min_frames(data.labels(row))) for row in range(len(data))
         ]
         self._slowest = data.samples / longest
         self._fastest = data.samples / np.array(shortest)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float32, Int, Int16, Int32, Int64
 
-from flax_asr import audio, errors, text
+from flax_asr import alignment, audio, errors, text
 from flax_asr.data import shards
 
 FrameLengths = Callable[[Int[np.ndarray, " rows"]], Int[np.ndarray, " rows"]]
@@ -163,7 +163,7 @@ def build(
                 reason, detail = found
             elif len(labels) == 0:
                 reason, detail = "empty_transcript", repr(split.sentences[clip])
-            elif (needed := min_frames(labels)) > frames[clip]:
+            elif (needed := alignment.min_frames(labels)) > frames[clip]:
                 reason, detail = "label_too_long", f"{needed} frames needed, {frames[clip]} there"
             elif not low < split.samples[clip] < high:
                 reason = "too_short" if split.samples[clip] <= low else "too_long"
@@ -218,11 +218,6 @@ def _collect(
         _tokens=np.concatenate([labels for _, _, _, labels in rows]).astype(np.int32),
         _token_start=np.cumsum(label_lengths, dtype=np.int64) - label_lengths,
     )
-
-
-def min_frames(labels: Int[np.ndarray, " tokens"]) -> int:
-    """Frames that an alignment needs: a blank stands between equal neighbours."""
-    return len(labels) + int((labels[1:] == labels[:-1]).sum())
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,18 @@ def prepared_folder(cfg: config.Config) -> Path:
     return parent / f"prepared-{key}"
 
 
+def split_folders(cfg: config.Config) -> dict[str, Path]:
+    """Where every split that the configuration names lies or would lie, each once, train first."""
+    folder, data = prepared_folder(cfg), cfg.data
+    names = dict.fromkeys((*data.train_splits, *data.eval_splits, *data.test_splits))
+    return {name: folder / urllib.parse.quote(name, safe="") for name in names}
+
+
+def is_prepared(cfg: config.Config) -> bool:
+    """Whether every split that the configuration names lies there, decoded."""
+    return all(map(shards.is_finished, split_folders(cfg).values()))
+
+
 def is_in_bucket(cfg: config.Config) -> bool:
     """Whether what one machine prepares is there for all."""
     return cfg.data.prepared_dir is not None and store.is_remote(cfg.data.prepared_dir)
@@ -74,15 +86,12 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
         errors.DataError: the source cannot be read, a split is missing or has no usable clip, or
             what is there is damaged or was prepared from something else.
     """
-    folder = prepared_folder(cfg)
-    data = cfg.data
-    splits = dict.fromkeys([*data.train_splits, *data.eval_splits, *data.test_splits])
-    folders = {split: folder / urllib.parse.quote(split, safe="") for split in splits}
+    data, folders = cfg.data, split_folders(cfg)
     there = _in_bucket(cfg, folders)
     for split, url in there.items():
         with alone_in(folders[split]):
             remote.fetch(url, folders[split])
-    missing = [split for split in splits if not shards.is_finished(folders[split])]
+    missing = [split for split in folders if not shards.is_finished(folders[split])]
     if missing:
         cfg.require("data.source", "data.language")
         source = common_voice.open_source(
@@ -91,7 +100,7 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
         for split in missing:
             source.read(split)  # refuses an unknown name now, not after hours of other splits
     prepared = {}
-    for split in splits:
+    for split in folders:
         settings = _settings(cfg) | {"fingerprint": _fingerprint(cfg, split)}
         if split in missing:
             with alone_in(folders[split]):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from flax_asr import audio, config, corpora, experiment, optim, origins, partition, run_folder
-from flax_asr.data import buckets, pool
+from flax_asr.data import buckets, pool, prepare
 from flax_asr.diagnosis import findings, survey, trial
 from flax_asr.estimate import forecast
 
@@ -152,7 +152,7 @@ class Prognosis:
         checkpoint, gradients = _bytes(state), _bytes(state.trainable)
         kept = checkpoint * (cfg.train.save_total_limit + 1)
         prepared = 0
-        if not survey.is_prepared(cfg):
+        if not prepare.is_prepared(cfg):
             seconds = [split.seconds for split in seen.splits.values()]
             prepared = sum(round(each * audio.SAMPLE_RATE_HZ * 2) for each in seconds)
         features = self._features_bytes()

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,11 +107,6 @@ class Split:
         )
 
 
-def split_names(data: config.DataConfig) -> tuple[str, ...]:
-    """Every split that the configuration names, once."""
-    return tuple(dict.fromkeys([*data.train_splits, *data.eval_splits, *data.test_splits]))
-
-
 def look(cfg: config.Config, *, read_seconds: float, hear_seconds: float) -> dict[str, Split]:
     """Looks at every split that the configuration names.
 
@@ -125,15 +119,15 @@ def look(cfg: config.Config, *, read_seconds: float, hear_seconds: float) -> dic
     Raises:
         errors.DataError: the source cannot be read, or lacks a split.
     """
-    names = split_names(cfg.data)
-    if is_prepared(cfg):
-        return {name: _prepared(prepared_split(cfg, name)) for name in names}
+    folders = prepare.split_folders(cfg)
+    if prepare.is_prepared(cfg):
+        return {name: _prepared(folder) for name, folder in folders.items()}
     source = common_voice.open_source(
         cfg.data.source, language=cfg.data.language, text_column=cfg.data.text_column
     )
     durations = _durations(source)
-    share, seconds = MOST_HEARD // len(names), read_seconds / len(names)
-    listed = {name: _Listed.read(source.read(name), share, seconds) for name in names}
+    share, seconds = MOST_HEARD // len(folders), read_seconds / len(folders)
+    listed = {name: _Listed.read(source.read(name), share, seconds) for name in folders}
     if sum(len(found.clips) for found in listed.values()) <= MOST_HEARD:
         share = MOST_HEARD
     wanted = [
@@ -148,16 +142,6 @@ def look(cfg: config.Config, *, read_seconds: float, hear_seconds: float) -> dic
         name: _judge(cfg, name, source.release, found, durations, heard)
         for name, found in listed.items()
     }
-
-
-def prepared_split(cfg: config.Config, split: str) -> Path:
-    """Where a prepared split lies or would lie."""
-    return prepare.prepared_folder(cfg) / urllib.parse.quote(split, safe="")
-
-
-def is_prepared(cfg: config.Config) -> bool:
-    """Whether every split that the configuration names is there, decoded."""
-    return all(shards.is_finished(prepared_split(cfg, name)) for name in split_names(cfg.data))
 
 
 def _prepared(folder: Path) -> Split:

@@ -4,7 +4,6 @@ import collections
 import copy
 import dataclasses
 import functools
-import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from flax_asr import (
     step,
     vocabulary,
 )
-from flax_asr.data import buckets, loader, prepare, shards
+from flax_asr.data import buckets, loader, prepare
 from flax_asr.models import configuration, wav2vec2
 
 LABELS_PER_SECOND = 16
@@ -64,19 +63,6 @@ Source: their config.json on the Hugging Face hub.
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """Padded samples and label tokens of each bucket, ascending."""
-
-    samples: tuple[int, ...]
-    tokens: tuple[int, ...]
-
-    @property
-    def largest(self) -> tuple[int, int]:
-        """Samples and tokens of the largest one."""
-        return self.samples[-1], self.tokens[-1]
-
-
-@dataclass(frozen=True)
 class Workload:
     """What a run computes, without any of its numbers.
 
@@ -105,9 +91,9 @@ class Workload:
     optimiser: optax.GradientTransformation
     learning_rate: optax.Schedule
     is_trained: Callable[[str], bool]
-    train_shapes: Shapes
+    train_shapes: experiment.Shapes
     train_portions: tuple[float, ...]
-    eval_shapes: Shapes
+    eval_shapes: experiment.Shapes
     scored_groups: dict[str, tuple[int, ...]] | None
     audio_seconds: float
     updates: int | None
@@ -186,9 +172,7 @@ def is_prepared(cfg: config.Config) -> bool:
         data.prepared_dir is None and None in (data.source, cfg.output_dir)
     ):
         return False
-    folder = prepare.prepared_folder(cfg)
-    names = (*data.train_splits, *data.eval_splits, *data.test_splits)
-    return all(shards.is_finished(folder / urllib.parse.quote(name, safe="")) for name in names)
+    return prepare.is_prepared(cfg)
 
 
 def _measured(cfg, start, corpus: corpora.Corpus, device_count: int) -> dict[str, Any]:
@@ -196,10 +180,9 @@ def _measured(cfg, start, corpus: corpora.Corpus, device_count: int) -> dict[str
     train_shapes = experiment.shapes(
         cfg, start.model_config, [corpus.train], cfg.data.augment.fastest
     )
-    eval_shapes = Shapes((), ())
+    eval_shapes = experiment.Shapes((), ())
     if scored:
-        found = experiment.shapes(cfg, start.model_config, list(scored.values()))
-        eval_shapes = Shapes(found.samples, found.tokens)
+        eval_shapes = experiment.shapes(cfg, start.model_config, list(scored.values()))
     rows = device_count * train.per_device_train_batch_size
     plan = experiment.train_plan(cfg, corpus.train, train_shapes.samples, rows)
     epoch = plan.updates_per_epoch
@@ -207,7 +190,7 @@ def _measured(cfg, start, corpus: corpora.Corpus, device_count: int) -> dict[str
     portions = [counted[shape] / counted.total() for shape in range(len(train_shapes.samples))]
     return {
         "symbols": corpus.vocabulary.size,
-        "train_shapes": Shapes(train_shapes.samples, train_shapes.tokens),
+        "train_shapes": train_shapes,
         "train_portions": tuple(portions),
         "eval_shapes": eval_shapes,
         "scored_groups": {
@@ -230,12 +213,13 @@ def _guessed(cfg: config.Config, start: origins.Origin) -> dict[str, Any]:
     data, train = cfg.data, cfg.train
     shapes = even_shapes(data.max_seconds, data.num_buckets, start.model_config)
     symbols, reason = _symbols(cfg, start)
+    scored = data.eval_splits or data.test_splits
     seconds = float(np.mean(shapes.samples)) / audio.SAMPLE_RATE_HZ
     return {
         "symbols": symbols,
         "train_shapes": shapes,
         "train_portions": (1 / len(shapes.samples),) * len(shapes.samples),
-        "eval_shapes": shapes if data.eval_splits or data.test_splits else Shapes((), ()),
+        "eval_shapes": shapes if scored else experiment.Shapes((), ()),
         "scored_groups": None,
         "audio_seconds": seconds * train.global_batch_size,
         "updates": train.max_steps,
@@ -248,7 +232,9 @@ def _guessed(cfg: config.Config, start: origins.Origin) -> dict[str, Any]:
     }
 
 
-def even_shapes(max_seconds: float, num_buckets: int, model_config: Wav2Vec2Config) -> Shapes:
+def even_shapes(
+    max_seconds: float, num_buckets: int, model_config: Wav2Vec2Config
+) -> experiment.Shapes:
     """Evenly spaced padded lengths, multiples of 16 frames as in a real run."""
     longest = int(max_seconds * audio.SAMPLE_RATE_HZ)
     smallest = functools.partial(
@@ -267,7 +253,7 @@ def even_shapes(max_seconds: float, num_buckets: int, model_config: Wav2Vec2Conf
     tokens = tuple(
         -(-LABELS_PER_SECOND * n // (audio.SAMPLE_RATE_HZ * multiple)) * multiple for n in ascending
     )
-    return Shapes(ascending, tokens)
+    return experiment.Shapes(ascending, tokens)
 
 
 def _symbols(cfg: config.Config, start: origins.Origin) -> tuple[int, str]:

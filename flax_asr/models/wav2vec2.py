@@ -1,4 +1,4 @@
-"""wav2vec 2.0 in flax.linen: every architecture that transformers' Wav2Vec2Config describes.
+"""wav2vec 2.0 in flax.linen: what transformers' Wav2Vec2Config describes, but for adapters.
 
 The parameter tree has the names of transformers' former Flax class; parameters are float32.
 Oracle: transformers' PyTorch Wav2Vec2ForCTC, tests/models/test_wav2vec2.py.

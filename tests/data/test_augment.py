@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_splits import add, write_split
 
-from flax_asr import audio, config
+from flax_asr import alignment, audio, config
 from flax_asr.data import augment, buckets, examples, loader, shard_writer, shards
 from flax_asr.text import Vocabulary
 
@@ -106,7 +106,7 @@ def test_draws_are_even_in_their_range_and_independent_of_each_other(data):
 def test_no_clip_becomes_longer_than_the_largest_shape_or_too_short_for_its_label(split):
     # Clips of which a quarter is just long enough for its label.
     data = _examples(split)
-    needed = [examples.min_frames(data.labels(row)) for row in range(len(data))]
+    needed = [alignment.min_frames(data.labels(row)) for row in range(len(data))]
     tight = {row: buckets.smallest_samples(needed[row]) for row in range(0, len(data), 4)}
     data.samples[list(tight)] = list(tight.values())
     assert (frames(data.samples) >= needed).all()

@@ -198,8 +198,9 @@ def _collect(
     map_of, start = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int64)
     for number, split in enumerate(splits):
         own = split_of == number
-        map_of[own] = len(maps) + split.shards[clip_of[own]]
-        start[own] = split.offsets[clip_of[own]]
+        if split.maps:  # else the corpus was only looked at
+            map_of[own] = len(maps) + split.shards[clip_of[own]]
+            start[own] = split.offsets[clip_of[own]]
         maps += split.maps
     return Examples(
         splits=tuple(splits),

@@ -70,6 +70,11 @@ class Split:
         return np.ones(len(self), np.float32)
 
     @property
+    def maps(self) -> list[np.ndarray]:
+        """None: no audio is kept of a look."""
+        return []
+
+    @property
     def scale(self) -> float:
         """Clips for each one whose length or reason to be left out is known."""
         judged = int((self.samples != UNKNOWN).sum()) + len(self.left_out)

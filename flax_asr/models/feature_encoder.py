@@ -5,9 +5,12 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from flax_asr.models import activations, layers
+
+_LANES = 128
 
 
 def strided_convolution(
@@ -26,10 +29,56 @@ def strided_convolution(
     )
 
 
+def mean_square(
+    audio: Float[Array, "batch times"],
+    kernel: Float[Array, "taps features"],
+    bias: Float[Array, " features"],
+    stride: int,
+) -> Float[Array, "batch frames"]:
+    """The mean over features of the squared frames of a convolution, without the frames.
+
+    With samples x under the taps, and a last one that is 1 for the bias, a frame is K^T x and its
+    sum of squares x^T (K K^T) x: a few products for each frame instead of one for each feature.
+    """
+    taps, features = kernel.shape
+    rows = jnp.concatenate([kernel, bias[None]]).astype(jnp.float32)
+    gram = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST) / features
+    frames = (audio.shape[1] - taps) // stride + 1
+    phases = _phases(audio, stride)
+    samples = [
+        phases[tap % stride][:, tap // stride : tap // stride + frames] for tap in range(taps)
+    ]
+    samples.append(jnp.ones_like(samples[0]))
+    total = sum(
+        samples[i] * sum((1 + (i < j)) * gram[i, j] * samples[j] for j in range(i, taps + 1))
+        for i in range(taps + 1)
+    )
+    return jnp.maximum(total, 0.0)
+
+
+def _phases(audio: Float[Array, "batch times"], stride: int) -> list[Float[Array, "batch steps"]]:
+    """Samples 0, stride, 2 * stride and so on, samples 1, 1 + stride and so on, and so on.
+
+    By a product with zeros and ones: a TPU turns lanes around slowly in any other way.
+    """
+    block = stride * _LANES
+    audio = jnp.pad(audio, ((0, 0), (0, -audio.shape[1] % block)))
+    places = np.arange(block).reshape(_LANES, stride).T.ravel()
+    chosen = jnp.matmul(
+        audio.reshape(audio.shape[0], -1, block),
+        jnp.asarray(np.eye(block)[:, places], audio.dtype),
+        precision=layers.precision(audio.dtype),
+    )
+    chosen = jax.lax.optimization_barrier(chosen).astype(jnp.float32)
+    phases = jnp.split(chosen, stride, axis=-1)
+    return [phase.reshape(audio.shape[0], -1) for phase in phases]
+
+
 class _Convolution(nn.Module):
     """Kernel and bias under the names they have in a checkpoint, initialised as in PyTorch.
 
     With `centred` the mean over the features is taken from every frame, by way of the parameters.
+    Gives the frames and, of centred ones, the variance over their features: in float32.
     """
 
     config: layers.Wav2Vec2Config
@@ -38,20 +87,36 @@ class _Convolution(nn.Module):
     centred: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch times channels"]) -> Array:
+    def __call__(self, x: Float[Array, "batch times channels"]) -> tuple[Array, Array | None]:
         taps, stride = self.config.conv_kernel[self.layer], self.config.conv_stride[self.layer]
         features = self.config.conv_dim[self.layer]
         channels = x.shape[-1]
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         kernel = self.param("kernel", kaiming, (taps, channels, features))
-        if self.centred:
-            kernel = _less_mean(kernel)
-        y = strided_convolution(x.astype(self.dtype), kernel.astype(self.dtype), stride)
+        bias = jnp.zeros(features)
         if self.config.conv_bias:
             init = layers.uniform(1.0 / math.sqrt(channels * taps))
             bias = self.param("bias", init, (features,))
-            y = y + (_less_mean(bias) if self.centred else bias).astype(self.dtype)
-        return y
+        if self.centred:
+            kernel, bias = _less_mean(kernel), _less_mean(bias)
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        y = strided_convolution(x, kernel, stride)
+        if self.config.conv_bias:
+            y = y + bias
+        if not self.centred:
+            return y, None
+
+        def from_frames(x, y, kernel, bias):
+            return jnp.mean(jnp.square(y.astype(jnp.float32)), axis=-1)
+
+        def from_samples(x, y, kernel, bias):
+            return mean_square(x[..., 0], kernel[:, 0], bias, stride)
+
+        if channels > 1:
+            return y, from_frames(x, y, kernel, bias)
+        return y, jax.lax.platform_dependent(
+            x, y, kernel, bias, tpu=from_samples, default=from_frames
+        )
 
 
 def _less_mean(parameters: Float[Array, "... features"]) -> Float[Array, "... features"]:
@@ -59,19 +124,20 @@ def _less_mean(parameters: Float[Array, "... features"]) -> Float[Array, "... fe
 
 
 class _CentredLayerNorm(nn.Module):
-    """LayerNorm over channels whose mean is zero already, statistics in float32."""
+    """LayerNorm over channels whose mean is zero and whose variance is known, in float32."""
 
     dtype: layers.Dtype
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch frames channels"]) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch frames channels"], variance: Float[Array, "batch frames"]
+    ) -> Array:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(self.dtype)
+        inverse = jax.lax.rsqrt(variance + self.epsilon)[..., None]
+        return (x.astype(jnp.float32) * (inverse * scale) + bias).astype(self.dtype)
 
 
 class _InstanceNorm(nn.Module):
@@ -96,9 +162,9 @@ class _ConvLayer(nn.Module):
     """Convolution, norm where there is one, activation.
 
     In half precision the mean that a LayerNorm would take from each frame is taken from kernel and
-    bias instead, where it costs nothing: XLA for TPU computes the first convolution once more for
-    each statistic of its many frames. The rounding of the kernel leaves a mean far below that of
-    the frames.
+    bias instead, where it costs nothing, and on TPU the variance of the first layer's frames comes
+    from the samples: XLA for TPU computes that convolution once more for each statistic of its many
+    frames. The rounding of the kernel leaves a mean far below that of the frames.
     """
 
     config: layers.Wav2Vec2Config
@@ -109,10 +175,11 @@ class _ConvLayer(nn.Module):
     def __call__(self, x: Float[Array, "batch times channels"]) -> Array:
         normalised = self.config.feat_extract_norm == "layer"
         centred = normalised and jnp.dtype(self.dtype) != jnp.float32
-        y = _Convolution(self.config, self.dtype, self.layer, centred, name="conv")(x)
+        convolution = _Convolution(self.config, self.dtype, self.layer, centred, name="conv")
+        y, variance = convolution(x)
         # PyTorch keeps its default epsilon here, whatever config.layer_norm_eps is
         if centred:
-            y = _CentredLayerNorm(self.dtype, name="layer_norm")(y)
+            y = _CentredLayerNorm(self.dtype, name="layer_norm")(y, variance)
         elif normalised:
             y = layers.layer_norm(self.dtype, "layer_norm")(y)
         elif self.layer == 0:

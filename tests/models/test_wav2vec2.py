@@ -290,6 +290,20 @@ def test_positional_convolution_is_xlas_where_the_backend_is_not_a_cpu():
     assert "stablehlo.convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
+@pytest.mark.parametrize(
+    ("times", "taps", "stride"), [(160, 10, 5), (163, 10, 5), (41, 3, 2), (30, 7, 3), (9, 4, 4)]
+)
+def test_the_mean_square_of_frames_comes_from_the_samples(times, taps, stride):
+    rng = np.random.default_rng(0)
+    audio = rng.normal(size=(2, times)).astype(np.float32)
+    kernel = rng.normal(size=(taps, 12)).astype(np.float32)
+    bias = rng.normal(size=12).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(audio, taps, axis=1)[:, ::stride]
+    frames = windows.astype(np.float64) @ kernel + bias
+    found = feature_encoder.mean_square(audio, kernel, bias, stride)
+    close(found, (frames**2).mean(axis=-1), 1e-6)
+
+
 # Precision
 
 
@@ -321,7 +335,12 @@ def test_half_precision_is_near_float32_and_trains_float32_parameters(name, dtyp
             close(gradient, reference, 0.2, key)
 
 
-def test_a_mean_taken_from_the_parameters_is_the_mean_of_the_layer_norm():
+@pytest.mark.parametrize("platform", ["default", "tpu"])
+def test_statistics_taken_from_parameters_and_samples_are_those_of_the_layer_norm(
+    platform, monkeypatch
+):
+    """The form that TPUs compute runs here too."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *xs, **forms: forms[platform](*xs))
     _, module, params = pair("xls-r")
     params = params["params"]["wav2vec2"]["feature_extractor"]
     shifted = {

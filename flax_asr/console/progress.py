@@ -42,7 +42,7 @@ class Progress:
         self.description = description
         self.unit = unit
         self.done = initial
-        self._initial = initial
+        self._initial = self._last_written = initial
         self._stream = stream if stream is not None else sys.stderr
         self._line_seconds = line_seconds
         self._facts: dict[str, Any] = {}
@@ -66,7 +66,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None and self.done > self._initial:
+        elif kind is None and self.done > self._last_written:
             self._write_line()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
@@ -88,7 +88,7 @@ class Progress:
             terminal.show(line, self._stream)
 
     def _write_line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._last_written = time.monotonic(), self.done
         if not _shown:
             return
         elapsed_seconds = max(self._last_line - self._start, 1e-9)

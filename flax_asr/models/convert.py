@@ -168,7 +168,7 @@ def _fresh_mask_embedding(config: "Wav2Vec2Config") -> np.ndarray:
     """What torch's class starts from: uniform in [0, 1); always the same numbers."""
     masks = config.apply_spec_augment and max(config.mask_time_prob, config.mask_feature_prob) > 0
     _logger.log(
-        logging.WARNING if masks else logging.INFO,
+        logging.WARNING if masks else logging.DEBUG,
         "The checkpoint has no %s (the vector that stands for masked frames): it starts fresh.",
         MASK_EMBEDDING,
     )

@@ -38,6 +38,17 @@ def test_what_was_done_before_counts_but_not_for_the_rate(monkeypatch):
     assert out.getvalue() == "x: 1010 clips, 5/s\n"
 
 
+def test_the_end_is_not_written_twice(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with Progress(2, "compiling", "programs", stream=out, line_seconds=30) as bar:
+        bar.advance()
+        now[0] = 40.0
+        bar.advance()
+    assert out.getvalue() == "compiling: 2/2 programs, 0.05/s\n"
+
+
 def test_a_terminal_gets_a_bar():
     out = Terminal()
     with Progress(3, "training", "updates", stream=out) as bar:

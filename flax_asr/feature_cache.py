@@ -93,7 +93,7 @@ def opened(
     about = _about(objective, train, params)
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     kept = features.Features(
-        prepare.prepared_folder(cfg) / f"features-{name}",
+        prepare.prepared_folder(cfg) / f"{features.PREFIX}{name}",
         train.samples,
         functools.partial(wav2vec2.frame_lengths, model),
         model.hidden_size,
@@ -103,6 +103,13 @@ def opened(
         if not kept.is_finished():
             _compute(cfg, objective, train, shapes, devices, params, kept)
             kept.finish(about)
+    # Not removed: another run may train from them.
+    for folder, size in kept.others().items():
+        logger.info(
+            "%s holds %.2f GB of features of other settings: delete it if no run needs it",
+            folder,
+            size / 1e9,
+        )
     kept.open()
     return kept
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import shutil
 
 import jax
 import numpy as np
@@ -171,9 +172,29 @@ def test_other_weights_below_are_other_features(small, monkeypatch, path, again)
 
 
 def test_too_little_room_is_said_before_the_first_clip(tmp_path):
-    kept = features.Features(tmp_path, np.array([2**40]), lambda samples: samples, 1024, np.float32)
-    with pytest.raises(errors.DataError, match=r"needs 4503599.63 GB in .*, where .* GB are free"):
+    old = tmp_path / "features-old"
+    old.mkdir()
+    (old / "part-00000.bin").write_bytes(bytes(20_000_000))
+    folder = tmp_path / "features-new"
+    folder.mkdir()
+    kept = features.Features(folder, np.array([2**40]), lambda samples: samples, 1024, np.float32)
+    with pytest.raises(
+        errors.DataError, match=r"needs 4503599.63 GB in .*, where .* GB are free"
+    ) as refusal:
         kept.check_room()
+    assert f"{old} holds 0.02 GB of other settings: delete it" in str(refusal.value)
+
+
+def test_features_of_other_settings_stay_and_are_named(small, caplog):
+    folder = small.kept().folder
+    old = folder.with_name("features-old")
+    old.mkdir()
+    (old / "part-00000.bin").write_bytes(bytes(10))
+    with caplog.at_level(logging.INFO):
+        assert small.kept().folder == folder
+    assert f"{old} holds 0.00 GB of features of other settings" in caplog.text
+    assert f"{folder} holds" not in caplog.text
+    shutil.rmtree(old)
 
 
 def start(**changes):

@@ -343,6 +343,22 @@ def test_an_update_of_one_micro_batch_is_one_program(tmp_path, monkeypatch):
     assert run["bytes_by_kind"]["gradient sums"] == 0
 
 
+@pytest.mark.parametrize(
+    ("kept", "field", "shape"),
+    [(True, "hidden_state", (2, 2, 100, 16)), (False, "audio", (2, 2, 16_000))],
+)
+def test_kept_features_are_planned_as_what_an_update_reads(kept, field, shape):
+    names = "hidden_dropout attention_dropout activation_dropout feat_proj_dropout".split()
+    quiet = dict.fromkeys([*names, "mask_time_prob", "mask_feature_prob"], 0.0)
+    cfg = tiny(
+        data={"cache_features": kept},
+        model={"config": {**TINY, **quiet, "num_hidden_layers": 3}, "trainable_layers": 1},
+    )
+    objective = workload.of(cfg, 2).objective
+    batch = parallel.Devices(jax.devices()[:2]).train_batch_shapes(objective, 2, 16_000, 8)
+    assert getattr(batch, field).shape == shape
+
+
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
     monkeypatch.setattr(plan, "describe", lambda described: parallel.Devices(jax.devices()[:2]))
     with pytest.raises(errors.ConfigError, match="2 devices"):

@@ -27,6 +27,7 @@ from flax_asr import errors, seals
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "features-"
 PART_BYTES = 64 * 2**20
 
 
@@ -123,6 +124,15 @@ class Features:
         except OSError as error:
             raise self._unwritable(error) from error
 
+    def others(self) -> dict[Path, int]:
+        """Folders of features beside this one, of other settings, with their bytes."""
+        found = sorted(self.folder.parent.glob(f"{PREFIX}*"))
+        return {
+            folder: sum(path.stat().st_size for path in folder.glob("part-*.bin"))
+            for folder in found
+            if folder != self.folder
+        }
+
     def check_room(self) -> None:
         """Compares what is to be written with the disk.
 
@@ -132,10 +142,15 @@ class Features:
         there = sum(path.stat().st_size for path in self.folder.glob("part-*.bin"))
         free = shutil.disk_usage(self.folder).free
         if self.bytes - there > free:
+            others = "".join(
+                f" {folder} holds {size / 1e9:.2f} GB of other settings: delete it if no run needs"
+                " it."
+                for folder, size in self.others().items()
+            )
             raise errors.DataError(
                 f"data.cache_features needs {(self.bytes - there) / 1e9:.2f} GB in {self.folder},"
                 f" where {free / 1e9:.2f} GB are free: make room, name another data.prepared_dir,"
-                " lower data.max_train_clips, or set data.cache_features false."
+                f" lower data.max_train_clips, or set data.cache_features false.{others}"
             )
 
     def open(self) -> None:

@@ -27,6 +27,16 @@ _ARABIC_OPTIONAL = "\u0640\u064b\u064c\u064d\u064e\u064f\u0650\u0651\u0652\u0653
     map(chr, [*range(0x0610, 0x061B), *range(0x0656, 0x0660), *range(0x06D6, 0x06EE)])
 )
 _ALEF_WASLA, _ALEF = "\u0671", "\u0627"
+# Persian letters as they come from an Arabic keyboard.
+_PERSIAN_LETTERS = {"\u064a": "\u06cc", "\u0649": "\u06cc", "\u0643": "\u06a9"}
+# Vowel points and signs of cantillation, which hardly anyone writes.
+_HEBREW_OPTIONAL = "".join(
+    map(chr, [*range(0x0591, 0x05BE), 0x05BF, 0x05C1, 0x05C2, 0x05C4, 0x05C5, 0x05C7])
+)
+# They stand inside of abbreviations and foreign words, and are mostly typed as quotation marks.
+_HEBREW_MARKS = {"\u05f3": "'", "\u05f4": '"'}
+# In Devanagari joiners change how a cluster is drawn, never how it sounds.
+_JOINERS: Step = {"remove": "\u200c\u200d"}
 # Accents as they are typed without their keys, where no other word is meant ("po'" is another).
 _ITALIAN_ACCENTS = {
     "e'": "è",
@@ -89,7 +99,10 @@ RULES: dict[str, tuple[Step, ...]] = {
     "en": _spaced("'"),
     "es": _spaced("'"),
     "eu": _spaced("-"),
+    "fa": _spaced("", first=({"remove": _ARABIC_OPTIONAL}, {"replace": _PERSIAN_LETTERS})),
     "fr": _spaced("'-"),
+    "he": _spaced("'\"", first=({"remove": _HEBREW_OPTIONAL}, {"replace": _HEBREW_MARKS})),
+    "hi": _spaced("-", first=(_JOINERS,)),
     # The marks of a question or a stress stand inside the Armenian word.
     "hy": _spaced("-", first=({"remove": "՛՜՞"},)),
     "it": _spaced("'", first=({"replace_words": _ITALIAN_ACCENTS},)),
@@ -106,6 +119,8 @@ RULES: dict[str, tuple[Step, ...]] = {
         "spaces",
     ),
     "lo": _THAI,
+    "mr": _spaced("-", first=(_JOINERS,)),
+    "ne": _spaced("-", first=(_JOINERS,)),
     "pt": _spaced("'-"),
     "ru": _spaced("-", first=({"replace": {"\u0301": "", "ё": "е"}},)),
     # The colon joins an ending to an abbreviation: "EU:s".

@@ -248,6 +248,7 @@ def test_sigterm_while_compiling_ends_at_once_and_leaves_a_fresh_start(place, tm
     assert inventory.steps(run)[0] == 2
 
 
+@pytest.mark.slow
 def test_sigterm_while_finishing_ends_at_once_and_the_same_command_finishes(place, whole, tmp_path):
     run = tmp_path / "run"
     process = place.start(run)
@@ -386,6 +387,7 @@ def test_a_run_whose_scores_stay_the_same_stops_early_and_goes_on_with_more_pati
     assert [e["step"] for e in runlog.read(run) if "stopped_early_after" in e] == [6]
 
 
+@pytest.mark.slow
 def test_with_every_knob_turned_a_stop_changes_nothing(here, place, tmp_path, monkeypatch):
     run, cut, uninterrupted = tmp_path / "run", tmp_path / "cut", tmp_path / "uninterrupted"
     assert here(uninterrupted, *KNOBS) == 0

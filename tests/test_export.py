@@ -110,8 +110,7 @@ def test_without_masks_there_is_no_mask_vector_to_compare(tmp_path):
 
 def test_a_second_export_takes_the_place_of_the_first(tmp_path):
     for seed in (0, 1):
-        saved = small_saved.saved(seed=seed)
-        export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
+        small_saved.export_folder(tmp_path / "out", small_saved.saved(seed=seed))
     model = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         bias = model.lm_head.bias.numpy()

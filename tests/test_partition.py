@@ -106,6 +106,7 @@ def on_four_and_eight(run: str) -> None:
     through_checkpoints(pathlib.Path(run), (4, True), (8, True))
 
 
+@pytest.mark.slow
 def test_four_and_eight_devices(tmp_path):
     code = f"import test_partition; test_partition.on_four_and_eight({str(tmp_path)!r})"
     done = subprocess.run(

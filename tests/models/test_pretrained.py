@@ -13,7 +13,7 @@ from flax import serialization, traverse_util
 
 import flax_asr
 from flax_asr import FlaxWav2Vec2ForCTC, FlaxWav2Vec2Model, errors
-from flax_asr.models import api, convert, outputs, pretrained, wav2vec2, weights
+from flax_asr.models import api, convert, hub, outputs, pretrained, wav2vec2, weights
 
 # Frames of 2000 samples: 399, 199, 99.
 SAMPLES, FRAMES = 2000, 99
@@ -487,7 +487,7 @@ def test_overrides_that_are_no_fields_or_of_another_type_are_named(folder):
 
 
 def test_the_hubs_commit_is_recorded(folder, monkeypatch):
-    monkeypatch.setattr(weights, "resolve", lambda *_: (folder, "abc"))
+    monkeypatch.setattr(hub, "resolve", lambda *_: (folder, "abc"))
     assert pretrained.load("someone/model").revision == "abc"
 
 

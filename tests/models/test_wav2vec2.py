@@ -567,6 +567,7 @@ def test_a_frozen_feature_encoder_gives_the_same_outputs_and_zero_gradient(name)
             close(gradient, free[key], 1e-5, key)
 
 
+@pytest.mark.slow
 def test_rematerialisation_does_not_change_loss_or_gradients():
     _, module, params = pair("xls-r", num_hidden_layers=1)
     module = changed(module, layerdrop=0.3)

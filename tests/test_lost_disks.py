@@ -49,9 +49,9 @@ def start(place, disk, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place):
-    """The same run where nothing happens to its disk."""
-    run = place.folder / "undisturbed"
+def undisturbed(place, tmp_path_factory):
+    """The same run where nothing happens to its disk; each test process makes its own."""
+    run = tmp_path_factory.mktemp("undisturbed")
     place.finish(run, *OPTIONS)
     return run
 

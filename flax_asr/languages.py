@@ -37,6 +37,13 @@ _HEBREW_OPTIONAL = "".join(
 _HEBREW_MARKS = {"\u05f3": "'", "\u05f4": '"'}
 # In Devanagari joiners change how a cluster is drawn, never how it sounds.
 _JOINERS: Step = {"remove": "\u200c\u200d"}
+# Of Malayalam's vowelless letters there is an older spelling of three characters.
+_MALAYALAM_CHILLU = {
+    consonant + "\u0d4d\u200d": chillu
+    for consonant, chillu in zip(
+        "\u0d23\u0d28\u0d30\u0d32\u0d33\u0d15", "\u0d7a\u0d7b\u0d7c\u0d7d\u0d7e\u0d7f", strict=True
+    )
+}
 # Accents as they are typed without their keys, where no other word is meant ("po'" is another).
 _ITALIAN_ACCENTS = {
     "e'": "è",
@@ -52,6 +59,29 @@ _ITALIAN_ACCENTS = {
     "universita'": "università",
     "verita'": "verità",
 }
+# A letter with two code points, because keyboards or fonts lacked the right one. These are the
+# pairs of which the language has only the second.
+# Source: the tables of ftyers/commonvoice-utils; for vi, az and ckb the languages' own alphabets.
+_LOOKALIKES = {
+    "az": {"\u04d9": "\u0259", "\u01dd": "\u0259"},
+    "ba": {"h": "\u04bb"},
+    "be": {"i": "\u0456"},
+    # The older ae is a heh that a joiner keeps apart.
+    "ckb": {"\u0647\u200c": "\u06d5", **_PERSIAN_LETTERS},
+    "cv": {"ă": "\u04d1", "ĕ": "\u04d7", "ç": "\u04ab", "ÿ": "\u04f3", "\u04f1": "\u04f3"},
+    "kab": {"\u03b3": "\u0263", "ğ": "ǧ"}
+    | dict.fromkeys(("\u03b5", "\u03c3", "\u03c2", "\u0511"), "\u025b"),
+    "kk": {"i": "\u0456", "\u04ca": "\u04a3"},
+    "ky": {"\u04ca": "\u04a3"},
+    "mhr": {"ö": "\u04e7", "ä": "\u04d3", "ÿ": "\u04f1"},
+    "ro": {"ş": "ș", "ţ": "ț"},
+    "sah": {"h": "\u04bb"},
+    "uk": {"i": "\u0456"},
+    "ur": {**_PERSIAN_LETTERS, "\u0647": "\u06c1"},
+    "vi": {"ð": "đ"},
+}
+# The middle dot of "col·lecció" as it is typed without its key.
+_CATALAN_DOTS = {f"l{dot}l": "l·l" for dot in ".\u2022\u2027\u2219\u22c5"}
 # NFKC would make letters of it, and Latin ones in a Cyrillic text.
 _NUMERO: Step = {"replace": {"№": " "}}
 
@@ -93,18 +123,23 @@ DEFAULT = _spaced("'-")
 
 RULES: dict[str, tuple[Step, ...]] = {
     "ar": _spaced("", first=({"remove": _ARABIC_OPTIONAL}, {"replace": {_ALEF_WASLA: _ALEF}})),
-    "az": _spaced("-", first=({"remove": "'"},), lower={"lower": "az"}),
-    "ca": _spaced("'-·"),
+    "az": _spaced(
+        "-", first=({"remove": "'"}, {"replace": _LOOKALIKES["az"]}), lower={"lower": "az"}
+    ),
+    "ca": _spaced("'-·", first=({"replace": _CATALAN_DOTS},)),
     "de": _spaced("'"),
     "en": _spaced("'"),
     "es": _spaced("'"),
     "eu": _spaced("-"),
     "fa": _spaced("", first=({"remove": _ARABIC_OPTIONAL}, {"replace": _PERSIAN_LETTERS})),
+    # The colon joins an ending to an abbreviation here and in Swedish: "EU:n".
+    "fi": _spaced("'-:"),
     "fr": _spaced("'-"),
     "he": _spaced("'\"", first=({"remove": _HEBREW_OPTIONAL}, {"replace": _HEBREW_MARKS})),
     "hi": _spaced("-", first=(_JOINERS,)),
-    # The marks of a question or a stress stand inside the Armenian word.
-    "hy": _spaced("-", first=({"remove": "՛՜՞"},)),
+    # The marks of a question or a stress stand inside the Armenian word. NFKC takes the letter yev
+    # apart; the western spelling has two letters there (hyw has no line here).
+    "hy": _spaced("-", first=({"remove": "՛՜՞"},), last=({"replace": {"եւ": "և"}},)),
     "it": _spaced("'", first=({"replace_words": _ITALIAN_ACCENTS},)),
     "ja": _JOINED,
     # NFKC would take the single letters of chat language ("ㅋㅋ") apart.
@@ -119,20 +154,29 @@ RULES: dict[str, tuple[Step, ...]] = {
         "spaces",
     ),
     "lo": _THAI,
+    "ml": _spaced("-", first=({"replace": _MALAYALAM_CHILLU}, _JOINERS)),
     "mr": _spaced("-", first=(_JOINERS,)),
     "ne": _spaced("-", first=(_JOINERS,)),
     "pt": _spaced("'-"),
     "ru": _spaced("-", first=({"replace": {"\u0301": "", "ё": "е"}},)),
-    # The colon joins an ending to an abbreviation: "EU:s".
     "sv": _spaced("':"),
     "th": _THAI,
     # The apostrophe before a suffix ("Ankara'da") is not heard.
     "tr": _spaced("", first=({"remove": "'"},), lower={"lower": "tr"}),
+    "ur": _spaced("", first=({"remove": _ARABIC_OPTIONAL}, {"replace": _LOOKALIKES["ur"]})),
+    # The turned comma is part of two letters, also at the end ("togʻ", a mountain); the apostrophe
+    # is a sign of its own.
+    "uz": _spaced("'-", first=({"replace": {"o'": "o\u02bb", "g'": "g\u02bb"}},)),
     "yue": _JOINED,
     "zh": _JOINED,
     "zh-cn": _JOINED,
     "zh-hk": _JOINED,
     "zh-tw": _JOINED,
+    **{
+        code: _spaced("'-", first=({"replace": pairs},))
+        for code, pairs in _LOOKALIKES.items()
+        if code not in ("az", "ur")
+    },
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import flax_asr
 from flax_asr import config, errors
-from flax_asr.console import terminal
+from flax_asr.console import hidden, terminal
 from flax_asr.hosts import stopping
 
 USER_ERROR, INTERRUPTED = errors.STATUS, stopping.STATUS
@@ -46,7 +46,7 @@ def command() -> int:
     transformers' configuration classes import torch wherever it is installed: seconds and hundreds
     of megabytes that no command needs. The check of an export has a process of its own.
     """
-    sys.modules.setdefault("torch", None)
+    hidden.hide("torch")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it deplores the lack of torch
     return main()
 

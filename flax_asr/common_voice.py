@@ -15,6 +15,8 @@ from flax_asr.sources import archives, clips, hub, tables
 
 Clip = clips.Clip
 Source = clips.Source
+names_of = clips.names_of
+parquet_files = hub.parquet_files
 
 # Tables of a release that are no splits.
 _NO_SPLITS = ("reported", "clip_durations", "validated_sentences", "unvalidated_sentences")

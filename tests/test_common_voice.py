@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import tarfile
 
 import datasets
@@ -454,6 +456,44 @@ def test_a_local_dataset_of_the_hub_is_read_both_ways(release, tmp_path):
         source = open_source(f"hf:{tmp_path}/{folder}", language="zh-HK")
         assert source.splits() == ("train", "test")
         assert everything(source) == expected
+
+
+@pytest.mark.parametrize("source", ["hf:{}/saved", "hf:{}/files"])
+def test_the_command_reads_a_dataset_though_it_keeps_torch_out(release, tmp_path, source):
+    (tmp_path / "files").mkdir()
+    train = datasets.Dataset.from_list(hub_rows(release, "train"))
+    train.to_parquet(tmp_path / "files" / "train-00000-of-00001.parquet")
+    datasets.DatasetDict({"train": train}).save_to_disk(tmp_path / "saved")
+    words = ["prepare", "--data.source", source.format(tmp_path), "--data.language", "zh-HK"]
+    splits = ["--data.eval_splits", "[]", "--data.test_splits", "[]"]
+    code = "import sys; from flax_asr.__main__ import *; print(command(), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, *splits, "--output_dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.endswith("0 False\n"), done.stderr
+    assert "train: 4 clips" in done.stdout
+
+
+def test_a_folder_of_recordings_and_their_metadata_is_read_without_torchcodec(release, tmp_path):
+    for split, sentences in SENTENCES.items():
+        folder = tmp_path / "folder" / split
+        folder.mkdir(parents=True)
+        lines = []
+        for i, sentence in enumerate(sentences):
+            content = (release / "clips" / f"common_voice_{split}_{i}.mp3").read_bytes()
+            (folder / f"{split}{i}.wav").write_bytes(content)
+            lines.append(json.dumps({"file_name": f"{split}{i}.wav", "sentence": sentence}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found = everything(open_source(f"hf:{tmp_path}/folder", language="zh-HK"))
+    expected = everything(open_source(str(release), language="zh-HK"))
+
+    def heard(clips):
+        return sorted((clip.sentence, clip.audio_bytes) for clip in clips.values())
+
+    assert heard(found) == heard(expected)
 
 
 def test_a_dataset_that_cannot_be_opened_is_refused(tmp_path):

@@ -162,10 +162,17 @@ def _settings(cfg: config.Config) -> dict[str, Any]:
 
 def _fingerprint(cfg: config.Config, split: str) -> str | None:
     """Tells one version of the split's source from another; None if the source is not there."""
-    if cfg.data.source is None or cfg.data.source.startswith(("parquet:", "hf:")):
+    if cfg.data.source is None or cfg.data.source.startswith("hf:"):
         return cfg.data.source
-    source = Path(cfg.data.source)
-    tables = [source, source / f"{split}.tsv", source / str(cfg.data.language) / f"{split}.tsv"]
+    names = common_voice.names_of(split)
+    if cfg.data.source.startswith("parquet:"):
+        files = common_voice.parquet_files(cfg.data.source.removeprefix("parquet:"))
+        found = next((files[name] for name in names if name in files), None)
+        sizes = found and [(os.path.basename(file), os.path.getsize(file)) for file in found]
+        return found and hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    source, language = Path(cfg.data.source), str(cfg.data.language)
+    folders = [source, source / language, *sorted(source.glob(f"cv-corpus-*/{language}"))]
+    tables = [source, *(folder / f"{name}.tsv" for folder in folders for name in names)]
     table = next((table for table in tables if table.is_file()), None)
     if table is None:
         return None

@@ -12,6 +12,13 @@ from flax_asr.sources import tables
 # The order in which splits are listed; other tables of a release that hold clips come after them.
 _SPLITS = ("train", "dev", "validation", "test", "validated", "invalidated", "other")
 _ALIASES = {"dev": "validation", "validation": "dev"}
+
+
+def names_of(split: str) -> tuple[str, ...]:
+    """What a split may be called, first as it was asked for."""
+    return (split, _ALIASES[split]) if split in _ALIASES else (split,)
+
+
 # Facts and the columns that held them over the years, newest first.
 FACTS = {
     "speaker": ("client_id", "speaker", "speaker_id"),
@@ -74,9 +81,8 @@ class Source:
         Raises:
             errors.DataError: there is no such split, or it has no clips.
         """
-        alias = _ALIASES.get(split, split)
-        found = split if split in self.readers else alias
-        if found not in self.readers:
+        found = next((name for name in names_of(split) if name in self.readers), None)
+        if found is None:
             raise errors.DataError(
                 f"{self.name}: no split {split!r}; it has {', '.join(self.splits())}"
             )

@@ -21,6 +21,14 @@ def _split_of(file: pathlib.PurePath) -> str:
     return stem
 
 
+def parquet_files(pattern: str) -> dict[str, list[str]]:
+    """The files that a pattern matches, by the split that each one's name tells."""
+    splits: dict[str, list[str]] = {}
+    for file in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
+        splits.setdefault(_split_of(pathlib.PurePath(file)), []).append(file)
+    return splits
+
+
 def parquet(pattern: str, column: str) -> clips.Source:
     """Parquet files as the hub holds them: `audio` with bytes and path, the transcript's column.
 
@@ -34,17 +42,16 @@ def parquet(pattern: str, column: str) -> clips.Source:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    splits = parquet_files(pattern)
+    files = [file for files in splits.values() for file in files]
     if not files:
         raise errors.DataError(f"parquet:{pattern}: no file matches")
-    splits: dict[str, list[str]] = {}
     for file in files:
         try:
             names = pq.read_schema(file).names
         except (pa.ArrowException, OSError) as error:
             raise errors.DataError(f"{file}: not a parquet file: {error}") from None
         tables.need(file, names, ("audio", column))
-        splits.setdefault(_split_of(pathlib.PurePath(file)), []).append(file)
     readers = {
         split: functools.partial(_parquet_clips, files, split, column)
         for split, files in splits.items()
@@ -139,14 +146,25 @@ def dataset(name: str, column: str) -> clips.Source:
             builder = datasets.load_dataset_builder(source, config or None)
             loaded = builder.as_streaming_dataset()
             release = f"{name}@{builder.hash}" if builder.hash else name
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+    # ImportError: what a form of dataset needs beside `datasets` itself.
+    except (
+        datasets.exceptions.DatasetsError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+    ) as error:
         raise errors.DataError(f"hf:{name}: cannot be opened: {error}") from None
-    readers = {}
     for split, table in loaded.items():
         # A stream of CSV or JSON lines has no columns before its first row.
         columns = list(table.column_names or next(iter(table), {}))
         tables.need(f"hf:{name}, split {split}", columns, ("audio", column))
-        if table.features and isinstance(table.features["audio"], datasets.Audio):
+    readers = {}
+    for split, table in loaded.items():
+        if isinstance(table, datasets.IterableDataset):
+            # Rows as they are stored: types would be applied to them, which asks for torchcodec.
+            table.info.features = None
+        elif isinstance(table.features["audio"], datasets.Audio):
             table = table.cast_column("audio", datasets.Audio(decode=False))
         readers[str(split)] = functools.partial(_hub_clips, f"hf:{name}", split, table, column)
     return clips.Source(f"hf:{name}", release, readers)
@@ -169,5 +187,5 @@ def _hub_clips(name: str, split: str, table: Any, column: str) -> Iterator[clips
                         clip, audio_bytes=None, refused=f"over {clips.MOST_BYTES} bytes are no clip"
                     )
             yield clip
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, ImportError) as error:
         raise errors.DataError(f"{name}, split {split}: reading stopped: {error}") from None

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import soundfile
+from pyarrow import parquet
 
 from flax_asr import config, errors
 from flax_asr.data import decoding, prepare, shard_writer, shards
@@ -407,6 +409,34 @@ def test_dev_and_validation_are_two_names_of_one_split(release, tmp_path):
     cfg = configuration(release, tmp_path / "run", train_splits=("validation",), test_splits=())
     splits = prepare.prepare(cfg)
     assert splits["validation"].hash == splits["dev"].hash
+
+
+@pytest.mark.parametrize("above", [0, 2], ids=["language", "above the release"])
+def test_a_changed_table_is_noticed_by_either_name_and_from_any_folder(release, tmp_path, above):
+    source = release if above == 0 else release.parents[above - 1]
+    names = {"train_splits": ("validation",), "eval_splits": (), "test_splits": ()}
+    cfg = configuration(source, tmp_path / "run", **names)
+    prepare.prepare(cfg)
+    table = release / "dev.tsv"
+    table.write_text(table.read_text(encoding="utf-8").replace("句子", "別的"), encoding="utf-8")
+    with pytest.raises(errors.DataError, match="or the source has changed since"):
+        prepare.prepare(cfg)
+
+
+def test_changed_parquet_files_are_noticed(release, tmp_path):
+    def write(split, names):
+        rows = [{"audio": (release / "clips" / n).read_bytes(), "sentence": n} for n in names]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{split}.parquet")
+
+    write("train", ["0.wav", "1.wav"])
+    only = {"eval_splits": (), "test_splits": ()}
+    cfg = configuration(f"parquet:{tmp_path}/*.parquet", tmp_path / "run", **only)
+    before = prepare.prepare(cfg)["train"]
+    write("test", ["3.wav"])  # which is nothing to the training split
+    assert prepare.prepare(cfg)["train"].hash == before.hash
+    write("train", ["0.wav", "1.wav", "2.wav"])
+    with pytest.raises(errors.DataError, match="or the source has changed since"):
+        prepare.prepare(cfg)
 
 
 def test_silence_is_trimmed_on_request(tmp_path):

@@ -1,0 +1,28 @@
+"""Keeps a library out of the process that others import wherever they find it."""
+
+import sys
+from typing import Any
+
+
+class _Without:
+    """A finder of modules that finds all that another one finds, but for one."""
+
+    def __init__(self, finder: Any, hidden: str):
+        self._finder = finder
+        self._hidden = hidden
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return None if name == self._hidden else self._finder.find_spec(name, path, target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
+
+
+def hide(name: str) -> None:
+    """From here on `name` is as if it were not installed, unless it is loaded already.
+
+    None in its place among the loaded modules would not do: `datasets` looks whether the name is
+    there, and imports it if so.
+    """
+    if name not in sys.modules:
+        sys.meta_path[:] = [_Without(finder, name) for finder in sys.meta_path]

@@ -205,6 +205,8 @@ class _Parser(argparse.ArgumentParser):
             hint = " An option takes one value, a list is written a,b."
             if file := re.search(r"\S+\.ya?ml\b", message):
                 hint = f" A configuration file is given as --config {file[0]}."
+            if model := re.search(r"--model\b=? ?(\S+)", message):
+                hint = f" The weights to start from are given as --model.pretrained {model[1]}."
         raise errors.ConfigError(f"{message}.{hint} See {self.prog} --help.")
 
 

@@ -41,6 +41,18 @@ TRAINER_NAMES = {
     "preprocessing_num_workers": "data.num_workers",
     "dataloader_num_workers": "data.num_workers",
     "chars_to_ignore": "text.normalization",
+    "preprocessing_only": "the command `flax-asr prepare`",
+    "do_train": "the command `flax-asr train`",
+    "do_eval": "nothing: training scores by itself; `flax-asr evaluate` scores a finished model",
+    "do_predict": "nothing: training scores by itself; `flax-asr evaluate` scores a finished model",
+    "load_best_model_at_end": "nothing: the best checkpoint is the one tested and exported",
+    "greater_is_better": "nothing: of every train.metric_for_best_model less is better",
+    "optim": "nothing: the optimiser is AdamW",
+    "push_to_hub": "nothing: the folder export/ of a run is what `hf upload` takes",
+    "deepspeed": "train.zero_sharding",
+    "fsdp": "train.zero_sharding",
+    "logging_dir": "nothing: log.jsonl and tensorboard/ are in output_dir",
+    "run_name": "output_dir",
     "overwrite_output_dir": "the option --restart of `flax-asr train`",
     "resume_from_checkpoint": "nothing: the same command goes on by itself",
     "evaluation_strategy": "train.eval_steps",
@@ -272,18 +284,20 @@ def merged(
 
 def _option_value(name: str, text: str, kind: Any) -> Any:
     members = _members(kind)
-    if text == "null" and types.NoneType in members:
-        return None
     lists = [m for m in members if typing.get_origin(m) is tuple]
+    if text == "null" and (types.NoneType in members or lists):
+        return None
     if lists and float in typing.get_args(lists[0]) and not text.startswith("["):
         return _scalar(name, f"[{text}]")
     if lists and not text.startswith("["):
-        if str not in members or "," in text:
-            return [part.strip() for part in text.split(",") if part.strip()]
-        return text
+        return _separated(text) if str not in members or "," in text else text
     if str in members and not lists:
         return text
     return _scalar(name, text)
+
+
+def _separated(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _scalar(name: str, text: str) -> Any:
@@ -302,13 +316,15 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the option's type: integers serve as floats, nothing else is converted.
+    """`value` as the option's type: integers serve as floats, `a,b` as a list of texts.
 
     Raises:
         ConfigError: another type, a number that is not finite, or a text with NUL.
     """
     import msgspec
 
+    if isinstance(value, str) and typing.get_args(kind) == (str, ...):
+        value = _separated(value)
     try:
         typed = msgspec.convert(value, kind, strict=True)
         if isinstance(typed, float) and not math.isfinite(typed):
@@ -322,7 +338,9 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def _wanted(kind: Any) -> str:
-    """What an option of this type may be, where these are few; else nothing."""
+    """What an option of this type may be, where it is a list or these are few; else nothing."""
+    if any(typing.get_args(member) == (str, ...) for member in _members(kind)):
+        return "a list such as [train,dev] is due, [] for none"
     found = ("true", "false") if bool in _members(kind) else choices(kind)
     return f"one of {', '.join(found)}" if found else ""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import types
 import typing
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flax_asr import config, errors, options
+from flax_asr import __main__, config, errors, options
 from flax_asr.models import layers
 
 
@@ -24,6 +25,15 @@ def test_options_win_over_the_file(tmp_path):
     cfg = config.load(path, ["--optim.learning_rate", "1e-4", "--data.train_splits=train,dev"])
     assert (cfg.seed, cfg.optim.learning_rate) == (1, 1e-4)
     assert cfg.data.train_splits == ("train", "dev")
+
+
+@pytest.mark.parametrize(
+    ("written", "splits"),
+    [("dev", ("dev",)), ("dev, other", ("dev", "other")), ("[dev]", ("dev",)), ("[]", ())],
+)
+def test_a_file_spells_lists_as_the_command_line_does(tmp_path, written, splits):
+    path = _file(tmp_path, f"data:\n  eval_splits: {written}\n")
+    assert config.load(path).data.eval_splits == splits
 
 
 def test_lists_take_brackets_commas_and_a_single_name():
@@ -121,6 +131,7 @@ def test_fields_of_the_model_configuration_are_options_too():
         ("train: {global_batch_size: 32, gradient_accumulation_steps: 4}", "exclude each other"),
         ("data: {min_seconds: 3, max_seconds: 2}", "data.max_seconds is 2"),
         ("data: [1, 2]", "data is a section"),
+        ("data: {eval_splits: null}", "data.eval_splits is None: a list such as [train,dev]"),
         ("seed: 1\nseed: 2", "duplicate key"),
         ("seed: !!python/object/apply:os.system [ls]", "not valid YAML"),
         ("- 1", "expected `section:` lines"),
@@ -143,6 +154,7 @@ def test_a_wrong_file_is_refused_with_its_name_and_the_way_out(tmp_path, text, e
         (["--seed", "1", "--seed", "2"], "given twice"),
         (["--model.config.layerdrop=0", "--model.config.layerdrop=1"], "given twice"),
         (["--data.trim_silence", "no"], "data.trim_silence is 'no'"),
+        (["--data.eval_splits", "null"], "data.eval_splits is None: a list such as [train,dev] is"),
         (["stray"], "unexpected argument stray"),
     ],
 )
@@ -161,7 +173,12 @@ def test_every_name_of_the_trainer_leads_to_a_real_option():
     names = config.option_types()
     for answer in options.TRAINER_NAMES.values():
         first = answer.split()[0].rstrip(":")
-        assert first in names or answer.startswith(("nothing", "the option --restart"))
+        command = re.match("the command `flax-asr (.*)`$", answer)
+        assert (
+            first in names
+            or answer.startswith(("nothing", "the option --restart"))
+            or command[1] in __main__.COMMANDS
+        )
 
 
 def test_every_option_is_explained_with_its_choices_and_its_default():

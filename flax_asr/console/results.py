@@ -36,10 +36,23 @@ def writer(json_file: str | None) -> Iterator[Write]:
                 ) from error
 
         def write(result: Mapping[str, Any]) -> None:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.write(_line(result, file.encoding or "utf-8"))
             file.flush()
 
         yield write
+
+
+def _line(result: Mapping[str, Any], encoding: str) -> str:
+    """The object on a line; with escapes where the encoding lacks a character of it.
+
+    So it is with standard output in an old locale, and with file names that are no UTF-8.
+    """
+    line = json.dumps(result, ensure_ascii=False) + "\n"
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        line = json.dumps(result) + "\n"
+    return line
 
 
 def people(json_file: str | None) -> TextIO:

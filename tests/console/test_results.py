@@ -1,0 +1,30 @@
+"""Results for programs survive every locale and every file name."""
+
+import io
+import json
+import os
+import sys
+
+import pytest
+
+from flax_asr.console import results
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "iso-8859-1"])
+def test_standard_output_of_any_encoding_takes_any_text(encoding, monkeypatch):
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding=encoding))
+    sent = {"path": "caf\u00e9.mp3", "text": "你好"}
+    with results.writer("-") as write:
+        write(sent)
+    line = stream.getvalue()
+    assert json.loads(line.decode(encoding)) == sent
+    assert ("你好".encode() in line) == (encoding == "utf-8")
+
+
+def test_a_file_name_that_is_no_utf8_comes_back_as_it_was(tmp_path):
+    name = os.fsdecode(b"caf\xe9.mp3")
+    with results.writer(str(tmp_path / "out.jsonl")) as write:
+        write({"path": name, "text": "é"})
+    found = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert os.fsencode(found["path"]) == b"caf\xe9.mp3"

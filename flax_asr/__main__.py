@@ -98,17 +98,19 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _run(known: argparse.Namespace, options: list[str]) -> int:
     if known.command == "prepare":
-        cfg = config.load(known.config, options)
-        cfg.require("data.source", "data.language")
-        from flax_asr.data import prepare
-
         with stopping.Stop():
+            cfg = config.load(known.config, options)
+            cfg.require("data.source", "data.language")
+            from flax_asr.data import prepare
+
             prepare.command(cfg)
     elif known.command == "train":
-        cfg = config.load(known.config, options)
-        from flax_asr import loop
+        # Before the imports, which take seconds: a machine may be taken away at once.
+        with stopping.Stop():
+            cfg = config.load(known.config, options)
+            from flax_asr import loop
 
-        loop.train(cfg, restart=known.restart)
+            loop.train(cfg, restart=known.restart)
     elif known.command == "evaluate":
         from flax_asr import evaluate
 

@@ -150,6 +150,26 @@ def test_a_command_that_is_broken_off_says_so_without_a_traceback(train_that, ca
     assert capsys.readouterr().err == "flax-asr: stopped.\n"
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("words", ["train flax_asr.loop", "prepare flax_asr.data.prepare"])
+def test_a_signal_while_it_still_loads_is_status_75(name, words):
+    command, module = words.split()
+    code = f"""
+import signal, sys
+class Signals:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.{name})
+sys.meta_path.insert(0, Signals())
+from flax_asr import __main__
+sys.exit(__main__.main([{command!r}, "--config", {RECIPE!r}, "--data.source", "x",
+                        "--data.language", "cy"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert f"{name}: stopped. Run the same command to go on." in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_preparation_that_is_stopped_is_status_75_and_goes_on(number, tmp_path):
     corpus = ROOT / "configs" / "quickstart" / "corpus"

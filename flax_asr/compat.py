@@ -68,7 +68,8 @@ def normalizer(cfg: config.Config) -> text.Normalizer:
         errors.ConfigError: text.normalization is wrong.
     """
     asked = of(cfg)
-    rule = text.normalizer(cfg.text.normalization or asked.normalization or cfg.data.language)
+    old = asked.normalization if cfg.text.normalization is None else None
+    rule = text.normalizer(old or cfg.normalization)
     if not asked.ends_with_space or rule.spec[-1:] == [_END]:
         return rule
     return text.normalizer([*rule.spec, _END])

@@ -310,6 +310,12 @@ class Config:
     def __post_init__(self):
         _at_least("seed", self.seed, 0)
 
+    @property
+    def normalization(self) -> str | tuple[str | dict[str, Any], ...] | None:
+        """What `text.normalization` says, an empty list too; where it is null, the language."""
+        given = self.text.normalization
+        return self.data.language if given is None else given
+
     def require(self, *names: str) -> None:
         """Raises `ConfigError`, which names all of these dotted options that are null."""
         values = flat(self)

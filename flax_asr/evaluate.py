@@ -206,7 +206,7 @@ def _score_splits(
 ) -> None:
     loaded = loading.load(model)
     cfg = _resolved(loaded, overrides)
-    normalize = text.normalizer(cfg.text.normalization or cfg.data.language)
+    normalize = text.normalizer(cfg.normalization)
     hosts.work_ahead(
         prepare.prepared_folder(cfg),
         lambda: prepare.prepare(cfg),

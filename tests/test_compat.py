@@ -181,6 +181,12 @@ def test_a_rule_of_ones_own_keeps_the_delimiter_at_the_end():
     assert compat.normalizer(again) == compat.normalizer(cfg)
 
 
+@pytest.mark.parametrize("train", [OLD, {}], ids=["hf-4.17", "none"])
+def test_an_empty_list_of_steps_is_a_rule_and_not_the_default(train):
+    cfg = config.build(train | {"data": {"language": "zh-HK"}, "text": {"normalization": []}})
+    assert compat.normalizer(cfg)("你好， A") == "你好， A" + (" " if train else "")
+
+
 def test_bounds_are_strict(tmp_path):
     lengths = [16_000, 16_001, 31_999, 32_000]
     train = small_splits.write_split(tmp_path, list("abcd"), samples=lengths)

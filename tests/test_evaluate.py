@@ -363,6 +363,18 @@ def test_the_command_scores_an_export_without_its_run(
     assert {json.loads(line)["reference"] for line in lines} == set(SENTENCES)
 
 
+def test_the_command_scores_without_normalisation_where_there_is_to_be_none(
+    exported, release, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    options = [f"--data.source={release}", "--data.num_workers=1", "--text.normalization=[]"]
+    evaluate.command(str(exported), options, "-")
+    assert "normalisation: none" in json.loads(capsys.readouterr().out)["rule"]
+    lines = (tmp_path / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {json.loads(line)["reference"] for line in lines}
+    assert found == {sentence.upper() for sentence in SENTENCES}
+
+
 def test_a_model_of_unknown_language_must_be_told_it(exported, release, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()

@@ -186,15 +186,21 @@ def _archive_clips(
 
 def _manifest(path: pathlib.Path, column: str) -> Source:
     """A table with the columns path and sentence; without a column split all of it is train."""
-    splits: dict[str, None] = {}
+    splits: dict[str | None, None] = {}
     for number, row in _manifest_rows(path, column):
-        split = str(row["split"] or "") if "split" in row else "train"
-        if not split:
+        split = row.get("split")
+        # A short line, or an object without the key, would belong to every split.
+        if split in ("", None) and ("split" in row or splits.keys() - {None}):
             raise errors.DataError(f"{path}, line {number}: the column split is empty")
-        splits[split] = None
+        if split is not None and None in splits:
+            raise errors.DataError(f"{path}, line {number}: has a split, but no line before it")
+        splits[None if split is None else str(split)] = None
     if not splits:
         raise errors.DataError(f"{path}: a header and no clips")
-    readers = {split: functools.partial(_manifest_clips, path, split, column) for split in splits}
+    readers = {
+        split or "train": functools.partial(_manifest_clips, path, split, column)
+        for split in splits
+    }
     return Source(str(path), path.stem, readers)
 
 
@@ -203,9 +209,9 @@ def _manifest_rows(path: pathlib.Path, column: str) -> Iterator[tables.Row]:
         yield from tables.rows(stream, str(path), path.suffix.lower(), ("path", column))
 
 
-def _manifest_clips(path: pathlib.Path, split: str, column: str) -> Iterator[Clip]:
+def _manifest_clips(path: pathlib.Path, split: str | None, column: str) -> Iterator[Clip]:
     for number, row in _manifest_rows(path, column):
-        if "split" in row and row["split"] != split:
+        if split is not None and str(row.get("split")) != split:
             continue
         name = row.get("path")
         if not isinstance(name, str) or not name or "\0" in name:

@@ -328,6 +328,15 @@ def test_a_manifest_without_splits_is_train(tmp_path):
         source.read("dev")
 
 
+def test_a_split_may_be_a_number(tmp_path):
+    file = tmp_path / "folds.jsonl"
+    file.write_text(
+        '{"path": "a", "sentence": "b", "split": 1}\n{"path": "c", "sentence": "d", "split": 2}\n'
+    )
+    source = open_source(str(file), language="en")
+    assert [[clip.id for clip in source.read(split)] for split in "12"] == [["a"], ["c"]]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -338,6 +347,14 @@ def test_a_manifest_without_splits_is_train(tmp_path):
         ("a.jsonl", "[1]\n", "line 1: a list where an object is due"),
         ("a.jsonl", '{"path": "a", "sentence": "\\ud800"}\n', "line 1: half of a surrogate pair"),
         ("a.csv", "path,sentence,split\na,b,\n", "line 2: the column split is empty"),
+        # Without a split they would be clips of every split.
+        ("a.tsv", "path\tsentence\tsplit\na\tb\ttest\nc\td\n", "line 3: the column split is empty"),
+        ("a.tsv", "path\tsentence\tsplit\na\tb\nc\td\ttest\n", "line 3: has a split, but no line"),
+        (
+            "a.jsonl",
+            '{"path": "a", "sentence": "b", "split": "test"}\n{"path": "c", "sentence": "d"}\n',
+            "line 2: the column split is empty",
+        ),
     ],
 )
 def test_a_wrong_manifest_is_named_with_its_line(tmp_path, name, content, message):

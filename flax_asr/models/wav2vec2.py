@@ -18,6 +18,12 @@ from flax_asr.models import activations, attention, feature_encoder, layers, tra
 Lengths = TypeVar("Lengths", int, np.ndarray, jax.Array)
 
 
+_PROBABILITIES = (
+    "hidden_dropout attention_dropout activation_dropout feat_proj_dropout final_dropout layerdrop"
+    " mask_time_prob mask_feature_prob"
+).split()
+
+
 class EncoderOutput(NamedTuple):
     """What the encoder gives; frames past a row's length hold numbers without meaning.
 
@@ -83,6 +89,9 @@ def check(config: layers.Wav2Vec2Config) -> None:
         refuse("num_conv_pos_embedding_groups", f"does not divide hidden_size {config.hidden_size}")
     if not len(config.conv_dim) == len(config.conv_kernel) == len(config.conv_stride):
         refuse("conv_dim", "differs in length from conv_kernel or conv_stride")
+    for key in _PROBABILITIES:
+        if not 0 <= getattr(config, key) <= 1:
+            refuse(key, "is no probability: it must be between 0 and 1")
     activations.activation(config.hidden_act, "hidden_act")
     activations.activation(config.feat_extract_activation, "feat_extract_activation")
 

@@ -666,6 +666,9 @@ def test_initial_parameters_have_pytorchs_names_shapes_and_spread(name):
         ("num_attention_heads", 7),
         ("num_conv_pos_embedding_groups", 5),
         ("conv_kernel", [10, 3]),
+        ("hidden_dropout", 10.0),
+        ("layerdrop", -0.1),
+        ("mask_time_prob", 65.0),
     ],
 )
 def test_an_unsupported_configuration_is_refused_by_its_key(key, value):

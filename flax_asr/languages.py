@@ -44,6 +44,9 @@ _MALAYALAM_CHILLU = {
         "\u0d23\u0d28\u0d30\u0d32\u0d33\u0d15", "\u0d7a\u0d7b\u0d7c\u0d7d\u0d7e\u0d7f", strict=True
     )
 }
+# The marks of a question or a stress stand inside the Armenian word. (NFKC takes the letter yev
+# apart; in the western spelling there are two letters.)
+_ARMENIAN_STRESS: Step = {"remove": "՛՜՞"}
 # Accents as they are typed without their keys, where no other word is meant ("po'" is another).
 _ITALIAN_ACCENTS = {
     "e'": "è",
@@ -105,6 +108,20 @@ _JOINED: tuple[Step, ...] = (
     "spaces",
 )
 
+# Tibetan cannot be read without the mark between syllables; a stroke ends one as well.
+_TSHEG, _TIBETAN_STROKES = "\u0f0b", "\u0f0d\u0f0e\u0f0f\u0f11"
+_TIBETAN: tuple[Step, ...] = (
+    "nfkc",
+    "lower",
+    {"replace": dict.fromkeys(_TIBETAN_STROKES, _TSHEG)},
+    "join_unspaced",
+    {"replace": {_TSHEG * 3: _TSHEG, _TSHEG * 2: _TSHEG}},
+    {"strip_punctuation": _TSHEG},
+    "join_unspaced",
+    "nfc",
+    "spaces",
+)
+
 # NFKC would take Thai and Lao "am" apart, so these two get the width rule alone.
 _THAI: tuple[Step, ...] = (
     "plain_marks",
@@ -126,8 +143,10 @@ RULES: dict[str, tuple[Step, ...]] = {
     "az": _spaced(
         "-", first=({"remove": "'"}, {"replace": _LOOKALIKES["az"]}), lower={"lower": "az"}
     ),
+    "bo": _TIBETAN,
     "ca": _spaced("'-·", first=({"replace": _CATALAN_DOTS},)),
     "de": _spaced("'"),
+    "dz": _TIBETAN,
     "en": _spaced("'"),
     "es": _spaced("'"),
     "eu": _spaced("-"),
@@ -137,9 +156,8 @@ RULES: dict[str, tuple[Step, ...]] = {
     "fr": _spaced("'-"),
     "he": _spaced("'\"", first=({"remove": _HEBREW_OPTIONAL}, {"replace": _HEBREW_MARKS})),
     "hi": _spaced("-", first=(_JOINERS,)),
-    # The marks of a question or a stress stand inside the Armenian word. NFKC takes the letter yev
-    # apart; the western spelling has two letters there (hyw has no line here).
-    "hy": _spaced("-", first=({"remove": "՛՜՞"},), last=({"replace": {"եւ": "և"}},)),
+    "hy": _spaced("-", first=(_ARMENIAN_STRESS,), last=({"replace": {"եւ": "և"}},)),
+    "hyw": _spaced("-", first=(_ARMENIAN_STRESS,)),
     "it": _spaced("'", first=({"replace_words": _ITALIAN_ACCENTS},)),
     "ja": _JOINED,
     # NFKC would take the single letters of chat language ("ㅋㅋ") apart.
@@ -157,8 +175,11 @@ RULES: dict[str, tuple[Step, ...]] = {
     "ml": _spaced("-", first=({"replace": _MALAYALAM_CHILLU}, _JOINERS)),
     "mr": _spaced("-", first=(_JOINERS,)),
     "ne": _spaced("-", first=(_JOINERS,)),
+    # The middle dot keeps letters apart here: "in·hèrn".
+    "oc": _spaced("'-·"),
     "pt": _spaced("'-"),
     "ru": _spaced("-", first=({"replace": {"\u0301": "", "ё": "е"}},)),
+    "sc": _spaced("'-·"),
     "sv": _spaced("':"),
     "th": _THAI,
     # The apostrophe before a suffix ("Ankara'da") is not heard.

@@ -84,7 +84,9 @@ def test_each_language_is_written_its_own_way(language):
             "togʻ togʻ oʻzbek oʻzbek ma'no san'at",
         ),
         ("hy", "Բարև և ինչպե՞ս", "բարև և ինչպես"),
-        ("hyw", "Բարեւ եւ", "բարեւ եւ"),
+        ("hyw", "Բարեւ եւ ինչպե՞ս", "բարեւ եւ ինչպես"),
+        ("bo", "བཀྲ་ཤིས་ བདེ་ལེགས། ང་། OK «ཀ»།།", "བཀྲ་ཤིས་བདེ་ལེགས་ང་okཀ"),
+        ("oc", "L’in·hèrn · des·har!", "l'in·hèrn des·har"),
         (
             "ca",
             "Paral.lel, co•legi? col•lecció inteŀligent",

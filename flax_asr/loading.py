@@ -15,7 +15,6 @@ from flax_asr import (
     errors,
     experiment,
     inventory,
-    json_object,
     origins,
     step,
     vocabulary,
@@ -190,8 +189,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 
 
 def _check_sampling_rate(folder: Path) -> None:
-    path = folder / "preprocessor_config.json"
-    settings = json_object.read(path) or {}
+    path, settings = origins.preprocessor(folder)
     if "sampling_rate" in settings and settings["sampling_rate"] != audio.SAMPLE_RATE_HZ:
         raise errors.ModelError(
             f"{path}: the model listens at {settings['sampling_rate']} Hz; only"

@@ -99,7 +99,9 @@ def overrides(model: config.ModelConfig) -> dict[str, Any]:
 
 
 def _described(model_config: Wav2Vec2Config, folder: Path | None, facts: dict) -> Origin:
-    settings = _preprocessor(folder)
+    settings: dict[str, Any] = {"do_normalize": True, "return_attention_mask": None}
+    if folder is not None:
+        settings |= preprocessor(folder)[1]
     return Origin(
         model_config=model_config,
         folder=folder,
@@ -118,8 +120,16 @@ def _described(model_config: Wav2Vec2Config, folder: Path | None, facts: dict) -
     )
 
 
-def _preprocessor(folder: Path | None) -> dict[str, Any]:
-    """The settings of a feature extractor, with transformers' defaults."""
-    defaults = {"do_normalize": True, "return_attention_mask": None}
-    found = None if folder is None else json_object.read(folder / "preprocessor_config.json")
-    return defaults | (found or {})
+def preprocessor(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The settings of a folder's feature extractor, as far as there are any, and their file.
+
+    Where both files are there, the newer form counts. Source: transformers 5,
+    FeatureExtractionMixin.get_feature_extractor_dict.
+    """
+    # What a processor of transformers 5 writes, instead of the other file.
+    file = folder / "processor_config.json"
+    nested = (json_object.read(file) or {}).get("feature_extractor")
+    if isinstance(nested, dict):
+        return file, nested
+    file = folder / "preprocessor_config.json"
+    return file, json_object.read(file) or {}

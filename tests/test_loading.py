@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import small_saved
+import transformers
 
 from flax_asr import checkpoint, config, errors, loading
 from flax_asr.record import lineage
@@ -80,6 +81,25 @@ def test_the_feature_extractor_s_settings_are_honoured(
     objective = loaded.objective("fp32")
     assert objective.do_normalize == do_normalize
     assert objective.use_attention_mask == use_attention_mask
+
+
+@pytest.mark.parametrize("old_file_stays", [False, True])
+def test_settings_are_found_where_a_processor_of_transformers_5_puts_them(exported, old_file_stays):
+    processor = transformers.Wav2Vec2Processor.from_pretrained(exported)
+    processor.feature_extractor.do_normalize = False
+    processor.feature_extractor.return_attention_mask = False
+    processor.save_pretrained(exported)
+    if not old_file_stays:
+        (exported / "preprocessor_config.json").unlink()
+    found = transformers.Wav2Vec2FeatureExtractor.from_pretrained(exported)
+    assert not found.do_normalize
+    loaded = loading.load(str(exported))
+    assert (loaded.do_normalize, loaded.use_attention_mask) == (False, False)
+    content = json.loads((exported / "processor_config.json").read_text())
+    content["feature_extractor"]["sampling_rate"] = 8000
+    (exported / "processor_config.json").write_text(json.dumps(content))
+    with pytest.raises(errors.ModelError, match=r"processor_config\.json: .* 8000 Hz"):
+        loading.load(str(exported))
 
 
 def test_group_normalisation_hears_padding_even_with_a_mask(tmp_path):

@@ -152,8 +152,18 @@ class _PretrainedModel:
 
         Returns:
             A result with names, or a tuple of what is not None with `return_dict=False`.
+
+        Raises:
+            ValueError: `input_values` is no batch of audio, or too short for a frame.
         """
         config = self.config
+        input_values = jnp.asarray(input_values, jnp.float32)
+        if input_values.ndim != 2 or not wav2vec2.frame_lengths(config, input_values.shape[1]):
+            least = pretrained.shortest(config)[1]
+            raise ValueError(
+                f"input_values has the shape {input_values.shape}: it must be [batch samples], with"
+                f" {least} samples or more, which give a frame."
+            )
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
@@ -166,7 +176,7 @@ class _PretrainedModel:
             mask_time_indices = jnp.asarray(mask_time_indices).astype(bool)
         result = self.module.apply(
             {"params": self.params if params is None else params},
-            jnp.asarray(input_values, jnp.float32),
+            input_values,
             attention_mask,
             mask_time_indices,
             deterministic=not train,

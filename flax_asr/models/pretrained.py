@@ -81,10 +81,10 @@ def fresh(config: "Wav2Vec2Config", seed: int, *, head: bool = True) -> Tree:
     """Random parameters, numpy: the same for the same seed, with or without a CTC head."""
     modules = {True: wav2vec2.Wav2Vec2ForCTCModule, False: wav2vec2.Wav2Vec2Module}
     key = jax.random.key(seed)
-    return jax.device_get(random(modules[head](config), key, _shortest(config)))
+    return jax.device_get(random(modules[head](config), key, shortest(config)))
 
 
-def _shortest(config: "Wav2Vec2Config") -> tuple[int, int]:
+def shortest(config: "Wav2Vec2Config") -> tuple[int, int]:
     """The shape of one row of the fewest samples that give a frame."""
     samples = 1
     layers = zip(config.conv_kernel, config.conv_stride, strict=True)

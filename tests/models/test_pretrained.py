@@ -317,6 +317,17 @@ def test_no_attention_mask_means_that_all_samples_are_real(model, batch):
     )
 
 
+@pytest.mark.parametrize("shape", [(SAMPLES,), (1, SAMPLES, 1), (2, 29), (2, 0)])
+def test_what_is_no_batch_of_audio_is_refused_with_the_shape(model, shape):
+    with pytest.raises(ValueError, match=r"\[batch samples\], with 30 samples or more") as caught:
+        model(np.zeros(shape, np.float32))
+    assert str(shape) in str(caught.value)
+
+
+def test_the_shortest_audio_gives_a_frame(model):
+    assert model(np.ones((1, 30), np.float32)).logits.shape == (1, 1, 11)
+
+
 def test_training_applies_dropout_and_evaluation_does_not(model, batch):
     keys = jax.random.split(jax.random.PRNGKey(0))
     evaluated = model(*batch).logits

@@ -29,7 +29,7 @@ TRAINER_NAMES = {
     "train_split_name": "data.train_splits",
     "eval_split_name": "data.eval_splits",
     "text_column_name": "data.text_column",
-    "audio_column_name": "nothing: the column is found by its name, audio or path",
+    "audio_column_name": "nothing: the column is `audio` in parquet and hf:, `path` in a manifest",
     "dataset_name": "data.source hf:NAME",
     "dataset_config_name": "data.source hf:NAME:CONFIG",
     "model_name_or_path": "model.pretrained",

@@ -118,30 +118,48 @@ def _loss_forward(blank, logits, logit_lengths, labels, label_lengths):
 
 
 def _loss_backward(blank, residuals, cotangents):
-    logits, log_norms, frame_mask, columns, weights, loss = residuals
+    logits, _, frame_mask, _, _, loss = residuals
     counts = frame_mask & ~jnp.isposinf(loss)[:, None]
-    scale = cotangents[:, None, None]
-    probabilities = jnp.exp(logits.astype(log_norms.dtype) - log_norms[..., None])
-    # The best state weighs 1; no state is left only where nothing counts.
-    totals = jnp.maximum(weights.sum(-1), 1).T
-
+    arguments = (*residuals[:-1], counts, cotangents[:, None, None])
     if logits.shape[-1] <= _FEW_SYMBOLS:
-        entries = jnp.arange(logits.shape[-1])
-        owns = (columns[..., None] == entries).astype(weights.dtype)
-        merged = jnp.einsum("tbm,bmv->btv", weights, owns, precision=jax.lax.Precision.HIGHEST)
-        gradient = (probabilities - merged / totals[..., None]) * scale
-        return jnp.where(counts[..., None], gradient, 0).astype(logits.dtype), None, None, None
+        return _gradient_by_product(*arguments), None, None, None
+    gradient = jax.lax.platform_dependent(
+        *arguments, tpu=_gradient_by_product, default=_gradient_by_columns
+    )
+    return gradient, None, None, None
 
+
+def _gradient_by_product(logits, log_norms, frame_mask, columns, weights, counts, scale):
+    """Posteriors find their vocabulary entries as a product with zeros and ones."""
+    entries = jnp.arange(logits.shape[-1])
+    owns = (columns[..., None] == entries).astype(weights.dtype)
+    merged = jnp.einsum("tbm,bmv->btv", weights, owns, precision=jax.lax.Precision.HIGHEST)
+    difference = _probabilities(logits, log_norms) - merged / _totals(weights)[..., None]
+    return jnp.where(counts[..., None], difference * scale, 0).astype(logits.dtype)
+
+
+def _gradient_by_columns(logits, log_norms, frame_mask, columns, weights, counts, scale):
+    """Posteriors are written over the columns that they belong to."""
+    probabilities = _probabilities(logits, log_norms)
     gradient = jnp.where(counts[..., None], probabilities * scale, 0).astype(logits.dtype)
     # A label that occurs twice owns one column: its weights are added up first, then every needed
     # column is written once, rounded once. Equal values make the order of the writes irrelevant.
     same = (columns[:, :, None] == columns[:, None, :]).astype(weights.dtype)
     merged = jnp.einsum("tbm,bmn->bnt", weights, same, precision=jax.lax.Precision.HIGHEST)
-    posteriors = merged / totals[:, None]
+    posteriors = merged / _totals(weights)[:, None]
     needed = jnp.exp(_take(logits, columns).astype(log_norms.dtype) - log_norms[:, None])
     needed = jnp.where(counts[:, None], (needed - posteriors) * scale, 0).astype(logits.dtype)
     rows = jnp.arange(columns.shape[0])[:, None]
-    return gradient.at[rows, :, columns].set(needed), None, None, None
+    return gradient.at[rows, :, columns].set(needed)
+
+
+def _probabilities(logits, log_norms):
+    return jnp.exp(logits.astype(log_norms.dtype) - log_norms[..., None])
+
+
+def _totals(weights):
+    """[batch frames]; the best state weighs 1, and no state is left only where nothing counts."""
+    return jnp.maximum(weights.sum(-1), 1).T
 
 
 _loss.defvjp(_loss_forward, _loss_backward)

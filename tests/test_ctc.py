@@ -326,6 +326,25 @@ def test_half_precision_logits_are_computed_in_float32(dtype):
     np.testing.assert_array_equal(gradient, full_gradient.astype(dtype))
 
 
+def test_the_gradient_by_a_product_as_on_tpu_equals_that_by_columns():
+    rng = np.random.default_rng(3)
+    logits = rng.standard_normal((4, 30, 200)).astype(np.float32)
+    labels = rng.integers(1, 200, (4, 7)).astype(np.int32)
+    labels[1] = [5, 5, 9, 5, 5, 9, 5]  # the same columns several times
+    logit_lengths = np.array([30, 24, 3, 30], np.int32)  # the third has no alignment
+    label_lengths = np.array([7, 7, 7, 0], np.int32)
+    loss, residuals = ctc._loss_forward(0, logits, logit_lengths, labels, label_lengths)
+    assert np.isposinf(loss).tolist() == [False, False, True, False]
+    counts = residuals[2] & ~jnp.isposinf(loss)[:, None]
+    arguments = (*residuals[:-1], counts, jnp.array([1.0, 2.0, 3.0, 4.0])[:, None, None])
+    by_product, by_columns = (
+        np.asarray(form(*arguments))
+        for form in (ctc._gradient_by_product, ctc._gradient_by_columns)
+    )
+    assert not by_product[2].any()
+    np.testing.assert_allclose(by_product, by_columns, atol=2e-6)
+
+
 def test_a_certain_transcript_costs_nothing_and_never_less():
     logits = np.full((1, 499, 8), -40.0, np.float32)
     path = np.repeat([0, 1, 0, 2, 3, 0, 3, 0], [100, 50, 49, 100, 60, 40, 60, 40])

@@ -4,6 +4,7 @@ The parameter tree has the names of transformers' former Flax class; parameters 
 Oracle: transformers' PyTorch Wav2Vec2ForCTC, tests/models/test_wav2vec2.py.
 """
 
+import functools
 from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
@@ -222,14 +223,38 @@ class Head(nn.Module):
         init = nn.initializers.normal(self.config.initializer_range)
         kernel = self.param("kernel", init, shape)
         bias = self.param("bias", nn.initializers.zeros, shape[1:])
-        logits = jax.lax.dot_general(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (((2,), (0,)), ((), ())),
-            precision=layers.precision(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return logits + bias
+        return _scores(x.astype(self.dtype), kernel.astype(self.dtype)) + bias
+
+
+@jax.custom_vjp
+def _scores(
+    x: Float[Array, "batch frames hidden"], kernel: Float[Array, "hidden vocab"]
+) -> Float[Array, "batch frames vocab"]:
+    """The product in float32. In bfloat16 its gradients are products of bfloat16 too, as a TPU
+    would round to that anyway, and read half the bytes; float16 would lose small gradients."""
+    return _product(x, kernel, jnp.float32)
+
+
+def _product(x, kernel, dtype):
+    return jax.lax.dot_general(
+        x,
+        kernel,
+        (((2,), (0,)), ((), ())),
+        precision=layers.precision(x.dtype),
+        preferred_element_type=dtype,
+    )
+
+
+def _scores_backward(residuals, gradient):
+    x, kernel = residuals
+    dtype = jnp.float32
+    if x.dtype == jnp.bfloat16:
+        # Without the barrier XLA writes float32 and rounds in every product that reads it.
+        dtype, gradient = x.dtype, jax.lax.optimization_barrier(gradient.astype(x.dtype))
+    return jax.vjp(functools.partial(_product, dtype=dtype), x, kernel)[1](gradient)
+
+
+_scores.defvjp(lambda x, kernel: (_scores(x, kernel), (x, kernel)), _scores_backward)
 
 
 class Wav2Vec2ForCTCModule(nn.Module):

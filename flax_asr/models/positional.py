@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import layout
 from jaxtyping import Array, Float
 
 from flax_asr.models import activations, layers
@@ -89,32 +90,43 @@ def direct_convolution(
 
 
 # The form for TPU. There the convolution takes less than half the time when the weight lies in
-# memory as [tap, input, output]. Without the barriers XLA moves the transposition into the
-# convolution, and the weight stays as it was.
+# memory as [tap, group, input, output], which is how XLA takes it: in any other order it is copied
+# once more. Without the barriers XLA moves the transposition into the convolution, and the weight
+# stays as it was.
 
 
 def _by_tap(x, weight, groups):
     taps = weight.shape[-1]
-    weight = jax.lax.optimization_barrier(weight.transpose(2, 1, 0))
-    return _tap_first(x, weight, groups, before=taps // 2)
+    return _tap_first(x, _first_taps(weight, groups), before=taps // 2)
 
 
 def _by_tap_gradient(x, weight, gradient, groups):
-    taps, width = weight.shape[-1], weight.shape[1]
-    turned = weight[..., ::-1].reshape(groups, -1, width, taps).transpose(3, 1, 0, 2)
-    turned = jax.lax.optimization_barrier(turned.reshape(taps, -1, groups * width))
-    x_gradient = _tap_first(gradient, turned, groups, before=(taps - 1) // 2)
-    own = functools.partial(_tap_first, x, groups=groups, before=taps // 2)
-    (weight_gradient,) = jax.linear_transpose(own, weight.transpose(2, 1, 0))(gradient)
-    return x_gradient, weight_gradient.transpose(2, 1, 0)
+    hidden, width, taps = weight.shape
+    turned = weight[..., ::-1].reshape(groups, -1, width, taps).transpose(3, 0, 1, 2)
+    turned = jax.lax.optimization_barrier(turned)
+    x_gradient = _tap_first(gradient, turned, before=(taps - 1) // 2)
+    own = functools.partial(_tap_first, x, before=taps // 2)
+    like = jax.eval_shape(functools.partial(_first_taps, groups=groups), weight)
+    (weight_gradient,) = jax.linear_transpose(own, like)(gradient)
+    weight_gradient = weight_gradient.transpose(1, 3, 2, 0).reshape(hidden, width, taps)
+    # Left to itself XLA turns weight and moments to the gradient's order, and back.
+    rows_first = layout.Layout(major_to_minor=(0, 1, 2))
+    return x_gradient, layout.with_layout_constraint(weight_gradient, rows_first)
 
 
-def _tap_first(x, weight, groups, before):
+def _first_taps(weight, groups):
+    hidden, width, taps = weight.shape
+    weight = weight.reshape(groups, hidden // groups, width, taps).transpose(3, 0, 2, 1)
+    return jax.lax.optimization_barrier(weight)
+
+
+def _tap_first(x, weight, before):
+    taps, groups, inputs, outputs = weight.shape
     return jax.lax.conv_general_dilated(
         x,
-        weight,
+        weight.transpose(0, 2, 1, 3).reshape(taps, inputs, groups * outputs),
         window_strides=(1,),
-        padding=[(before, weight.shape[0] - 1 - before)],
+        padding=[(before, taps - 1 - before)],
         dimension_numbers=("NTC", "TIO", "NTC"),
         feature_group_count=groups,
         precision=layers.precision(x.dtype),

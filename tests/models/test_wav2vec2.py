@@ -384,6 +384,41 @@ def test_float32_asks_every_product_for_full_precision():
     assert None in {equation.params["precision"] for equation in found}
 
 
+def test_gelu_of_bfloat16_is_the_exact_one_but_for_rounding():
+    # every bfloat16 number but infinities and NaN
+    bits = np.arange(2**16, dtype=np.uint16)
+    x = bits.view(jnp.bfloat16)
+    x = x[np.isfinite(x.astype(np.float32))]
+    exact = torch.tensor(x.astype(np.float64)).requires_grad_()
+    y = torch.nn.functional.gelu(exact)
+    y.sum().backward()
+    found, slope = jax.vmap(jax.value_and_grad(activations.gelu))(jnp.asarray(x))
+    assert found.dtype == slope.dtype == jnp.bfloat16
+    for ours, right, tolerance in (found, y.detach(), 3e-5), (slope, exact.grad, 1.1e-4):
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float64), right.numpy(), rtol=2**-8, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_heads_gradient_is_rounded_in_bfloat16_only(dtype):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), dtype) for s in [(2, 3, 4), (4, 5)])
+    upstream = jnp.asarray(rng.normal(size=(2, 3, 5)) * 1e-6, jnp.float32)
+    scores, pull_back = jax.vjp(wav2vec2._scores, x, kernel)
+    assert scores.dtype == jnp.float32
+    rounded = upstream.astype(dtype if dtype == jnp.bfloat16 else jnp.float32)
+    exact_x, exact_kernel, exact = (
+        np.asarray(a.astype(jnp.float32), np.float64) for a in (x, kernel, rounded)
+    )
+    expected = exact @ exact_kernel.T, np.einsum("bth,btv->hv", exact_x, exact)
+    for found, right in zip(pull_back(upstream), expected, strict=True):
+        assert found.dtype == dtype
+        right = jnp.asarray(right, jnp.float32).astype(dtype).astype(jnp.float32)
+        tolerance = 1e-6 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(found.astype(jnp.float32), right, rtol=tolerance, atol=1e-7)
+
+
 # Padding
 
 

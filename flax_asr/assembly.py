@@ -212,7 +212,7 @@ class Assembly:
             len(jobs),
         )
         with progress.Progress(len(jobs), "compiling", "programs") as bar:
-            return parallel.compile_all(jobs, lambda key, seconds: bar.advance(1))
+            return parallel.compile_all(jobs, devices, lambda key, seconds: bar.advance(1))
 
     def _learning_functions(self) -> dict[str, Callable]:
         """The functions of the remaining updates by the names of their programs."""

@@ -166,7 +166,7 @@ def _compute(
         for samples, tokens in reversed(list(shapes))
     }
     with progress.Progress(len(jobs), "compiling the frozen layers", "programs") as bar:
-        programs = parallel.compile_all(jobs, lambda key, seconds: bar.advance(1))
+        programs = parallel.compile_all(jobs, devices, lambda key, seconds: bar.advance(1))
     started = time.monotonic()
     done = len(train) - sum(len(rows) for _, rows in missing)
     with progress.Progress(len(train), "keeping features", "clips", initial=done) as bar:

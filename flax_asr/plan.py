@@ -97,7 +97,8 @@ def describe(described: chips.Slice) -> parallel.Devices:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be compiled; `resident` is what is on a device whichever program runs."""
+    """What is to be compiled, and with which `options`; `resident` is what is on a device whichever
+    program runs."""
 
     function: str
     rows: int
@@ -105,6 +106,7 @@ class Job:
     flops: int
     pmapped: Callable
     arguments: tuple
+    options: dict[str, str] | None
     resident: int
 
     def compile(self, described: chips.Slice) -> outlook.Program:
@@ -112,7 +114,7 @@ class Job:
         program = outlook.Program(self.function, self.rows, self.samples, self.flops)
         started = time.monotonic()
         try:
-            compiled = self.pmapped.lower(*self.arguments).compile()
+            compiled = self.pmapped.lower(*self.arguments).compile(self.options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -159,7 +161,8 @@ def jobs(cfg: config.Config, work: workload.Workload, devices: parallel.Devices)
 
     def job(function, rows, samples, count, pmapped, *arguments, batch=None) -> Job:
         own = 0 if batch is None else outlook.tree_bytes(batch) // devices.count
-        return Job(function, rows, samples, count, pmapped, arguments, held + own)
+        options = devices.compiler_options
+        return Job(function, rows, samples, count, pmapped, arguments, options, held + own)
 
     rows, (samples, tokens) = train.per_device_train_batch_size, work.train_shapes.largest
     batch = devices.train_batch_shapes(work.objective, rows, samples, tokens)

@@ -365,6 +365,27 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
         plan.command(tiny(train={"global_batch_size": 6}), "v5e:2x4", None)
 
 
+def test_a_run_and_its_plan_compile_with_the_options_of_the_chip():
+    asked = []
+
+    class Function:
+        def lower(self, *arguments):
+            return self
+
+        def compile(self, options):
+            asked.append(options)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1.00G")
+
+    devices = parallel.Devices()
+    assert devices.compiler_options is None
+    devices.compiler_options = {"xla_of_the_chip": "1"}
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        parallel.compile_all({"update": (Function(), ())}, devices, lambda key, seconds: None)
+    job = plan.Job("update", 0, 0, 0, Function(), (), devices.compiler_options, 0)
+    assert job.compile(V5E).refused
+    assert asked == [devices.compiler_options] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("micro_batches", [1, 2])

@@ -193,6 +193,7 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
                 (state, sums),
             ),
         },
+        devices,
         lambda key, seconds: None,
     )
     compile_seconds = time.monotonic() - started

@@ -23,7 +23,7 @@ import numpy as np
 import sidebyside
 import train_step
 
-from flax_asr import config, parallel, step
+from flax_asr import config, criterion, parallel, step
 from flax_asr.data import loader
 from flax_asr.models import feature_encoder, pretrained
 
@@ -94,7 +94,7 @@ def _keeping(ours: train_step.Ours, batch: loader.Batch) -> dict[str, float]:
     from_kept = ours.compile_cached(*shape)
     encoder = feature_encoder.FeatureEncoder(ours.objective.config, np.float32, "none", True)
     tree = step.merge(params, {})["wav2vec2"]["feature_extractor"]
-    audio = step.waveform(jax.tree.map(lambda a: a[0], placed), True)
+    audio = criterion.waveform(jax.tree.map(lambda a: a[0], placed), True)
     convolve = jax.jit(encoder.apply)
 
     def least(run) -> float:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, experiment, optim, origins, parallel
+from flax_asr import config, experiment, origins, parallel
 from flax_asr.data import buckets, loader
 
 QUIET = dict.fromkeys(
@@ -89,13 +89,12 @@ class Ours:
         self.objective = experiment.objective(
             cfg, origins.Origin(model, None, None, True, True, {})
         )
-        learning_rate = optim.schedule(cfg.optim, 1000)
-        optimiser = optim.adamw(cfg.optim, learning_rate)
-        fresh = experiment.fresh_state(cfg, model, params, optimiser)
+        rule = experiment.rule(cfg, 1000)
+        fresh = experiment.fresh_state(cfg, model, params, rule.optimiser)
         self.state = self.devices.replicate(jax.device_get(fresh))
         self._sums = self.devices.zero_sums(self.state.trainable)
         self._accumulate = parallel.accumulate(self.objective, self.devices)
-        update = parallel.update(optimiser, learning_rate, self.devices)
+        update = parallel.update(rule, self.devices)
         self.compiled: dict[tuple[int, int, int], Any] = {}
         self.compiled_update = update.lower(self.state, self._sums).compile()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import faulthandler
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 import flax_asr
 from flax_asr import config, errors
-from flax_asr.console import hidden, terminal
+from flax_asr.console import hidden, option_help, terminal
 from flax_asr.hosts import stopping
 
 USER_ERROR, INTERRUPTED = errors.STATUS, stopping.STATUS
@@ -48,6 +49,8 @@ def command() -> int:
     """
     hidden.hide("torch")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it deplores the lack of torch
+    # A shard that is cut while it is read ends the process by a signal: at least it says where.
+    faulthandler.enable()
     return main()
 
 
@@ -169,8 +172,8 @@ def _epilog(command: str) -> str | None:
     if command == "export":
         return None
     if command in _TAKE_A_MODEL:
-        return config.options_help(config.is_of_a_finished_model)
-    return config.options_help()
+        return option_help.listing(config.is_of_a_finished_model)
+    return option_help.listing()
 
 
 def _add_own(command: argparse.ArgumentParser, name: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 import flax_asr
 from flax_asr import (
@@ -17,7 +18,6 @@ from flax_asr import (
     experiment,
     feature_cache,
     inventory,
-    optim,
     origins,
     parallel,
     run_folder,
@@ -78,21 +78,23 @@ class Assembly:
         )
         self.semantics = compat.of(cfg)
         self.plan = experiment.train_plan(
-            cfg, self.corpus.train, self.train_shapes.samples, self.group_rows, self.augmentation
+            cfg,
+            self.corpus.train.samples,
+            self.train_shapes.samples,
+            self.group_rows,
+            self.augmentation,
         )
         self.updates = experiment.total_updates(cfg.train, self.plan.updates_per_epoch)
         self.expected = forecast.losses(
             self.corpus.train, start.model_config, self.corpus.vocabulary.size
         )
-        self._learning_rate = optim.schedule(cfg.optim, self.updates)
-        self._optimiser = optim.adamw(
-            cfg.optim, self._learning_rate, cfg.model.freeze_encoder_steps
-        )
+        self._rule = experiment.rule(cfg, self.updates)
         params = self._params
         if params is None:
             params = experiment.parameter_shapes(self.objective)
         self._shapes = jax.eval_shape(
-            lambda p: experiment.fresh_state(cfg, start.model_config, p, self._optimiser), params
+            lambda p: experiment.fresh_state(cfg, start.model_config, p, self._rule.optimiser),
+            params,
         )
         self.layout = experiment.layout(cfg, self._shapes, devices.count)
 
@@ -159,11 +161,14 @@ class Assembly:
 
     def initial_state(self) -> step.TrainState:
         """The state before the first update; to be asked for once, as its arrays are large."""
-        fresh = experiment.fresh_state(
-            self.cfg, self.start.model_config, self._params, self._optimiser
-        )
+        fresh = self._fresh_state(self._params)
         self._params = None
         return self.devices.place(jax.device_get(fresh), self.layout.state)
+
+    def _fresh_state(self, params: PyTree) -> step.TrainState:
+        return experiment.fresh_state(
+            self.cfg, self.start.model_config, params, self._rule.optimiser
+        )
 
     def kept(self, state: step.TrainState) -> features.Features | None:
         """What frozen layers give of the training clips; None where audio is trained on."""
@@ -217,16 +222,8 @@ class Assembly:
     def _learning_functions(self) -> dict[str, Callable]:
         """The functions of the remaining updates by the names of their programs."""
         objective, devices, layout = self.objective, self.devices, self.layout
-        settings = {
-            "optimiser": self._optimiser,
-            "learning_rate": self._learning_rate,
-            "devices": devices,
-            "ema_decay": self.cfg.optim.ema_decay,
-            "clips_an_update": self.cfg.train.global_batch_size if self.semantics.leaks else None,
-            "layout": layout,
-        }
         if self.updates_at_once:
-            return {"update_from": parallel.update_from(objective, **settings)}
+            return {"update_from": parallel.update_from(objective, self._rule, devices, layout)}
         begin = 0 if self.past is None else self.past.step
         names = sorted({self.accumulates(update) for update in (begin, self.updates - 1)})
         return {
@@ -234,7 +231,7 @@ class Assembly:
                 objective, devices, layout, head_only=name == "accumulate_head"
             )
             for name in names
-        } | {"update": parallel.update(**settings)}
+        } | {"update": parallel.update(self._rule, devices, layout)}
 
     def meta(self, **progress: Any) -> inventory.Meta:
         """What stands beside the arrays of a checkpoint.

@@ -5,10 +5,9 @@ the key and the nearest right one. Scalars are YAML 1.2: `no` is a string, `1e-8
 """
 
 import dataclasses
-import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -97,10 +96,10 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):
-        _at_least("data.min_seconds", self.min_seconds, 0)
-        _at_least("data.num_buckets", self.num_buckets, 1)
+        options.at_least("data.min_seconds", self.min_seconds, 0)
+        options.at_least("data.num_buckets", self.num_buckets, 1)
         for name in ("num_workers", "max_train_clips", "max_eval_clips"):
-            _at_least(f"data.{name}", getattr(self, name), 1)
+            options.at_least(f"data.{name}", getattr(self, name), 1)
         if self.max_seconds <= self.min_seconds:
             raise errors.ConfigError(
                 f"data.max_seconds is {self.max_seconds}: it must be larger than"
@@ -123,7 +122,7 @@ class TextConfig:
     vocabulary: str | None = None
 
     def __post_init__(self):
-        _at_least("text.min_count", self.min_count, 1)
+        options.at_least("text.min_count", self.min_count, 1)
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("freeze_encoder_steps", "trainable_layers"):
-            _at_least(f"model.{name}", getattr(self, name), 0)
+            options.at_least(f"model.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -193,10 +192,10 @@ class OptimConfig:
 
     def __post_init__(self):
         for name in ("learning_rate", "head_learning_rate"):
-            _above(f"optim.{name}", getattr(self, name), 0)
-        _at_least("optim.warmup_steps", self.warmup_steps, 0)
+            options.above(f"optim.{name}", getattr(self, name), 0)
+        options.at_least("optim.warmup_steps", self.warmup_steps, 0)
         for name in ("warmup_fraction", "hold_fraction"):
-            _at_least(f"optim.{name}", getattr(self, name), 0)
+            options.at_least(f"optim.{name}", getattr(self, name), 0)
         if self.warmup_steps and self.warmup_fraction is not None:
             raise errors.ConfigError(
                 "optim.warmup_steps and optim.warmup_fraction exclude each other: remove one."
@@ -213,9 +212,9 @@ class OptimConfig:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise errors.ConfigError(f"optim.ema_decay is {self.ema_decay}: it must be in (0, 1).")
-        _above("optim.adam_epsilon", self.adam_epsilon, 0)
-        _at_least("optim.weight_decay", self.weight_decay, 0)
-        _above("optim.max_grad_norm", self.max_grad_norm, 0)
+        options.above("optim.adam_epsilon", self.adam_epsilon, 0)
+        options.at_least("optim.weight_decay", self.weight_decay, 0)
+        options.above("optim.max_grad_norm", self.max_grad_norm, 0)
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             if not 0 <= value < 1:
@@ -276,13 +275,13 @@ class TrainConfig:
     zero_sharding: bool = False
 
     def __post_init__(self):
-        _above("train.num_train_epochs", self.num_train_epochs, 0)
+        options.above("train.num_train_epochs", self.num_train_epochs, 0)
         for name in (
             "max_steps global_batch_size gradient_accumulation_steps per_device_train_batch_size"
             " per_device_eval_batch_size logging_steps eval_steps save_steps save_total_limit"
             " early_stopping_patience max_bad_updates"
         ).split():
-            _at_least(f"train.{name}", getattr(self, name), 1)
+            options.at_least(f"train.{name}", getattr(self, name), 1)
         if self.global_batch_size and self.gradient_accumulation_steps:
             raise errors.ConfigError(
                 "train.global_batch_size and train.gradient_accumulation_steps exclude each"
@@ -308,7 +307,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
-        _at_least("seed", self.seed, 0)
+        options.at_least("seed", self.seed, 0)
 
     @property
     def normalization(self) -> str | tuple[str | dict[str, Any], ...] | None:
@@ -377,7 +376,7 @@ def build(
 
 def as_dict(config: Config) -> dict[str, Any]:
     """Nested plain values; `build` gives the same configuration back."""
-    return _plain(dataclasses.asdict(config))
+    return options.plain(dataclasses.asdict(config))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -393,37 +392,3 @@ def save(config: Config, path: str | os.PathLike) -> None:
 def dump(config: Config) -> str:
     """The configuration as YAML."""
     return options.to_yaml(as_dict(config))
-
-
-def options_help(shows: Callable[[str], bool] = lambda name: True) -> str:
-    """One line for every option that is shown: its name, meaning, choices and default."""
-    lines = ["options of the configuration, each as --section.key VALUE:"]
-    defaults, kinds = flat(Config()), option_types()
-    for section, kind in {"": Config, **options.sections(Config)}.items():
-        documented = inspect.getdoc(kind).partition("Attributes:")[2].replace("\n        ", " ")
-        for line in filter(None, map(str.strip, documented.splitlines())):
-            key, _, meaning = line.partition(": ")
-            name = f"{section}.{key}" if section else key
-            if shows(name):
-                choices = ", ".join(options.choices(kinds[name]))
-                meaning = f"{meaning} One of {choices}." if choices else meaning
-                lines.append(f"  --{name}  {meaning} (default {options.spelt(defaults[name])})")
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and value < least:
-        raise errors.ConfigError(f"{name} is {value}: it must be at least {least}.")
-
-
-def _above(name: str, value: float | None, bound: float) -> None:
-    if value is not None and value <= bound:
-        raise errors.ConfigError(f"{name} is {value}: it must be larger than {bound}.")

@@ -4,13 +4,15 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from flax_asr import compat, config, errors, origins, text, vocabulary
 from flax_asr.data import examples, prepare, shards
 from flax_asr.models import wav2vec2
 
 logger = logging.getLogger(__name__)
+
+_Split = TypeVar("_Split", bound=examples.Split)
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ def prepared(cfg: config.Config, start: origins.Origin) -> Corpus:
 def gather(
     cfg: config.Config,
     start: origins.Origin,
-    splits: Mapping[str, Any],
+    splits: Mapping[str, _Split],
     *,
-    heeded: Callable[[Any], Iterable[str]] = lambda split: split.sentences,
-    usable: Callable[[Any], Any] = lambda split: split,
+    heeded: Callable[[_Split], Iterable[str]] = lambda split: split.sentences,
+    usable: Callable[[_Split], examples.Split] = lambda split: split,
 ) -> Corpus:
     """The corpus of splits that are there.
 

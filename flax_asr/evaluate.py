@@ -7,11 +7,9 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from flax_asr import (
     alignment,
@@ -43,7 +41,7 @@ _NO_CHARACTER = "\uffff"
 def score(
     forward: Forward,
     data: examples.Examples,
-    plan: "buckets.EvalPlan | InOrder",
+    plan: buckets.EvalPlan | buckets.InOrder,
     writes: vocabulary.Vocabulary,
     *,
     language: str,
@@ -116,7 +114,7 @@ def score(
 
 
 @contextlib.contextmanager
-def _lines(path: Path | None) -> Iterator[TextIO | None]:
+def _lines(path: Path | None) -> Iterator[io.TextIOBase | None]:
     """A text file that appears under its name when it is complete."""
     if path is None:
         yield None
@@ -129,27 +127,6 @@ def _lines(path: Path | None) -> Iterator[TextIO | None]:
         unfinished.replace(path)
     except OSError as error:
         raise errors.CheckpointError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-class InOrder:
-    """Every row once, in the order of the corpus: short and long clips share a batch.
-
-    The scripts of 2022 evaluated so; `score(padded=True)` needs it to say what they said.
-    """
-
-    def __init__(
-        self, samples: Int[np.ndarray, " rows"], shapes: Sequence[int], group_rows: int
-    ) -> None:
-        self.shapes = tuple(shapes)
-        self.group_rows = group_rows
-        self._row_shapes = buckets.row_shapes(samples, shapes)
-
-    def __iter__(self) -> Iterator[buckets.Group]:
-        for start in range(0, len(self._row_shapes), self.group_rows):
-            end = min(start + self.group_rows, len(self._row_shapes))
-            rows = np.full(self.group_rows, -1, np.int32)
-            rows[: end - start] = np.arange(start, end)
-            yield buckets.Group(int(self._row_shapes[start:end].max()), rows)
 
 
 def compiled(
@@ -259,7 +236,7 @@ def _score_splits(
             line |= {"seconds": round(data.seconds, 2), "left_out": data.left_out_summary()}
             line["groups"] = [dataclasses.asdict(group) for group in scores.groups]
             if legacy:
-                in_order = InOrder(data.samples, shapes.samples, rows)
+                in_order = buckets.InOrder(data.samples, shapes.samples, rows)
                 old = scored(plan=in_order, padded=True).padded
                 rule = scoring.rule(normalize.spec, scores.spaced, padded=True)
                 line |= {"legacy_wer": old.wer.value, "legacy_cer": old.cer.value}

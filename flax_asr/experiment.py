@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Int32, PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import compat, config, corpora, optim, origins, partition, step, vocabulary
+from flax_asr import compat, config, corpora, criterion, optim, origins, partition, step, vocabulary
 from flax_asr.data import augment, buckets, examples, loader
 from flax_asr.models import pretrained, wav2vec2
 
@@ -72,7 +72,7 @@ def _why_fresh(
     )
 
 
-def objective(cfg: config.Config, start: origins.Origin) -> step.Objective:
+def objective(cfg: config.Config, start: origins.Origin) -> criterion.Objective:
     """The model to differentiate, in the run's precision."""
     train = cfg.train
     module = wav2vec2.Wav2Vec2ForCTCModule(
@@ -81,7 +81,7 @@ def objective(cfg: config.Config, start: origins.Origin) -> step.Objective:
         remat_policy=cfg.model.remat_policy if train.gradient_checkpointing else "none",
         attention=cfg.model.attention,
     )
-    return step.Objective(
+    return criterion.Objective(
         module=module,
         config=start.model_config,
         do_normalize=start.do_normalize,
@@ -97,7 +97,7 @@ def _lower_layers(cfg: config.Config, model_config: Wav2Vec2Config) -> int | Non
     return optim.first_trained_layer(cfg.model, model_config.num_hidden_layers)
 
 
-def parameter_shapes(model: step.Objective) -> PyTree:
+def parameter_shapes(model: criterion.Objective) -> PyTree:
     """Shapes of the nested parameter tree, without computing anything."""
     config = model.config
     samples = buckets.smallest_samples(2, config.conv_kernel, config.conv_stride)
@@ -192,20 +192,31 @@ def augmentation(
 
 def train_plan(
     cfg: config.Config,
-    train: examples.Examples,
+    samples: Int32[np.ndarray, " clips"],
     shapes: Sequence[int],
     group_rows: int,
     augmentation: augment.Augmentation | None = None,
 ) -> buckets.TrainPlan:
     """The batches of a run, whose global batch size is resolved, in groups of so many rows."""
     return buckets.TrainPlan(
-        train.samples,
+        samples,
         shapes,
         group_rows,
         cfg.train.global_batch_size // group_rows,
         cfg.seed,
         leaks=compat.of(cfg).leaks,
         lengths=None if augmentation is None else augmentation.lengths,
+    )
+
+
+def rule(cfg: config.Config, updates: int) -> step.Rule:
+    """How a run of so many updates, whose global batch size is resolved, moves its parameters."""
+    learning_rate = optim.schedule(cfg.optim, updates)
+    return step.Rule(
+        optim.adamw(cfg.optim, learning_rate, cfg.model.freeze_encoder_steps),
+        learning_rate,
+        cfg.optim.ema_decay,
+        cfg.train.global_batch_size if compat.of(cfg).leaks else None,
     )
 
 

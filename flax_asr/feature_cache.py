@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from flax_asr import config, errors, experiment, optim, origins, parallel, step
+from flax_asr import config, criterion, errors, experiment, optim, origins, parallel, step
 from flax_asr.console import progress
 from flax_asr.data import buckets, examples, features, loader, prepare
 from flax_asr.hosts import multihost
@@ -70,7 +70,7 @@ def check(cfg: config.Config, start: origins.Origin, host_count: int = 1) -> Non
 
 def opened(
     cfg: config.Config,
-    objective: step.Objective,
+    objective: criterion.Objective,
     train: examples.Examples,
     shapes: experiment.Shapes,
     devices: parallel.Devices,
@@ -115,7 +115,7 @@ def opened(
 
 
 def _about(
-    objective: step.Objective, train: examples.Examples, params: step.Parameters
+    objective: criterion.Objective, train: examples.Examples, params: step.Parameters
 ) -> dict[str, str | int]:
     """All that the kept numbers depend on."""
     lower = {path: params[path] for path in sorted(params) if _is_below(objective, path)}
@@ -131,7 +131,7 @@ def _about(
     }
 
 
-def _is_below(objective: step.Objective, path: str) -> bool:
+def _is_below(objective: criterion.Objective, path: str) -> bool:
     """Whether the parameter acts before the kept frames."""
     only_upper = config.ModelConfig(
         trainable_layers=objective.config.num_hidden_layers - objective.lower_layers
@@ -141,7 +141,7 @@ def _is_below(objective: step.Objective, path: str) -> bool:
 
 def _compute(
     cfg: config.Config,
-    objective: step.Objective,
+    objective: criterion.Objective,
     train: examples.Examples,
     shapes: experiment.Shapes,
     devices: parallel.Devices,

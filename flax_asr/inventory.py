@@ -127,7 +127,21 @@ def check_vocabulary(meta: Meta, ours: vocabularies.Vocabulary) -> None:
         )
 
 
+def is_sound(run: Path, step: int) -> bool:
+    """Whether the seal of a checkpoint holds."""
+    try:
+        seals.verify(run / FOLDER / str(step))
+    except errors.CheckpointError:
+        return False
+    return True
+
+
 def first_sound(run: Path, candidates: list[int]) -> int:
+    """The first of these steps whose checkpoint is whole and readable.
+
+    Raises:
+        CheckpointError: there are some, and none is.
+    """
     problems = []
     for step in candidates:
         try:

@@ -12,11 +12,11 @@ from flax_asr import (
     audio,
     checkpoint,
     config,
+    criterion,
     errors,
     experiment,
     inventory,
     origins,
-    step,
     vocabulary,
 )
 from flax_asr.bucket import copies, store
@@ -61,9 +61,9 @@ class LoadedModel:
         """
         return self.use_attention_mask and self.config.feat_extract_norm == "layer"
 
-    def objective(self, mixed_precision: str) -> step.Objective:
+    def objective(self, mixed_precision: str) -> criterion.Objective:
         """The model as `step.evaluate` takes it."""
-        return step.Objective(
+        return criterion.Objective(
             module=wav2vec2.Wav2Vec2ForCTCModule(
                 self.config, dtype=experiment.DTYPES[mixed_precision]
             ),

@@ -9,12 +9,11 @@ import jax
 
 from flax_asr import (
     assembly,
-    card,
     checkpoint,
     config,
     errors,
     evaluate,
-    export,
+    finishing,
     inventory,
     parallel,
     resume,
@@ -25,7 +24,7 @@ from flax_asr.bucket import mirror, store
 from flax_asr.console import progress
 from flax_asr.data import buckets, loader, prepare, rereading
 from flax_asr.hosts import cluster, multihost, stopping
-from flax_asr.record import curves, learning, runlog, window
+from flax_asr.record import learning, runlog, window
 
 logger = logging.getLogger(__name__)
 
@@ -234,11 +233,11 @@ class Run:
         """Adds an update's figures to the window; stops the run where they are bad for too long."""
         if update is None:
             return
-        metrics, groups = update
-        metrics = jax.device_get(metrics)
+        metrics = jax.device_get(update[0])
+        groups = [group for _, group in update[1]]
         data = self.made.corpus.train
         if metrics.bad_in_a_row >= self.cfg.max_bad_updates:
-            ids = [data.ids[row] for _, group in groups for row in group.rows if row >= 0]
+            ids = [data.ids[row] for group in groups for row in group.rows if row >= 0]
             more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
             raise errors.TrainingError(
                 f"{int(metrics.bad_in_a_row)} updates in a row had a gradient that is not finite;"
@@ -340,7 +339,7 @@ class Run:
         scores = evaluate.score(
             unless_asked,
             data,
-            (evaluate.InOrder if padded else buckets.EvalPlan)(
+            (buckets.InOrder if padded else buckets.EvalPlan)(
                 data.samples, shapes.samples, self.devices.count * per_device
             ),
             self.made.corpus.vocabulary,
@@ -366,7 +365,7 @@ class Run:
     def finish(self) -> None:
         """The best checkpoint: its test scores, the export, the curves and the card."""
         self.audio.wait()
-        saved = self.made.described(self._best())
+        saved = self.made.described(finishing.best(self.folder, self.hosts, self.mirrored))
         if self.made.scores("test"):
             flat, _ = step.split(saved.params, lambda path: True)
             self.state = self.state.replace(
@@ -386,29 +385,4 @@ class Run:
                 }
             )
         if self.hosts.is_first:
-            target = self.folder / run_folder.EXPORT
-            export.write_folder(target, saved, self.made.cfg, saved.meta.facts)
-            self._write_card(saved)
-
-    def _write_card(self, saved: checkpoint.SavedModel) -> None:
-        try:
-            curves.draw(self.folder)
-            card.write(self.folder, saved)
-            run_folder.mark_finished(self.folder, self.step)
-        except OSError as error:
-            raise errors.CheckpointError(
-                f"cannot write in {self.folder}: {error.strerror}. Make room or mend the folder,"
-                " then run the same command again: it finishes from the checkpoints."
-            ) from error
-
-    def _best(self) -> checkpoint.SavedModel:
-        """The best checkpoint, as the first host sees it."""
-        if self.hosts.is_first:
-            saved = checkpoint.load_model(self.folder)
-            if self.hosts.count > 1:
-                self.mirrored.wait()
-            self.hosts.gather(saved.step)
-            return saved
-        best = self.hosts.gather(None)[0]
-        self.mirrored.bring(best)
-        return checkpoint.load_model(self.folder, best)
+            finishing.write(self.folder, saved, self.made.cfg, self.step)

@@ -87,6 +87,27 @@ def _yaml():
     return yaml
 
 
+def at_least(name: str, value: float | None, least: float) -> None:
+    """Raises `ConfigError` where an option is below its bound; None has none."""
+    if value is not None and value < least:
+        raise errors.ConfigError(f"{name} is {value}: it must be at least {least}.")
+
+
+def above(name: str, value: float | None, bound: float) -> None:
+    """Raises `ConfigError` where an option is not above its bound; None has none."""
+    if value is not None and value <= bound:
+        raise errors.ConfigError(f"{name} is {value}: it must be larger than {bound}.")
+
+
+def plain(value: Any) -> Any:
+    """The same with lists in place of tuples, as YAML and JSON have it."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return value
+
+
 def to_yaml(values: Mapping[str, Any]) -> str:
     """Plain values as YAML that `read_yaml` reads back equal."""
     out = io.StringIO()

@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from flax_asr import errors, partition, step
+from flax_asr import criterion, errors, partition, step
 from flax_asr.data import loader
 from flax_asr.models import wav2vec2
 
@@ -76,9 +75,9 @@ class Devices:
 
     def micro_batches(
         self, batch: PyTree, per_device: int
-    ) -> Iterator[step.Batch | step.CachedBatch]:
+    ) -> Iterator[criterion.Batch | criterion.CachedBatch]:
         """This host's rows of a group, in device-sized pieces, placed."""
-        kind = step.CachedBatch if isinstance(batch, loader.CachedBatch) else step.Batch
+        kind = criterion.CachedBatch if isinstance(batch, loader.CachedBatch) else criterion.Batch
         at_once = self.local_count * per_device
         rows = len(batch.weights)
         if rows % at_once:
@@ -119,11 +118,11 @@ class Devices:
         """Shapes of the sums over all devices, for compilation."""
         return self._split_shapes(jax.eval_shape(step.Sums.zeros, trainable))
 
-    def batch_shapes(self, per_device: int, samples: int, tokens: int) -> step.Batch:
+    def batch_shapes(self, per_device: int, samples: int, tokens: int) -> criterion.Batch:
         """Shapes of a placed micro-batch over all devices, for compilation."""
         shape = jax.ShapeDtypeStruct
         return self._split_shapes(
-            step.Batch(
+            criterion.Batch(
                 audio=shape((per_device, samples), np.int16),
                 gains=shape((per_device,), np.float32),
                 sample_lengths=shape((per_device,), np.int32),
@@ -134,16 +133,16 @@ class Devices:
         )
 
     def train_batch_shapes(
-        self, objective: step.Objective, per_device: int, samples: int, tokens: int
-    ) -> step.Batch | step.CachedBatch:
+        self, objective: criterion.Objective, per_device: int, samples: int, tokens: int
+    ) -> criterion.Batch | criterion.CachedBatch:
         """The same as training takes it: audio, or what lower layers gave of it."""
         batch = self.batch_shapes(per_device, samples, tokens)
         if objective.lower_layers is None:
             return batch
         frames = int(wav2vec2.frame_lengths(objective.config, samples))
         shape = (self.count, per_device, frames, objective.config.hidden_size)
-        kept = {name: getattr(batch, name) for name in step.CachedBatch._fields[1:]}
-        return step.CachedBatch(
+        kept = {name: getattr(batch, name) for name in criterion.CachedBatch._fields[1:]}
+        return criterion.CachedBatch(
             jax.ShapeDtypeStruct(shape, objective.module.dtype, sharding=self._split), **kept
         )
 
@@ -165,7 +164,7 @@ class Devices:
 
 
 def accumulate(
-    objective: step.Objective,
+    objective: criterion.Objective,
     devices: Devices,
     layout: partition.Layout = partition.REPLICATED,
     head_only: bool = False,
@@ -182,23 +181,11 @@ def accumulate(
 
 
 def update(
-    optimiser: optax.GradientTransformationExtraArgs,
-    learning_rate: optax.Schedule,
-    devices: Devices,
-    ema_decay: float | None = None,
-    clips_an_update: int | None = None,
-    layout: partition.Layout = partition.REPLICATED,
+    rule: step.Rule, devices: Devices, layout: partition.Layout = partition.REPLICATED
 ) -> Callable:
     """`step.update(state, sums) -> (state, sums, metrics)` over all devices; both are donated."""
     return jax.pmap(
-        functools.partial(
-            step.update,
-            optimiser,
-            learning_rate,
-            ema_decay,
-            layout.axes,
-            clips_an_update=clips_an_update,
-        ),
+        functools.partial(step.update, rule, layout.axes),
         axis_name=partition.AXIS,
         in_axes=(layout.mapped, 0),
         out_axes=(layout.mapped, 0, None),
@@ -208,25 +195,14 @@ def update(
 
 
 def update_from(
-    objective: step.Objective,
-    optimiser: optax.GradientTransformationExtraArgs,
-    learning_rate: optax.Schedule,
+    objective: criterion.Objective,
+    rule: step.Rule,
     devices: Devices,
-    ema_decay: float | None = None,
-    clips_an_update: int | None = None,
     layout: partition.Layout = partition.REPLICATED,
 ) -> Callable:
     """`step.update_from(state, batch) -> (state, metrics)` over all devices; state is donated."""
-    update = functools.partial(
-        step.update,
-        optimiser,
-        learning_rate,
-        ema_decay,
-        layout.axes,
-        clips_an_update=clips_an_update,
-    )
     return jax.pmap(
-        functools.partial(step.update_from, objective.on(devices.platform), update),
+        functools.partial(step.update_from, objective.on(devices.platform), rule, layout.axes),
         axis_name=partition.AXIS,
         in_axes=(layout.mapped, 0),
         out_axes=(layout.mapped, None),
@@ -236,7 +212,7 @@ def update_from(
 
 
 def evaluate(
-    objective: step.Objective,
+    objective: criterion.Objective,
     devices: Devices,
     layout: partition.Layout = partition.REPLICATED,
 ) -> Callable:
@@ -250,10 +226,10 @@ def evaluate(
     )
 
 
-def lower(objective: step.Objective, devices: Devices) -> Callable:
-    """`step.lower(params, batch) -> hidden states` of every device's rows."""
+def lower(objective: criterion.Objective, devices: Devices) -> Callable:
+    """`criterion.lower(params, batch) -> hidden states` of every device's rows."""
     return jax.pmap(
-        functools.partial(step.lower, objective.on(devices.platform)),
+        functools.partial(criterion.lower, objective.on(devices.platform)),
         axis_name=partition.AXIS,
         in_axes=(None, 0),
         out_axes=0,

@@ -9,12 +9,12 @@ estimate, and the text that is printed says so.
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TextIO
 
 import jax
 
@@ -169,14 +169,13 @@ def jobs(cfg: config.Config, work: workload.Workload, devices: parallel.Devices)
     lower_layers = work.objective.lower_layers
     counted = flops.gradient(model_config, rows, samples, work.is_trained, lower_layers)
     count = sum(counted.values())
-    settings = (work.optimiser, work.learning_rate, devices, cfg.optim.ema_decay)
     if at_once:
-        both = parallel.update_from(work.objective, *settings, layout=work.layout)
+        both = parallel.update_from(work.objective, work.rule, devices, work.layout)
         yield job("update_from", rows, samples, count, both, state, batch, batch=batch)
     else:
         accumulate = parallel.accumulate(work.objective, devices, work.layout)
         yield job("accumulate", rows, samples, count, accumulate, state, sums, batch, batch=batch)
-        update = parallel.update(*settings, layout=work.layout)
+        update = parallel.update(work.rule, devices, work.layout)
         yield job("update", 0, 0, 0, update, state, sums)
     if work.eval_shapes.samples:
         rows, (samples, tokens) = train.per_device_eval_batch_size, work.eval_shapes.largest
@@ -230,7 +229,10 @@ def describe_program(program: outlook.Program, described: chips.Slice) -> str:
 
 
 def _close(
-    seen: outlook.Outlook, programs: Sequence[outlook.Program], people: TextIO, zero_sharding: bool
+    seen: outlook.Outlook,
+    programs: Sequence[outlook.Program],
+    people: io.TextIOBase,
+    zero_sharding: bool,
 ) -> None:
     with contextlib.redirect_stdout(people):
         print("\nmemory of a device:")

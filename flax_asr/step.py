@@ -6,44 +6,20 @@ both where one micro-batch is all of an update; `evaluate` scores. Nothing here 
 devices there are or how it is compiled: parallel.py does.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
-from transformers import Wav2Vec2Config
 
-from flax_asr import ctc, optim, partition
-from flax_asr.models import masking, upper, wav2vec2
+from flax_asr import criterion, optim, partition
 
-Parameters = dict[str, Array]
-"""Arrays by path."""
-
-
-class Batch(NamedTuple):
-    """What the device needs of a micro-batch: `loader.Batch`, field for field."""
-
-    audio: Int[Array, "batch samples"]
-    gains: Float[Array, " batch"]
-    sample_lengths: Int[Array, " batch"]
-    labels: Int[Array, "batch tokens"]
-    label_lengths: Int[Array, " batch"]
-    weights: Float[Array, " batch"]
-
-
-class CachedBatch(NamedTuple):
-    """The same where what the lower layers give was kept: `loader.CachedBatch`."""
-
-    hidden_state: Float[Array, "batch frames hidden"]
-    sample_lengths: Int[Array, " batch"]
-    labels: Int[Array, "batch tokens"]
-    label_lengths: Int[Array, " batch"]
-    weights: Float[Array, " batch"]
+Parameters = dict[str, Array | np.ndarray | jax.ShapeDtypeStruct]
+"""Arrays by path, on devices or the host, or only their shapes."""
 
 
 @flax.struct.dataclass
@@ -122,28 +98,21 @@ class Metrics(NamedTuple):
     bad_in_a_row: Int[Array, ""]
 
 
-@flax.struct.dataclass
-class Objective:
-    """The model and what is asked of it; static, the same for every call.
+class Rule(NamedTuple):
+    """How updates move the parameters; the same for all of them.
 
     Attributes:
-        module: the linen module with the CTC head.
-        config: its configuration.
-        do_normalize: bring every clip to zero mean and unit variance, as it was pretrained.
-        use_attention_mask: tell the model where a clip ends; encoders with group normalisation
-            were pretrained without.
-        lower_layers: how many layers a cached batch has passed; None: batches are audio.
+        optimiser: as `optim.adamw` gives it.
+        learning_rate: its schedule, for the figures.
+        ema_decay: the moving average becomes so much of itself and the rest of the new parameters;
+            None: there is none.
+        clips_an_update: what sums over clips are divided by; None: by the clips that counted.
     """
 
-    module: nn.Module = flax.struct.field(pytree_node=False)
-    config: Wav2Vec2Config = flax.struct.field(pytree_node=False)
-    do_normalize: bool = flax.struct.field(pytree_node=False, default=True)
-    use_attention_mask: bool = flax.struct.field(pytree_node=False, default=True)
-    lower_layers: int | None = flax.struct.field(pytree_node=False, default=None)
-
-    def on(self, platform: str) -> "Objective":
-        """The same, for compilation for a platform that need not be here."""
-        return self.replace(module=self.module.clone(platform=platform))
+    optimiser: optax.GradientTransformationExtraArgs
+    learning_rate: optax.Schedule
+    ema_decay: float | None = None
+    clips_an_update: int | None = None
 
 
 def split(params: PyTree, is_trained) -> tuple[Parameters, Parameters]:
@@ -158,24 +127,12 @@ def merge(trainable: Parameters, frozen: Parameters) -> PyTree:
     return flax.traverse_util.unflatten_dict({**trainable, **frozen}, sep="/")
 
 
-def waveform(batch: Batch, do_normalize: bool) -> Float[Array, "batch samples"]:
-    """int16 and gain -> float32; padding is 0 and counts for nothing.
-
-    Source: transformers' Wav2Vec2FeatureExtractor: (x - mean) / sqrt(variance + 1e-7), each clip
-    before it is padded.
-    """
-    real = jnp.arange(batch.audio.shape[1]) < batch.sample_lengths[:, None]
-    audio = jnp.where(real, batch.audio.astype(jnp.float32) * batch.gains[:, None], 0.0)
-    if not do_normalize:
-        return audio
-    count = jnp.maximum(batch.sample_lengths, 1)[:, None].astype(jnp.float32)
-    centred = jnp.where(real, audio - audio.sum(axis=1, keepdims=True) / count, 0.0)
-    variance = jnp.square(centred).sum(axis=1, keepdims=True) / count
-    return centred * jax.lax.rsqrt(variance + 1e-7)
-
-
 def accumulate(
-    objective: Objective, head_only: bool, state: TrainState, sums: Sums, batch: Batch | CachedBatch
+    objective: criterion.Objective,
+    head_only: bool,
+    state: TrainState,
+    sums: Sums,
+    batch: criterion.Batch | criterion.CachedBatch,
 ) -> Sums:
     """Adds one micro-batch of this device to the sums; with `head_only` the head's gradient only.
 
@@ -190,11 +147,11 @@ def accumulate(
 
 
 def _found(
-    objective: Objective,
+    objective: criterion.Objective,
     head_only: bool,
     state: TrainState,
     micro_batch: Int[Array, ""] | int,
-    batch: Batch | CachedBatch,
+    batch: criterion.Batch | criterion.CachedBatch,
 ) -> Sums:
     """What one micro-batch alone adds up to; only of what is differentiated there are gradients."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -207,7 +164,7 @@ def _found(
     held = {path: leaf for path, leaf in state.trainable.items() if not learning[path]}
 
     def scaled_loss(learnt: Parameters) -> tuple[Float[Array, ""], dict[str, Array]]:
-        losses, logits, frame_lengths = _forward(
+        losses, logits, frame_lengths = criterion.forward(
             objective, merge({**learnt, **held}, state.frozen), batch, key
         )
         infeasible = jnp.isposinf(losses) & (batch.weights > 0)
@@ -233,39 +190,31 @@ def _found(
 
 
 def update(
-    optimiser: optax.GradientTransformationExtraArgs,
-    learning_rate: optax.Schedule,
-    ema_decay: float | None,
-    axes: partition.Axes,
-    state: TrainState,
-    sums: Sums,
-    *,
-    clips_an_update: int | None = None,
-    fresh: bool = False,
+    rule: Rule, axes: partition.Axes, state: TrainState, sums: Sums, *, fresh: bool = False
 ) -> tuple[TrainState, Sums, Metrics]:
     """Moves the parameters by the mean gradient over the clips of all devices.
 
     An update whose gradient is not finite changes the step number, the loss scale and the
-    counters, and nothing else. The average becomes `ema_decay` of itself and the rest of the new
-    parameters; it starts as the parameters before the first update. With `clips_an_update` sums
-    are divided by so many clips, however many there are. Where parameters are cut along `axes`, a
-    device holds moments and average of its slices only and moves these. With `fresh` the sums are
-    computed in the same program, and squared there for their norm.
+    counters, and nothing else. The average starts as the parameters before the first update. Where
+    parameters are cut along `axes`, a device holds moments and average of its slices only and moves
+    these. With `fresh` the sums are computed in the same program, and squared there for their norm.
     """
     total = partition.summed(sums, axes)
-    clips = jnp.maximum(total.clips, 1.0) if clips_an_update is None else clips_an_update
+    clips = rule.clips_an_update
+    if clips is None:
+        clips = jnp.maximum(total.clips, 1.0)
     gradients = jax.tree.map(lambda g: g / (clips * state.loss_scale.value), total.gradients)
     norm = partition.norm(gradients, axes, fresh)
     finite = jnp.isfinite(norm)
     old = partition.slices(state.trainable, axes)
     with jax.named_scope("optimiser"):
-        moves, optimiser_state = optimiser.update(
+        moves, optimiser_state = rule.optimiser.update(
             gradients, state.optimiser, old, norm=norm, step=state.step
         )
         moved = optim.select(finite, optax.apply_updates(old, moves), old)
     average = state.average
-    if ema_decay is not None:
-        average = optax.incremental_update(moved, average, 1.0 - ema_decay)
+    if rule.ema_decay is not None:
+        average = optax.incremental_update(moved, average, 1.0 - rule.ema_decay)
     bad_in_a_row = jnp.where(finite, 0, state.bad_in_a_row + state.loss_scale.is_smallest)
     new = state.replace(
         step=state.step + 1,
@@ -279,9 +228,9 @@ def update(
     done, then_done = (count.step - count.skipped for count in (state, new))
     metrics = Metrics(
         loss=total.loss / clips,
-        learning_rate=jnp.asarray(learning_rate(done), jnp.float32),
+        learning_rate=jnp.asarray(rule.learning_rate(done), jnp.float32),
         # At the end of a schedule rounding may leave it a little below zero.
-        next_learning_rate=jnp.maximum(jnp.float32(learning_rate(then_done)), 0.0),
+        next_learning_rate=jnp.maximum(jnp.float32(rule.learning_rate(then_done)), 0.0),
         grad_norm=norm,
         finite=finite,
         clips=total.clips,
@@ -296,25 +245,27 @@ def update(
 
 
 def update_from(
-    objective: Objective,
-    update: Callable[..., tuple[TrainState, Sums, Metrics]],
+    objective: criterion.Objective,
+    rule: Rule,
+    axes: partition.Axes,
     state: TrainState,
-    batch: Batch | CachedBatch,
+    batch: criterion.Batch | criterion.CachedBatch,
 ) -> tuple[TrainState, Metrics]:
     """`accumulate` and `update` of the only micro-batch of an update.
 
     No sums cross the memory between the two.
     """
-    new, _, metrics = update(state, _found(objective, False, state, 0, batch), fresh=True)
+    sums = _found(objective, False, state, 0, batch)
+    new, _, metrics = update(rule, axes, state, sums, fresh=True)
     return new, metrics
 
 
 def evaluate(
-    objective: Objective, axes: partition.Axes, params: Parameters, batch: Batch
+    objective: criterion.Objective, axes: partition.Axes, params: Parameters, batch: criterion.Batch
 ) -> tuple[Float[Array, " rows"], Int[Array, "rows frames"], Int[Array, " rows"]]:
     """(loss, most likely symbol of each frame, frames) of every row of the group, everywhere."""
     whole = partition.gathered(params, axes)
-    losses, logits, frame_lengths = _forward(objective, merge(whole, {}), batch, None)
+    losses, logits, frame_lengths = criterion.forward(objective, merge(whole, {}), batch, None)
     return jax.lax.all_gather(
         (losses, first_maximum(logits), frame_lengths), partition.AXIS, tiled=True
     )
@@ -325,92 +276,3 @@ def first_maximum(logits: Float[Array, "... vocab"]) -> Int[Array, "..."]:
     symbols = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     largest = logits.max(axis=-1, keepdims=True)
     return jnp.where(logits == largest, symbols, logits.shape[-1] - 1).min(axis=-1)
-
-
-def lower(
-    objective: Objective, params: Parameters, batch: Batch
-) -> Float[Array, "batch frames hidden"]:
-    """What the lower layers give of every row, without anything random; see `CachedBatch`."""
-    audio, attention_mask = _heard(objective, batch)
-    outputs = objective.module.apply(
-        {"params": merge(params, {})}, audio, attention_mask, output_hidden_states=True
-    )
-    return outputs.hidden_states[objective.lower_layers]
-
-
-def _forward(
-    objective: Objective, params: PyTree, batch: Batch | CachedBatch, key: Any
-) -> tuple[Float[Array, " batch"], Float[Array, "batch frames vocab"], Int[Array, " batch"]]:
-    """Losses, logits and real frames of a batch; with a key, dropout and masks as in training."""
-    config = objective.config
-    frame_lengths = wav2vec2.frame_lengths(config, batch.sample_lengths)
-    through = _through_upper if isinstance(batch, CachedBatch) else _through_all
-    logits = through(objective, params, batch, frame_lengths, key)
-    losses = ctc.ctc_loss(
-        logits, frame_lengths, batch.labels, batch.label_lengths, blank=config.pad_token_id
-    )
-    if config.ctc_loss_reduction == "mean":
-        losses = losses / jnp.maximum(batch.label_lengths, 1)
-    return losses, logits, frame_lengths
-
-
-def _heard(
-    objective: Objective, batch: Batch
-) -> tuple[Float[Array, "batch samples"], Bool[Array, "batch samples"] | None]:
-    """The audio as the model takes it, and where it is told that clips end."""
-    audio = waveform(batch, objective.do_normalize)
-    if not objective.use_attention_mask:
-        return audio, None
-    return audio, jnp.arange(audio.shape[1]) < batch.sample_lengths[:, None]
-
-
-def _through_all(objective, params, batch: Batch, frame_lengths, key):
-    """Logits of audio."""
-    config = objective.config
-    audio, attention_mask = _heard(objective, batch)
-    frames = int(wav2vec2.frame_lengths(config, audio.shape[1]))
-    time_mask = feature_mask = rngs = None
-    if key is not None:
-        dropout_key, time_key, feature_key = jax.random.split(key, 3)
-        rngs = {"dropout": dropout_key}
-        if config.apply_spec_augment and config.mask_time_prob > 0:
-            time_mask = masking.time_mask(
-                time_key,
-                frame_lengths
-                if objective.use_attention_mask
-                else jnp.full_like(frame_lengths, frames),
-                frames,
-                prob=config.mask_time_prob,
-                length=config.mask_time_length,
-                min_spans=config.mask_time_min_masks,
-            )
-        if config.apply_spec_augment and config.mask_feature_prob > 0:
-            feature_mask = masking.feature_mask(
-                feature_key,
-                audio.shape[0],
-                config.hidden_size,
-                prob=config.mask_feature_prob,
-                length=config.mask_feature_length,
-                min_spans=config.mask_feature_min_masks,
-            )
-    return objective.module.apply(
-        {"params": params},
-        audio,
-        attention_mask=attention_mask,
-        mask_time_indices=time_mask,
-        mask_feature_indices=feature_mask,
-        deterministic=key is None,
-        rngs=rngs,
-    ).logits
-
-
-def _through_upper(objective, params, batch: CachedBatch, frame_lengths, key):
-    """Logits of what the lower layers gave, with the dropout that the whole model would draw."""
-    frames = batch.hidden_state.shape[1]
-    return upper.of(objective.module, objective.lower_layers).apply(
-        {"params": params},
-        batch.hidden_state,
-        jnp.arange(frames) < frame_lengths[:, None],
-        deterministic=key is None,
-        rngs=None if key is None else {"dropout": jax.random.split(key, 3)[0]},
-    )

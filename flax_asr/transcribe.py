@@ -165,9 +165,7 @@ class Recogniser:
         rounded = math.ceil(frames / buckets.FRAME_MULTIPLE) * buckets.FRAME_MULTIPLE
         return buckets.smallest_samples(rounded, config.conv_kernel, config.conv_stride)
 
-    def _symbols(
-        self, pieces: Sequence[Float32[np.ndarray, " samples"]]
-    ) -> list[Int[np.ndarray, " frames"]]:
+    def _symbols(self, pieces: Sequence[Float32[np.ndarray, " _"]]) -> list[Int[np.ndarray, " _"]]:
         """The most likely symbol of each real frame of each piece."""
         by_shape: dict[int, list[int]] = {}
         for place, piece in enumerate(pieces):
@@ -192,7 +190,7 @@ class Recogniser:
         return next((shape for shape in self._shapes if shape >= samples), samples)
 
 
-def _batch(pieces: Sequence[Float32[np.ndarray, " samples"]], samples: int) -> loader.Batch:
+def _batch(pieces: Sequence[Float32[np.ndarray, " _"]], samples: int) -> loader.Batch:
     """A batch without labels; its audio is the decoder's float32, not rounded to int16."""
     rows = len(pieces)
     heard = np.zeros((rows, samples), np.float32)

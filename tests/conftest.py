@@ -14,6 +14,7 @@ import fcntl
 
 import jax
 import pytest
+import signatures  # noqa: F401 (before anything that imports the package)
 import small_training
 
 

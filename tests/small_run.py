@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from flax_asr import config, experiment, optim, origins, parallel, step
+from flax_asr import config, criterion, experiment, origins, parallel, step
 from flax_asr.data import loader
 
 SAMPLES, TOKENS = 1600, 8
@@ -40,7 +40,7 @@ def joined(*batches):
     return loader.Batch(*(np.concatenate(columns) for columns in zip(*batches, strict=True)))
 
 
-def objective(model_config, mixed_precision: str = "fp32", **changes) -> step.Objective:
+def objective(model_config, mixed_precision: str = "fp32", **changes) -> criterion.Objective:
     cfg = config.Config(train=config.TrainConfig(mixed_precision=mixed_precision))
     start = origins.Origin(model_config, None, None, True, True, {})
     return dataclasses.replace(experiment.objective(cfg, start), **changes)
@@ -67,9 +67,8 @@ class Trainer:
         )
         self.devices = parallel.Devices(jax.devices()[:devices])
         self.frozen_steps = self.cfg.model.freeze_encoder_steps
-        learning_rate = optim.schedule(self.cfg.optim, updates)
-        self.optimiser = optim.adamw(self.cfg.optim, learning_rate, self.frozen_steps)
-        fresh = experiment.fresh_state(self.cfg, objective.config, params, self.optimiser)
+        self.rule = experiment.rule(self.cfg, updates)._replace(clips_an_update=clips_an_update)
+        fresh = experiment.fresh_state(self.cfg, objective.config, params, self.rule.optimiser)
         self.layout = experiment.layout(self.cfg, fresh, devices)
         self.state = self.devices.place(jax.device_get(fresh), self.layout.state)
         self.sums = self.devices.zero_sums(self.state.trainable)
@@ -81,14 +80,7 @@ class Trainer:
         head_only = parallel.accumulate(objective, self.devices, self.layout, head_only=True)
         self.accumulate_head = _ACCUMULATE.setdefault((*kind, "head"), head_only)
         settings = (self.cfg.optim, self.frozen_steps, updates, cuts, clips_an_update)
-        update = parallel.update(
-            self.optimiser,
-            learning_rate,
-            self.devices,
-            self.cfg.optim.ema_decay,
-            clips_an_update,
-            self.layout,
-        )
+        update = parallel.update(self.rule, self.devices, self.layout)
         self._update = _UPDATE.setdefault(settings, update)
 
     def update(self, *groups) -> step.Metrics:

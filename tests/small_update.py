@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, experiment, optim, parallel, step
+from flax_asr import config, experiment, parallel, step
 
 SHAPES = {
     "lm_head/kernel": (16, 11),
@@ -42,23 +42,24 @@ class Updates:
         options = {"learning_rate": 3e-2, "warmup_steps": 3, "weight_decay": 0.1} | optimiser
         cfg = config.Config(
             optim=config.OptimConfig(**options),
+            model=config.ModelConfig(freeze_encoder_steps=freeze_encoder_steps),
             train=config.TrainConfig(mixed_precision=mixed_precision, zero_sharding=zero_sharding),
         )
         self.devices = parallel.Devices(jax.devices()[:devices])
-        learning_rate = optim.schedule(cfg.optim, 40)
-        adamw = optim.adamw(cfg.optim, learning_rate, freeze_encoder_steps)
+        rule = experiment.rule(cfg, 40)
         rng = np.random.default_rng(0)
         params = {path: rng.standard_normal(s, np.float32) for path, s in SHAPES.items()}
         fresh = experiment.fresh_state(
-            cfg, Wav2Vec2Config(), flax.traverse_util.unflatten_dict(params, sep="/"), adamw
+            cfg,
+            Wav2Vec2Config(),
+            flax.traverse_util.unflatten_dict(params, sep="/"),
+            rule.optimiser,
         )
         self.layout = experiment.layout(cfg, fresh, devices)
         self.shapes = self.devices.placed_shapes(fresh, self.layout.state)
         self.state = self.devices.place(jax.device_get(fresh), self.layout.state)
         sums = self.devices.sum_shapes(self.shapes.trainable)
-        update = parallel.update(
-            adamw, learning_rate, self.devices, cfg.optim.ema_decay, layout=self.layout
-        )
+        update = parallel.update(rule, self.devices, self.layout)
         self.update = update.lower(self.shapes, sums).compile()
 
     def run(self, first: int, last: int, bad: int | None = None) -> list[step.Metrics]:

@@ -21,12 +21,13 @@ LAYERS = (
     "diagnosis.survey diagnosis.findings diagnosis.consultation diagnosis.host"
     " diagnosis.spectrograms torch_logits",
     "ctc ctc_kernel optim models partition estimate.flops estimate.forecast record.learning",
+    "criterion",
     "step",
     "hosts parallel checkpoint run_folder bucket.copies record.window hyperparameters card"
     " experiment"
     " origins corpora feature_cache",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
-    "loading evaluate transcribe export resume",
+    "loading evaluate transcribe export resume finishing",
     "loop plan doctor",
     "__main__",
 )
@@ -243,6 +244,7 @@ def test_the_wall_clock_is_read_only_for_people_and_for_names():
     }
     assert readers == {
         "record.window",  # when an event was logged
+        "record.runlog",  # the same, for TensorBoard
         "bucket.lease",  # since when a run is at work, in a message
         "run_folder",  # the dated name of an old run
         "hosts.multihost",  # the name of a file that nobody else has

@@ -9,7 +9,7 @@ import small_run
 from data import small_splits
 from test_step import QUIET, _model, _quick_compilation  # noqa: F401
 
-from flax_asr import compat, config, corpora, experiment, origins
+from flax_asr import compat, config, corpora, experiment, origins, step
 from flax_asr.data import buckets, loader
 from flax_asr.record import window
 
@@ -22,14 +22,13 @@ def _recipe(*more: str) -> config.Config:
     return config.load(ROOT / "configs" / "xls_r_300m_zh_hk.yaml", more)
 
 
-class Clips:
-    def __init__(self, count: int):
-        self.samples = np.full(count, 16_000, np.int32)
+def _samples(clips: int) -> np.ndarray:
+    return np.full(clips, 16_000, np.int32)
 
 
 def _plan(clips: int, *more: str) -> tuple[int, int]:
     cfg = _recipe(*more)
-    plan = experiment.train_plan(cfg, Clips(clips), (16_080,), 8)
+    plan = experiment.train_plan(cfg, _samples(clips), (16_080,), 8)
     return plan.updates_per_epoch, experiment.total_updates(cfg.train, plan.updates_per_epoch)
 
 
@@ -42,7 +41,7 @@ def test_the_zh_hk_recipe_makes_the_published_number_of_updates():
 
 @pytest.mark.parametrize("clips", [11_940, 11_944])
 def test_the_epochs_of_the_log_are_those_of_the_published_card(clips):
-    plan = experiment.train_plan(_recipe(), Clips(clips), (16_080,), 8)
+    plan = experiment.train_plan(_recipe(), _samples(clips), (16_080,), 8)
     with PUBLISHED.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     assert len(rows) == 37
@@ -65,8 +64,8 @@ def _replayed(epochs: list[list], groups_per_update: int) -> list[list]:
 
 @pytest.mark.parametrize("clips", [1, 7, 8, 9, 31, 32, 33, 39, 41, 64, 71])
 def test_left_over_micro_batches_join_the_next_update(clips):
-    plan = buckets.TrainPlan(Clips(clips).samples, (16_080,), 2, 4, seed=3, leaks=True)
-    sound = buckets.TrainPlan(Clips(clips).samples, (16_080,), 2, 4, seed=3)
+    plan = buckets.TrainPlan(_samples(clips), (16_080,), 2, 4, seed=3, leaks=True)
+    sound = buckets.TrainPlan(_samples(clips), (16_080,), 2, 4, seed=3)
     epochs = [
         [
             g
@@ -77,8 +76,8 @@ def test_left_over_micro_batches_join_the_next_update(clips):
     ]
     expected = _replayed(epochs, 4)
     assert len(expected) == 4 * plan.updates_per_epoch
-    for step, groups in enumerate(expected):
-        found = plan.update(step)
+    for number, groups in enumerate(expected):
+        found = plan.update(number)
         assert [g.rows.tolist() for g in found] == [g.rows.tolist() for g in groups]
 
 
@@ -94,7 +93,7 @@ def test_an_update_is_the_sum_of_the_means_of_its_micro_batches():
         return trainer.update(*batches)
 
     alone = [float(update(batch).loss) for batch in (*groups, part)]
-    plan = buckets.TrainPlan(Clips(9).samples, (16_080,), 4, 2, seed=0, leaks=True)
+    plan = buckets.TrainPlan(_samples(9), (16_080,), 4, 2, seed=0, leaks=True)
     weight = plan.row_weight(buckets.Group(0, np.array([5, -1, -1, -1], np.int32)))
     part = part._replace(weights=part.weights * np.float32(weight))
     together = update(*groups, part, clips_an_update=8)
@@ -105,7 +104,7 @@ def test_an_update_is_the_sum_of_the_means_of_its_micro_batches():
 
 
 def test_clips_weigh_the_same_without_the_switch():
-    plan = buckets.TrainPlan(Clips(9).samples, (16_080,), 4, 2, seed=0)
+    plan = buckets.TrainPlan(_samples(9), (16_080,), 4, 2, seed=0)
     assert plan.row_weight(buckets.Group(0, np.array([5, -1, -1, -1], np.int32))) == 1
 
 
@@ -118,31 +117,27 @@ def test_the_loader_gives_the_weight_to_the_clips_of_a_part_group(tmp_path):
     assert sorted(map(sorted, weights)) == [[0, 0, 0, 4], [1, 1, 1, 1]]
 
 
-class Update:
-    def __init__(self, loss: float, finite: bool):
-        self.loss, self.finite = np.float32(loss), np.bool_(finite)
-        self.blank_fraction = self.infeasible = np.float32(0)
-        self.learning_rate = self.next_learning_rate = self.grad_norm = self.loss_scale = (
-            self.skipped
-        ) = np.float32(0)
+def _update(loss: float, finite: bool) -> step.Metrics:
+    nothing = dict.fromkeys(step.Metrics._fields, np.float32(0))
+    return step.Metrics(**nothing | {"loss": np.float32(loss), "finite": np.bool_(finite)})
 
 
-def _logged(hides: bool, *updates: Update) -> float:
+def _logged(hides: bool, *updates: step.Metrics) -> float:
     figures = window.Window({}, hides)
-    groups = [(None, buckets.Group(0, np.array([0], np.int32)))]
+    groups = [buckets.Group(0, np.array([0], np.int32))]
     for update in updates:
-        figures.add(1, update, groups, lambda epoch: Clips(1).samples, (16_080,))
+        figures.add(1, update, groups, lambda epoch: _samples(1), (16_080,))
     return figures.close(0.0)["loss"]
 
 
 def test_the_old_log_hides_bad_losses_and_counts_skipped_updates():
-    good, overflow = Update(4.0, True), Update(2.0, False)
+    good, overflow = _update(4.0, True), _update(2.0, False)
     assert _logged(True, good, overflow) == 3.0
     assert _logged(False, good, overflow) == 4.0
     # Trainer: tr_loss += tr_loss / (1 + steps since the last line); at the end divided by all.
-    assert _logged(True, good, good, Update(float("nan"), False)) == round((8 + 8 / 3) / 3, 4)
-    assert _logged(True, Update(float("inf"), False), good) == 2.0
-    assert _logged(False, good, Update(float("nan"), False)) == 4.0
+    assert _logged(True, good, good, _update(float("nan"), False)) == round((8 + 8 / 3) / 3, 4)
+    assert _logged(True, _update(float("inf"), False), good) == 2.0
+    assert _logged(False, good, _update(float("nan"), False)) == 4.0
 
 
 def _corpus(cfg, train, dev=None) -> corpora.Corpus:

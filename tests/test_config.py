@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flax_asr import __main__, config, errors, options
+from flax_asr.console import option_help
 from flax_asr.models import layers
 
 
@@ -182,7 +183,7 @@ def test_every_name_of_the_trainer_leads_to_a_real_option():
 
 
 def test_every_option_is_explained_with_its_choices_and_its_default():
-    listed = config.options_help()
+    listed = option_help.listing()
     assert all(f"--{name} " in listed for name in config.option_types())
     assert "One of fp32, bf16, fp16. (default bf16)" in listed
     assert "the splits trained on. (default [train])" in listed

@@ -447,11 +447,11 @@ def test_the_kernel_for_tpu_goes_the_way_of_the_scan(
 
 
 def test_what_is_compiled_for_tpu_has_the_kernel_and_no_loop():
-    logits, labels = jax.ShapeDtypeStruct((2, 30, 7), jnp.float32), np.ones((2, 4), np.int32)
+    logits, labels = jax.ShapeDtypeStruct((2, 30, 7), jnp.float32), jnp.ones((2, 4), jnp.int32)
 
     def gradient(logits):
         return jax.grad(
-            lambda x: ctc.ctc_loss(x, np.array([30, 9]), labels, np.array([4, 2])).sum()
+            lambda x: ctc.ctc_loss(x, jnp.array([30, 9]), labels, jnp.array([4, 2])).sum()
         )(logits)
 
     exported = {

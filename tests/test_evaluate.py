@@ -113,7 +113,7 @@ def test_every_score_names_release_hash_clips_and_rule(data, shapes, saved):
     )
     for said in (data.release, data.hash[:16], f"{len(data)} clips", logged["eval_rule"]):
         assert said in scores.describe("eval")
-    padded = _score(forward, data, shapes, plan=evaluate.InOrder, padded=True)
+    padded = _score(forward, data, shapes, plan=buckets.InOrder, padded=True)
     assert "padded frames too" in padded.rule
 
 
@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_a_number_is_not_hidden(data, shapes, saved):
 def test_padded_frames_count_only_when_scoring_as_the_old_scripts_did(data, shapes, saved):
     forward = _invented(data, shapes, saved.model_config)
     honest = _score(forward, data, shapes)
-    old = _score(forward, data, shapes, plan=evaluate.InOrder, padded=True)
+    old = _score(forward, data, shapes, plan=buckets.InOrder, padded=True)
     # The padding says "e", once, in every clip that is not the longest of its batch.
     padded_clips = 0
     for start in range(0, len(data), 4):
@@ -170,7 +170,7 @@ def test_padded_frames_count_only_when_scoring_as_the_old_scripts_did(data, shap
 
 
 def test_in_order_is_the_order_of_the_corpus_and_every_row_once(data, shapes):
-    groups = list(evaluate.InOrder(data.samples, shapes.samples, 4))
+    groups = list(buckets.InOrder(data.samples, shapes.samples, 4))
     rows = np.concatenate([group.rows for group in groups])
     assert rows[rows >= 0].tolist() == list(range(len(data)))
     for group in groups:
@@ -314,7 +314,7 @@ def test_batches_score_as_one_clip_at_a_time_and_the_old_way_does_not(data, shap
     assert scores.wer == one_by_one.wer
     assert scores.loss == pytest.approx(one_by_one.loss, rel=1e-5)
     assert scores.cer.value > 0.5
-    old = _score(batched, data, shapes, 6, evaluate.InOrder, tokens=shapes.tokens, padded=True)
+    old = _score(batched, data, shapes, 6, buckets.InOrder, tokens=shapes.tokens, padded=True)
     assert old.padded.cer.counts.errors > scores.cer.counts.errors
 
 

@@ -14,6 +14,7 @@ import transformers
 from flax_asr import (
     assembly,
     config,
+    criterion,
     errors,
     feature_cache,
     inventory,
@@ -119,7 +120,7 @@ def test_what_is_kept_is_what_the_model_gives_of_each_clip(small):
     frames = small.frames()
     for row in (int(data.samples.argmin()), int(data.samples.argmax())):
         batch = loader.assemble(data, np.array([row]), int(data.samples[row]), 16)
-        audio = step.waveform(batch, objective.do_normalize)
+        audio = criterion.waveform(criterion.Batch(*batch), objective.do_normalize)
         whole = jax.jit(functools.partial(objective.module.apply, output_hidden_states=True))(
             {"params": tree}, audio
         )

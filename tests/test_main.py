@@ -231,3 +231,29 @@ def test_the_process_ends_with_the_status(command):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("flax-asr: cannot read the configuration nowhere.yaml")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_process_that_a_signal_ends_says_where(tmp_path):
+    shard = tmp_path / "shard"
+    shard.write_bytes(bytes(8192))
+    reads_a_shard_that_was_cut = f"""
+import mmap, os
+from flax_asr import __main__
+def main():
+    with open({str(shard)!r}, "r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0)
+        os.truncate({str(shard)!r}, 0)
+        return mapped[5000]
+__main__.main = main
+__main__.command()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", reads_a_shard_that_was_cut],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGBUS
+    assert "Bus error" in done.stderr
+    assert "in main" in done.stderr

@@ -20,6 +20,7 @@ import sys
 import pytest
 
 from flax_asr import __main__, config, options
+from flax_asr.console import option_help
 from flax_asr.hosts import cluster, multihost
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -207,7 +208,7 @@ def options_table() -> str:
     """Every option with its default and meaning."""
     kinds, defaults = config.option_types(), config.as_dict(config.Config())
     lines = {}
-    for line in config.options_help().splitlines():
+    for line in option_help.listing().splitlines():
         if found := re.fullmatch(r"  --(\S+)  (.*) \(default .*\)", line):
             lines[found[1]] = found[2].removesuffix(".")
     assert lines.keys() == kinds.keys()

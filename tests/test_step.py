@@ -1,6 +1,7 @@
 """One update against PyTorch; and what must not change it: devices, padding, filler rows."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
@@ -299,11 +300,9 @@ def test_one_program_moves_a_single_micro_batch_as_two_programs_do(devices, zero
     )
     update_from = parallel.update_from(
         objective,
-        two.optimiser,
-        optim.schedule(two.cfg.optim, 100),
+        two.rule,
         two.devices,
-        ema_decay=0.9,
-        layout=two.layout,
+        two.layout,
     )
     for seed in range(3):
         group = small_run.batch(4, seed, config.vocab_size)
@@ -591,10 +590,10 @@ def test_fp16_gives_up_only_where_no_scale_helps():
 def test_the_loss_scale_doubles_after_its_interval_and_keeps_its_bounds():
     scale = optim.LossScale.create("fp16")
     for _ in range(optim.GROWTH_INTERVAL):
-        scale = scale.after(np.True_)
+        scale = scale.after(jnp.bool_(True))
     assert scale.value == 2 * 65536
     for _ in range(40):
-        scale = scale.after(np.False_)
+        scale = scale.after(jnp.bool_(False))
     assert scale.value == optim.SMALLEST_LOSS_SCALE
 
 

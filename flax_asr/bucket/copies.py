@@ -73,23 +73,14 @@ def _copy_run(
     scores = inventory.scores(folder)
     wanted = inventory.by_merit(scores) if step is None else [s for s in sealed if s == step]
     for candidate in wanted:
-        local = folder / inventory.FOLDER / str(candidate)
-        if _is_sound(local):
+        if inventory.is_sound(folder, candidate):
             return
         names = [name for name in listed if name.startswith(_name(candidate, ""))]
         place.download({name: folder / name for name in names})
-        if _is_sound(local):
+        if inventory.is_sound(folder, candidate):
             return
         logger.warning("the checkpoint of step %d in %s is damaged", candidate, place.url)
 
 
 def _name(step: int, file: str) -> str:
     return f"{inventory.FOLDER}/{step}/{file}"
-
-
-def _is_sound(checkpoint_folder: Path) -> bool:
-    try:
-        seals.verify(checkpoint_folder)
-    except errors.CheckpointError:
-        return False
-    return True

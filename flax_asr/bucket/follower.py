@@ -60,7 +60,7 @@ class Follower(Nowhere):
             self._store.download({runlog.FILE: self._folder / runlog.FILE})
             local = self._folder / seal(step)
             same = local.is_file() and local.read_bytes() == self._store.read(seal(step))
-            if not (same and is_sound(self._folder, step)):
+            if not (same and inventory.is_sound(self._folder, step)):
                 fetch_checkpoint(self._store, listed, self._folder, step)
 
     def _take_over(self) -> None:
@@ -109,16 +109,8 @@ def fetch_compiled(place: store.Store, listed: Iterable[str], folder: Path) -> N
 
 def newest(folder: Path) -> int | None:
     """The newest checkpoint here whose seal holds."""
-    return next((step for step in inventory.steps(folder) if is_sound(folder, step)), None)
-
-
-def is_sound(folder: Path, step: int) -> bool:
-    """Whether the seal of a checkpoint here holds."""
-    try:
-        seals.verify(folder / inventory.FOLDER / str(step))
-    except errors.CheckpointError:
-        return False
-    return True
+    steps = inventory.steps(folder)
+    return next((step for step in steps if inventory.is_sound(folder, step)), None)
 
 
 def seal(step: int) -> str:

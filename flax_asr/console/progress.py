@@ -1,8 +1,9 @@
 """Progress on standard error: a bar on a terminal, a plain line now and then in a log."""
 
+import io
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 from flax_asr.console import terminal
 
@@ -35,7 +36,7 @@ class Progress:
         unit: str,
         *,
         initial: int = 0,
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | None = None,
         line_seconds: float = LINE_SECONDS,
     ) -> None:
         self.total = total

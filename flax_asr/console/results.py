@@ -1,11 +1,12 @@
 """Results for programs: one JSON object a line, into a file or to standard output."""
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from flax_asr import errors
 
@@ -55,6 +56,6 @@ def _line(result: Mapping[str, Any], encoding: str) -> str:
     return line
 
 
-def people(json_file: str | None) -> TextIO:
+def people(json_file: str | None) -> io.TextIOBase:
     """Where text for people goes: standard error where standard output is for programs."""
     return sys.stderr if json_file == "-" else sys.stdout

@@ -5,9 +5,9 @@ terminal, control characters among them could delete what was written, change th
 for the user, and directional overrides could show a line in another order than it has.
 """
 
+import io
 import logging
 import re
-from typing import TextIO
 
 # Control characters but tab and new line, line separators, directional embeddings, overrides and
 # isolates, and halves of surrogate pairs, which no encoding can write. Source: Unicode Standard
@@ -22,7 +22,7 @@ def plain(text: str) -> str:
     return _HARMFUL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def show(text: str, file: TextIO | None = None) -> None:
+def show(text: str, file: io.TextIOBase | None = None) -> None:
     """Prints a text, by default to standard output, at once."""
     print(plain(text), file=file, flush=True)
 

@@ -21,7 +21,7 @@ from flax_asr.data import examples, pool
 
 _SPEED, _PITCH, _GAIN, _NOISE = range(4)
 
-Clip = tuple[Int16[np.ndarray, " samples"], float]
+Clip = tuple[Int16[np.ndarray, " _"], float]
 """Float value = integer * gain."""
 
 

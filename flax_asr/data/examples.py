@@ -7,6 +7,7 @@ vocabulary. Whatever cannot be learnt from is left out and named.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int, Int16, Int32, Int64
@@ -15,6 +16,23 @@ from flax_asr import alignment, audio, errors, text
 from flax_asr.data import shards
 
 FrameLengths = Callable[[Int[np.ndarray, " rows"]], Int[np.ndarray, " rows"]]
+
+
+@runtime_checkable
+class Split(Protocol):
+    """What examples are built from: a `shards.PreparedSplit`, or a split that was only looked at.
+
+    The latter has no `maps`, and nothing else that says where audio is.
+    """
+
+    split: str
+    release: str
+    ids: list[str]
+    sentences: list[str]
+    speakers: list[str]
+    samples: Int32[np.ndarray, " clips"]
+    gains: Float32[np.ndarray, " clips"]
+    maps: list[Int16[np.ndarray, " _"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +50,7 @@ class Examples:
         clips_available: how many rows there were before `max_clips` took a part of them.
     """
 
-    splits: tuple[shards.PreparedSplit, ...]
+    splits: tuple[Split, ...]
     samples: Int32[np.ndarray, " rows"]
     gains: Float32[np.ndarray, " rows"]
     label_lengths: Int32[np.ndarray, " rows"]
@@ -42,7 +60,7 @@ class Examples:
     clips_available: int
     _split_of: Int32[np.ndarray, " rows"] = field(repr=False)
     _clip_of: Int32[np.ndarray, " rows"] = field(repr=False)
-    _maps: list[Int16[np.ndarray, " samples"]] = field(repr=False)
+    _maps: list[Int16[np.ndarray, " _"]] = field(repr=False)
     _map_of: Int32[np.ndarray, " rows"] = field(repr=False)
     _start: Int64[np.ndarray, " rows"] = field(repr=False)
     _tokens: Int32[np.ndarray, " tokens"] = field(repr=False)
@@ -71,7 +89,7 @@ class Examples:
         """The row's samples, straight from the memory map."""
         return self.recordings(np.array([row]))[0]
 
-    def recordings(self, rows: Int[np.ndarray, " rows"]) -> list[Int16[np.ndarray, " samples"]]:
+    def recordings(self, rows: Int[np.ndarray, " rows"]) -> list[Int16[np.ndarray, " _"]]:
         """The samples of several rows."""
         starts = self._start[rows]
         ends = starts + self.samples[rows]
@@ -114,12 +132,12 @@ class Examples:
 
 
 def build(
-    splits: Sequence[shards.PreparedSplit],
+    splits: Sequence[Split],
     *,
     normalize: Callable[[str], str],
     vocabulary: text.Vocabulary,
     frame_lengths: FrameLengths,
-    exclude: Sequence[shards.PreparedSplit] = (),
+    exclude: Sequence[Split] = (),
     between: tuple[float, float] | None = None,
     max_clips: int | None = None,
     seed: int = 0,
@@ -186,7 +204,7 @@ def build(
 
 
 def _collect(
-    splits: Sequence[shards.PreparedSplit],
+    splits: Sequence[Split],
     rows: Sequence[tuple[int, int, str, np.ndarray]],
     left_out: list[shards.LeftOut],
     available: int,
@@ -228,9 +246,7 @@ class _HeldOut:
     sentences: frozenset[str]
 
     @classmethod
-    def of(
-        cls, splits: Sequence[shards.PreparedSplit], normalize: Callable[[str], str]
-    ) -> "_HeldOut":
+    def of(cls, splits: Sequence[Split], normalize: Callable[[str], str]) -> "_HeldOut":
         return cls(
             frozenset(clip_id for split in splits for clip_id in split.ids),
             frozenset(speaker for split in splits for speaker in split.speakers if speaker),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Int, Shaped
 
 from flax_asr import errors, seals
@@ -52,7 +53,7 @@ class Features:
         samples: Int[np.ndarray, " rows"],
         frame_lengths: Callable[[Any], Any],
         width: int,
-        dtype: np.dtype,
+        dtype: npt.DTypeLike,
     ) -> None:
         self.folder = folder
         self._frame_lengths = frame_lengths
@@ -87,13 +88,13 @@ class Features:
             return False
         return True
 
-    def missing(self) -> Iterator[tuple[int, Int[np.ndarray, " rows"]]]:
+    def missing(self) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
         """Number and rows of every part that is not there."""
         for number, rows in enumerate(self.parts):
             if not self._path(number).is_file():
                 yield number, rows
 
-    def write(self, number: int, frames: Sequence[Shaped[np.ndarray, "frames width"]]) -> None:
+    def write(self, number: int, frames: Sequence[Shaped[np.ndarray, "_ width"]]) -> None:
         """Writes a part, the frames of each of its rows.
 
         Raises:

@@ -21,9 +21,12 @@ _Item = TypeVar("_Item")
 
 
 class Batch(NamedTuple):
-    """This host's rows of a group; a filler row has length and weight 0."""
+    """This host's rows of a group; a filler row has length and weight 0.
 
-    audio: Int16[np.ndarray, "rows samples"]
+    Transcription takes audio as the decoder gives it, in float32.
+    """
+
+    audio: Int16[np.ndarray, "rows samples"] | Float32[np.ndarray, "rows samples"]
     gains: Float32[np.ndarray, " rows"]
     sample_lengths: Int32[np.ndarray, " rows"]
     labels: Int32[np.ndarray, "rows tokens"]
@@ -54,7 +57,7 @@ def label_widths(
     come into smaller ones too.
     """
     longest = np.zeros(len(shapes), np.int64)
-    shortest = np.floor(data.samples / fastest)
+    shortest = np.floor(data.samples / fastest).astype(np.int32)
     np.maximum.at(longest, buckets.row_shapes(shortest, shapes), data.label_lengths)
     widths = -(-np.maximum.accumulate(np.maximum(longest, 1)) // multiple) * multiple
     return tuple(int(width) for width in widths)
@@ -230,7 +233,7 @@ def updates(
 
 def evaluation(
     data: examples.Examples,
-    plan: buckets.EvalPlan,
+    plan: buckets.EvalPlan | buckets.InOrder,
     host_index: int = 0,
     host_count: int = 1,
     prefetch: int = 4,

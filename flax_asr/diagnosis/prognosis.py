@@ -67,7 +67,7 @@ class Prognosis:
     def _batches(self) -> None:
         cfg, seen = self.cfg, self.seen
         train = seen.corpus.train
-        plan = experiment.train_plan(cfg, train, seen.shapes, self._rows)
+        plan = experiment.train_plan(cfg, train.samples, seen.shapes, self._rows)
         splits = [seen.splits[name] for name in cfg.data.train_splits]
         usable = survey.usable(train, splits, cfg.data.max_train_clips)
         updates_per_epoch = buckets.updates_per_epoch(

@@ -12,7 +12,7 @@ from flax_asr.console import terminal
 
 
 def draw(
-    folder: Path, recordings: Iterable[tuple[str, str, Float32[np.ndarray, " samples"]]]
+    folder: Path, recordings: Iterable[tuple[str, str, Float32[np.ndarray, " _"]]]
 ) -> list[Path]:
     """Writes one PNG a recording into the folder; returns their paths.
 

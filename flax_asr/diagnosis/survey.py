@@ -233,7 +233,7 @@ class _Listed:
         ]
 
 
-def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
+def _spread(items: Sequence[Any] | np.ndarray, count: int) -> Sequence[Any] | np.ndarray:
     """At most so many of them, at equal distances: tables are sorted by speaker."""
     if len(items) <= count:
         return items

@@ -58,7 +58,7 @@ def oddest(data: examples.Examples, most: int = 8) -> list[Odd]:
 
 def audible(
     clips: Sequence[Odd], splits: Sequence[survey.Split]
-) -> Iterator[tuple[Odd, Float32[np.ndarray, " samples"]]]:
+) -> Iterator[tuple[Odd, Float32[np.ndarray, " _"]]]:
     """Those of the clips whose audio can be had, with it."""
     for clip in clips:
         for split in splits:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, experiment, optim, origins, parallel, step
+from flax_asr import config, criterion, experiment, optim, origins, parallel, step
 from flax_asr.data import loader, pool
 from flax_asr.models import wav2vec2
 
@@ -166,14 +166,15 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
     )
     objective = experiment.objective(cfg, origin)
     learning_rate = optim.schedule(cfg.optim, max(1, cfg.optim.warmup_steps) * 10)
-    optimiser = optim.adamw(cfg.optim, learning_rate)
+    # That of all parameters, as after model.freeze_encoder_steps.
+    rule = step.Rule(optim.adamw(cfg.optim, learning_rate), learning_rate, cfg.optim.ema_decay)
     # Any weights take as long as any others; these keep every figure finite.
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: rng.random(leaf.shape, np.float32) * 0.02 + 0.01,
         experiment.parameter_shapes(objective),
     )
-    fresh = jax.device_get(experiment.fresh_state(cfg, model_config, params, optimiser))
+    fresh = jax.device_get(experiment.fresh_state(cfg, model_config, params, rule.optimiser))
     layout = experiment.layout(cfg, fresh, devices.count)
     state = devices.place(fresh, layout.state)
     sums = devices.zero_sums(state.trainable)
@@ -187,9 +188,7 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
         {
             "accumulate": (parallel.accumulate(objective, devices, layout), (state, sums, batch)),
             "update": (
-                parallel.update(
-                    optimiser, learning_rate, devices, cfg.optim.ema_decay, layout=layout
-                ),
+                parallel.update(rule, devices, layout),
                 (state, sums),
             ),
         },
@@ -229,7 +228,7 @@ def _batch(rows: int, samples: int, tokens: int) -> loader.Batch:
     )
 
 
-def _cached(batch: loader.Batch, objective: step.Objective) -> loader.CachedBatch:
+def _cached(batch: loader.Batch, objective: criterion.Objective) -> loader.CachedBatch:
     frames = int(wav2vec2.frame_lengths(objective.config, batch.audio.shape[1]))
     shape = len(batch.weights), frames, objective.config.hidden_size
     return loader.CachedBatch(np.full(shape, 0.1, objective.module.dtype), *batch[2:])

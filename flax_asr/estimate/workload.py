@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from transformers import Wav2Vec2Config
 
 from flax_asr import (
     audio,
     config,
     corpora,
+    criterion,
     experiment,
     feature_cache,
     languages,
@@ -71,8 +71,7 @@ class Workload:
         state: shapes of the state.
         layout: what of it is cut over the devices.
         device_count: how many they are.
-        optimiser: of the run.
-        learning_rate: its schedule.
+        rule: how an update moves the parameters.
         is_trained: whether the parameter of a path gets a gradient.
         train_shapes: of training.
         train_portions: share of the micro-batches that each of them has.
@@ -84,12 +83,11 @@ class Workload:
         guesses: what was guessed, in words.
     """
 
-    objective: step.Objective
+    objective: criterion.Objective
     state: step.TrainState
     layout: partition.Layout
     device_count: int
-    optimiser: optax.GradientTransformation
-    learning_rate: optax.Schedule
+    rule: step.Rule
     is_trained: Callable[[str], bool]
     train_shapes: experiment.Shapes
     train_portions: tuple[float, ...]
@@ -139,19 +137,17 @@ def of(cfg: config.Config, device_count: int) -> Workload:
     start = dataclasses.replace(start, model_config=model_config)
     objective = experiment.objective(cfg, start)
     updates = measured["updates"]
-    learning_rate = optim.schedule(cfg.optim, PLANNED_UPDATES if updates is None else updates)
-    optimiser = optim.adamw(cfg.optim, learning_rate, cfg.model.freeze_encoder_steps)
+    rule = experiment.rule(cfg, PLANNED_UPDATES if updates is None else updates)
     params = experiment.parameter_shapes(objective)
     state = jax.eval_shape(
-        lambda p: experiment.fresh_state(cfg, model_config, p, optimiser), params
+        lambda p: experiment.fresh_state(cfg, model_config, p, rule.optimiser), params
     )
     return Workload(
         objective=objective,
         state=state,
         layout=experiment.layout(cfg, state, device_count),
         device_count=device_count,
-        optimiser=optimiser,
-        learning_rate=learning_rate,
+        rule=rule,
         is_trained=optim.trainable(cfg.model, model_config),
         **measured,
     )
@@ -184,7 +180,7 @@ def _measured(cfg, start, corpus: corpora.Corpus, device_count: int) -> dict[str
     if scored:
         eval_shapes = experiment.shapes(cfg, start.model_config, list(scored.values()))
     rows = device_count * train.per_device_train_batch_size
-    plan = experiment.train_plan(cfg, corpus.train, train_shapes.samples, rows)
+    plan = experiment.train_plan(cfg, corpus.train.samples, train_shapes.samples, rows)
     epoch = plan.updates_per_epoch
     counted = collections.Counter(group.shape for u in range(epoch) for group in plan.update(u))
     portions = [counted[shape] / counted.total() for shape in range(len(train_shapes.samples))]

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,32 +115,47 @@ class RunLog:
 
 
 class _Board:
-    """Scalars for TensorBoard, given up where they cannot be written: log.jsonl has them too."""
+    """Scalars for TensorBoard, given up once they cannot be written: log.jsonl has them too.
+
+    Without tensorboardX's SummaryWriter, whose thread dies of a full disk with a traceback.
+    """
 
     def __init__(self, run: Path, after: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
 
-        before = set(threading.enumerate())
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        folder = run / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
         # The suffix keeps two starts within a second from sharing a file.
-        self._writer = SummaryWriter(
-            str(run / "tensorboard"), purge_step=after + 1, filename_suffix=f".after-{after}"
-        )
-        started = set(threading.enumerate()) - before
-        self._threads = [t for t in started if type(t).__module__.startswith("tensorboardX")]
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"), f".after-{after}")
+        # From here on, whatever an earlier start wrote is void.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(self._event(step=after + 1, session_log=start))
+        self._works = True
 
     def add(self, event: dict[str, Any]) -> None:
-        for name, value in event.items():
-            # Its thread dies of a full disk; the queue to a dead one fills up and then blocks.
-            if name != "step" and isinstance(value, (int, float)) and self._lives():
-                self._writer.add_scalar(name, value, event["step"])
+        scalars = [
+            self._scalar(name, value)
+            for name, value in event.items()
+            if name != "step" and isinstance(value, (int, float))
+        ]
+        self._write(
+            [self._event(wall_time=time.time(), step=event["step"], summary=s) for s in scalars]
+        )
 
     def close(self) -> None:
-        if self._lives():
-            with contextlib.suppress(OSError):
-                self._writer.close()
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
-    def _lives(self) -> bool:
-        return any(thread.is_alive() for thread in self._threads)
+    def _write(self, events: Iterable[Any]) -> None:
+        if self._works:
+            try:
+                for event in events:
+                    self._writer.write_event(event)
+                self._writer.flush()
+            except OSError:
+                self._works = False
 
 
 def _board(run: Path, after: int) -> _Board | None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from flax_asr import audio, step
-from flax_asr.data import buckets, loader
+from flax_asr.data import buckets
 
 _SUMS = ("updates", "finite", "loss", "infeasible", "blank", "real", "padded")
 _LATEST = ("learning_rate", "grad_norm", "loss_scale", "skipped")
@@ -46,7 +46,7 @@ class Window:
         self,
         step_number: int,
         metrics: step.Metrics,
-        groups: Sequence[tuple[loader.Batch, buckets.Group]],
+        groups: Sequence[buckets.Group],
         lengths: Callable[[int], Int[np.ndarray, " clips"]],
         shapes: Sequence[int],
     ) -> None:
@@ -60,9 +60,9 @@ class Window:
             "blank": float(metrics.blank_fraction) if finite else 0.0,
             "real": sum(
                 int(lengths(group.epoch)[group.rows[group.rows >= 0]].sum(dtype=np.int64))
-                for _, group in groups
+                for group in groups
             ),
-            "padded": sum(int(shapes[group.shape]) * len(group.rows) for _, group in groups),
+            "padded": sum(int(shapes[group.shape]) * len(group.rows) for group in groups),
         }.items():
             self._figures[name] += value
         for name in _LATEST:

@@ -143,7 +143,7 @@ def test_every_batch_of_an_augmented_epoch_fits_its_shape_and_keeps_its_labels(d
             )
             assert batch.audio.shape[1] == shapes[group.shape]
             np.testing.assert_array_equal(batch.label_lengths[real], data.label_lengths[rows])
-            for place, row in enumerate(rows):
+            for place, row in enumerate(rows.tolist()):
                 labels = batch.labels[place, : batch.label_lengths[place]]
                 np.testing.assert_array_equal(labels, data.labels(row))
                 assert not batch.audio[place, batch.sample_lengths[place] :].any()

@@ -101,8 +101,8 @@ def test_label_width_depends_on_the_shape_alone(data, shapes):
 def test_label_width_covers_rows_that_move_up_from_smaller_shapes(data):
     talkative_first = dataclasses.replace(
         data,
-        samples=np.array([5000, 10_000, 15_000], np.int32),
-        label_lengths=np.array([20, 3, 9], np.int32),
+        samples=np.resize(np.array([5000, 10_000, 15_000], np.int32), len(data)),
+        label_lengths=np.resize(np.array([20, 3, 9], np.int32), len(data)),
     )
     assert label_widths(talkative_first, (5200, 10_320, 15_440)) == (24, 24, 24)
     assert label_widths(talkative_first, (10_320, 15_440), multiple=1) == (20, 20)

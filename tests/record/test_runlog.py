@@ -55,7 +55,9 @@ def test_a_line_cut_by_a_kill_ends_the_log_and_is_mended(tmp_path):
     path = tmp_path / runlog.FILE
     path.write_bytes(b'{"step": 1}\n{"step": 2, "note": "\xc3')
     assert runlog.read(tmp_path) == [{"step": 1}]
-    runlog.RunLog(tmp_path, 9, after=2).append({"step": 2})
+    log = runlog.RunLog(tmp_path, 9, after=2)
+    log.append({"step": 2})
+    log.close()
     assert [json.loads(line) for line in lines(tmp_path)] == [{"step": 1}, {"step": 2}]
 
 
@@ -151,7 +153,6 @@ def test_what_could_not_be_written_comes_with_the_next_event(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".unfinished"] == []
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_board_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     board = pytest.importorskip("tensorboardX.event_file_writer")
 
@@ -160,7 +161,8 @@ def test_a_board_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
 
     log = runlog.RunLog(tmp_path, 0, after=0)
     monkeypatch.setattr(board.EventsWriter, "write_event", full)
-    for step in range(40):  # more than its queue holds
+    for step in range(40):
         log.append({"step": step, "loss": 1.0})
     log.close()
     assert len(log.events) == 40
+    assert len(lines(tmp_path)) == 40

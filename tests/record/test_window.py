@@ -17,8 +17,8 @@ class Data:
 
 SHAPES = (10_000, 20_000)
 GROUPS = [
-    (None, buckets.Group(1, np.array([0, 3], np.int32))),
-    (None, buckets.Group(0, np.array([1, -1], np.int32))),
+    buckets.Group(1, np.array([0, 3], np.int32)),
+    buckets.Group(0, np.array([1, -1], np.int32)),
 ]
 
 

@@ -1,0 +1,38 @@
+"""The end of a run: its best checkpoint, and what is made of it for others."""
+
+from pathlib import Path
+
+from flax_asr import card, checkpoint, config, errors, export, resume, run_folder
+from flax_asr.hosts import multihost
+from flax_asr.record import curves
+
+
+def best(folder: Path, hosts: multihost.Hosts, mirrored: resume.Mirrored) -> checkpoint.SavedModel:
+    """The best checkpoint, as the first host sees it."""
+    if hosts.is_first:
+        saved = checkpoint.load_model(folder)
+        if hosts.count > 1:
+            mirrored.wait()
+        hosts.gather(saved.step)
+        return saved
+    step = hosts.gather(None)[0]
+    mirrored.bring(step)
+    return checkpoint.load_model(folder, step)
+
+
+def write(folder: Path, saved: checkpoint.SavedModel, cfg: config.Config, updates: int) -> None:
+    """The export, the curves and the card; then the run is finished after so many updates.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    export.write_folder(folder / run_folder.EXPORT, saved, cfg, saved.meta.facts)
+    try:
+        curves.draw(folder)
+        card.write(folder, saved)
+        run_folder.mark_finished(folder, updates)
+    except OSError as error:
+        raise errors.CheckpointError(
+            f"cannot write in {folder}: {error.strerror}. Make room or mend the folder,"
+            " then run the same command again: it finishes from the checkpoints."
+        ) from error

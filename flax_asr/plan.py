@@ -97,8 +97,12 @@ def describe(described: chips.Slice) -> parallel.Devices:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be compiled, and with which `options`; `resident` is what is on a device whichever
-    program runs."""
+    """What is to be compiled.
+
+    Attributes:
+        options: the compiler's, beyond its defaults.
+        resident: bytes that are on a device whichever program runs.
+    """
 
     function: str
     rows: int

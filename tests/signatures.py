@@ -21,7 +21,7 @@ _check = beartype.beartype(
     # An int may stand for a float, numpy's numbers for Python's, its arrays for jax's.
     conf=beartype.BeartypeConf(
         is_pep484_tower=True,
-        hint_overrides=beartype.BeartypeHintOverrides({int: int | np.integer, jax.Array: _ARRAY}),
+        hint_overrides=beartype.FrozenDict({int: int | np.integer, jax.Array: _ARRAY}),
     )
 )
 

@@ -257,7 +257,11 @@ def _resolved(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.C
             f"{loaded.name} does not say which language it writes: give --data.language CODE,"
             " for example zh-HK. It decides how transcripts are normalised and scored."
         )
-    cfg.require("data.source")
+    if cfg.data.source is None:
+        raise errors.ConfigError(
+            f"{loaded.name} does not say what it is scored on: give --data.source, a release for"
+            " example, and --data.test_splits where it is not test."
+        )
     if not cfg.data.test_splits:
         raise errors.ConfigError("no split is named: give --data.test_splits NAME.")
     data = dataclasses.replace(cfg.data, train_splits=(), eval_splits=())

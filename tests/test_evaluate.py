@@ -386,7 +386,7 @@ def test_a_model_of_unknown_language_must_be_told_it(exported, release, tmp_path
 
 
 def test_a_model_without_data_must_be_given_some(exported):
-    with pytest.raises(errors.ConfigError, match=r"data\.source"):
+    with pytest.raises(errors.ConfigError, match=r"give --data\.source"):
         evaluate.command(str(exported), [], None)
 
 

@@ -53,6 +53,7 @@ def own(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 def test_losses_and_parameters_are_those_without_the_cache(own):
     plain, cached = own.folder / "plain", own.folder / "cached"
     own.finish(plain, *OPTIONS, "--data.cache_features=false")

@@ -1,13 +1,13 @@
 """kill -9 at random moments: does every run end bit-identical to the one that was never killed?
 
-    python benchmarks/kill.py [--kills 100] [--json FILE]
+    python benchmarks/kill.py [--kills 100] [--global-batch-size 8] [--json FILE]
 
 The tiny run of the tests (two fake CPU devices; dropout, SpecAugment, layerdrop and accumulation
-on) is killed again and again, until it ends before the next kill; then its log, and parameters,
-optimiser state and figures of every checkpoint are compared, bit for bit, with the uninterrupted
-run's. Then the next run begins, until enough kills have hit. A kill comes at a random moment of the
-seconds after compilation, fewer of them where a run ended before: most hit updates, some saving,
-scoring, exporting.
+on; with a global batch of 4 every update is one micro-batch) is killed again and again, until it
+ends before the next kill; then its log, and parameters, optimiser state and figures of every
+checkpoint are compared, bit for bit, with the uninterrupted run's. Then the next run begins, until
+enough kills have hit. A kill comes at a random moment of the seconds after compilation, fewer of
+them where a run ended before: most hit updates, some saving, scoring, exporting.
 """
 
 import argparse
@@ -43,6 +43,7 @@ def moment(run: pathlib.Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--global-batch-size", type=int, default=8)
     parser.add_argument("--json", metavar="FILE", help="also write one object a run there")
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -52,7 +53,11 @@ def main() -> int:
     def start(run: pathlib.Path) -> small_training.Process:
         return small_training.Process(
             small_training.command(
-                source, run, f"--train.max_steps={UPDATES}", "--data.num_buckets=2"
+                source,
+                run,
+                f"--train.max_steps={UPDATES}",
+                f"--train.global_batch_size={arguments.global_batch_size}",
+                "--data.num_buckets=2",
             ),
             folder / "output.txt",
             folder / "compiled",

@@ -6,7 +6,7 @@ both where one micro-batch is all of an update; `evaluate` scores. Nothing here 
 devices there are or how it is compiled: parallel.py does.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import flax.traverse_util
@@ -50,8 +50,11 @@ class TrainState:
     average: Parameters
 
     @property
-    def scored(self) -> Parameters:
-        """The parameters that evaluation and export look at: averaged ones where there are."""
+    def scored(self) -> dict[str, Any]:
+        """The parameters that evaluation and export look at: averaged ones where there are.
+
+        Of a state of axes, theirs.
+        """
         return {**self.trainable, **self.frozen, **self.average}
 
 

@@ -21,8 +21,8 @@ BROKEN_OFF = 128 + signal.SIGINT
 
 OWN_OPTIONS = frozenset(
     (
-        "--config --model --json --restart --legacy --step --topology --spectrograms --help"
-        " --version"
+        "--config --model --json --restart --legacy --step --topology --every_shape --spectrograms"
+        " --help --version"
     ).split()
 )
 
@@ -131,7 +131,8 @@ def _run(known: argparse.Namespace, options: list[str]) -> int:
     elif known.command == "plan":
         from flax_asr import plan
 
-        plan.command(config.load(known.config, options), known.topology, known.json)
+        cfg = config.load(known.config, options)
+        plan.command(cfg, known.topology, known.json, known.every_shape)
     else:
         from flax_asr import doctor
 
@@ -199,6 +200,11 @@ def _add_own(command: argparse.ArgumentParser, name: str) -> None:
         )
     elif name == "plan":
         command.add_argument("--topology", required=True, help="for example v5e:2x4")
+        command.add_argument(
+            "--every_shape",
+            action="store_true",
+            help="compile every program of the run, not only the largest of each kind",
+        )
 
 
 class _Parser(argparse.ArgumentParser):

@@ -20,6 +20,7 @@ from flax_asr import (
     inventory,
     origins,
     parallel,
+    programs,
     run_folder,
     step,
     text,
@@ -33,9 +34,7 @@ from flax_asr.hosts import multihost
 logger = logging.getLogger(__name__)
 
 Programs = dict[tuple, Callable]
-"""Compiled steps: ("accumulate", "accumulate_head" or "evaluate", padded samples), ("update", 0),
-and what `parallel.gather_jobs` asks for. Where `Assembly.updates_at_once`, ("update_from", padded
-samples) takes the place of "accumulate" and "update"."""
+"""Compiled: those of `programs.jobs` by their keys, and what `parallel.gather_jobs` asks for."""
 
 
 class Assembly:
@@ -118,14 +117,9 @@ class Assembly:
         """Whether the run began with a head that knew nothing."""
         return self.start.facts["head"].startswith("fresh")
 
-    @property
-    def updates_at_once(self) -> bool:
-        """Whether "update_from" is the program of every update, and there are no sums."""
-        return experiment.updates_at_once(self.cfg, self.devices.count)
-
-    def accumulates(self, update: int) -> str:
+    def learns_by(self, update: int) -> str:
         """The name of the program for the micro-batches of this update, counted from 0."""
-        return "accumulate_head" if update < self.cfg.model.freeze_encoder_steps else "accumulate"
+        return programs.learns_by(self.cfg, self.devices.count, update)
 
     def weights_scored(self) -> dict[str, str]:
         """For the log: which weights a score is of, where they are not simply the last ones."""
@@ -188,50 +182,30 @@ class Assembly:
 
         Compiled programs are kept in `folder`.
         """
-        train, devices = self.cfg.train, self.devices
-        state = self.state_shapes()
-        params = state.scored
-        sums = devices.sum_shapes(state.trainable)
-        jobs: dict[tuple, tuple] = {}
-        functions = self._learning_functions()
-        update = functions.pop("update", None)
-        for samples, tokens in reversed(list(self.train_shapes)):
-            batch = devices.train_batch_shapes(
-                self.objective, train.per_device_train_batch_size, samples, tokens
-            )
-            arguments = (state, batch) if update is None else (state, sums, batch)
-            jobs |= {(name, samples): (function, arguments) for name, function in functions.items()}
-        if update is not None:
-            jobs["update", 0] = (update, (state, sums))
-        jobs |= parallel.gather_jobs(state, devices)
-        evaluate = parallel.evaluate(self.objective, devices, self.layout)
-        for samples, tokens in reversed(list(self.eval_shapes)):
-            batch = devices.batch_shapes(train.per_device_eval_batch_size, samples, tokens)
-            jobs["evaluate", samples] = (evaluate, (params, batch))
+        begin = 0 if self.past is None else self.past.step
+        jobs = programs.jobs(
+            programs.Steps(
+                self.cfg,
+                self.objective,
+                self._rule,
+                self.layout,
+                self._shapes,
+                self.train_shapes,
+                self.eval_shapes,
+            ),
+            self.devices,
+            (begin, self.updates - 1),
+        ) | parallel.gather_jobs(self.state_shapes(), self.devices)
         parallel.keep_compiled(folder)
         logger.info(
             "%d updates of %d clips, %d an epoch; %d programs to compile, the largest first",
             self.updates,
-            train.global_batch_size,
+            self.cfg.train.global_batch_size,
             self.plan.updates_per_epoch,
             len(jobs),
         )
         with progress.Progress(len(jobs), "compiling", "programs") as bar:
-            return parallel.compile_all(jobs, devices, lambda key, seconds: bar.advance(1))
-
-    def _learning_functions(self) -> dict[str, Callable]:
-        """The functions of the remaining updates by the names of their programs."""
-        objective, devices, layout = self.objective, self.devices, self.layout
-        if self.updates_at_once:
-            return {"update_from": parallel.update_from(objective, self._rule, devices, layout)}
-        begin = 0 if self.past is None else self.past.step
-        names = sorted({self.accumulates(update) for update in (begin, self.updates - 1)})
-        return {
-            name: parallel.accumulate(
-                objective, devices, layout, head_only=name == "accumulate_head"
-            )
-            for name in names
-        } | {"update": parallel.update(self._rule, devices, layout)}
+            return parallel.compile_all(jobs, self.devices, lambda key, seconds: bar.advance(1))
 
     def meta(self, **progress: Any) -> inventory.Meta:
         """What stands beside the arrays of a checkpoint.

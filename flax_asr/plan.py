@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import jax
 
-from flax_asr import config, errors, experiment, parallel, run_folder
+from flax_asr import config, errors, parallel, programs, run_folder
 from flax_asr.console import results
-from flax_asr.estimate import chips, flops, hlo, outlook, workload
+from flax_asr.estimate import chips, hlo, outlook, workload
 
 GIB = 2**30
 
@@ -36,14 +36,17 @@ _LIBTPU_ENVIRONMENT = {
 }
 
 
-def command(cfg: config.Config, topology: str, json_file: str | None) -> None:
-    """Compiles the largest shapes of a run for a described slice and prints what to expect.
+def command(
+    cfg: config.Config, topology: str, json_file: str | None, every_shape: bool = False
+) -> None:
+    """Compiles a run for a described slice and prints what to expect.
 
     Args:
         cfg: the run. Prepared data are used where they are; without, shapes are guessed and said
             to be.
         topology: a chip and the shape of the slice, `v5e:2x4`.
         json_file: where an object for each compiled function goes, one a line, and one for the run.
+        every_shape: compile every program of the run, not only those of the largest shapes.
 
     Raises:
         ConfigError: the slice is unknown, libtpu is not installed, or the configuration is bad.
@@ -53,16 +56,16 @@ def command(cfg: config.Config, topology: str, json_file: str | None) -> None:
     cfg = run_folder.resolve(cfg, devices.count)
     work = workload.of(cfg, devices.count)
     people = results.people(json_file)
-    print(_opening(described, devices, work), file=people, flush=True)
+    print(_opening(described, devices, work, every_shape), file=people, flush=True)
     with results.writer(json_file) as write:
-        programs: list[outlook.Program] = []
-        for job in jobs(cfg, work, devices):
-            programs.append(job.compile(described))
-            write(programs[-1].as_json())
-            print(describe_program(programs[-1], described), file=people, flush=True)
-        seen = outlook.Outlook.of(cfg, work, programs, described, devices.count)
+        compiled: list[outlook.Program] = []
+        for job in jobs(cfg, work, devices, every_shape):
+            compiled.append(job.compile(described))
+            write(compiled[-1].as_json())
+            print(describe_program(compiled[-1], described), file=people, flush=True)
+        seen = outlook.Outlook.of(cfg, work, compiled, described, devices.count)
         write(seen.as_json())
-        _close(seen, programs, people, cfg.train.zero_sharding)
+        _close(seen, compiled, people, cfg.train.zero_sharding)
 
 
 def describe(described: chips.Slice) -> parallel.Devices:
@@ -116,7 +119,7 @@ class Job:
     def compile(self, described: chips.Slice) -> outlook.Program:
         """Compiles it for the slice; takes minutes for a large model."""
         program = outlook.Program(self.function, self.rows, self.samples, self.flops)
-        started = time.monotonic()
+        started, used = time.monotonic(), time.process_time()
         try:
             compiled = self.pmapped.lower(*self.arguments).compile(self.options)
         except jax.errors.JaxRuntimeError as error:
@@ -129,6 +132,7 @@ class Job:
                 temporary_bytes=_wanted_bytes(message),
                 refused=message,
                 compile_seconds=time.monotonic() - started,
+                compile_cpu_seconds=time.process_time() - used,
             )
         memory = compiled.memory_analysis()
         temporary = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
@@ -143,6 +147,7 @@ class Job:
             temporary_bytes=max(temporary, 0),
             code_bytes=memory.generated_code_size_in_bytes,
             compile_seconds=time.monotonic() - started,
+            compile_cpu_seconds=time.process_time() - used,
         )
 
 
@@ -155,49 +160,56 @@ def _wanted_bytes(message: str) -> int:
     return int(max(sizes, default=0))
 
 
-def jobs(cfg: config.Config, work: workload.Workload, devices: parallel.Devices) -> Iterator[Job]:
-    """The pmapped functions of the run in their largest shapes."""
-    state = devices.placed_shapes(work.state, work.layout.state)
-    sums = devices.sum_shapes(state.trainable)
-    at_once = experiment.updates_at_once(cfg, devices.count)
-    held = work.state_bytes + (0 if at_once else outlook.tree_bytes(sums) // devices.count)
-    train, model_config = cfg.train, work.objective.config
+def jobs(
+    cfg: config.Config,
+    work: workload.Workload,
+    devices: parallel.Devices,
+    every_shape: bool = False,
+) -> Iterator[Job]:
+    """The pmapped functions of the run, in every shape or in their largest ones."""
+    updates = workload.PLANNED_UPDATES if work.updates is None else work.updates
+    found = programs.jobs(work.steps(cfg), devices, (0, updates - 1))
+    held = work.state_bytes
+    if ("update", 0) in found:  # which the sums outlive the micro-batches for
+        held += outlook.tree_bytes(devices.sum_shapes(work.state.trainable)) // devices.count
+    largest = {name: max(n for other, n in found if other == name) for name, _ in found}
+    for (name, samples), (pmapped, arguments) in found.items():
+        if not every_shape and samples < largest[name]:
+            continue
+        rows = batch_bytes = 0
+        if name != "update":
+            evaluates = name == "evaluate"
+            train = cfg.train
+            rows = (
+                train.per_device_eval_batch_size if evaluates else train.per_device_train_batch_size
+            )
+            batch_bytes = outlook.tree_bytes(arguments[-1]) // devices.count
+        yield Job(
+            name,
+            rows,
+            samples,
+            work.flops(name, rows, samples),
+            pmapped,
+            arguments,
+            devices.compiler_options,
+            held + batch_bytes,
+        )
 
-    def job(function, rows, samples, count, pmapped, *arguments, batch=None) -> Job:
-        own = 0 if batch is None else outlook.tree_bytes(batch) // devices.count
-        options = devices.compiler_options
-        return Job(function, rows, samples, count, pmapped, arguments, options, held + own)
 
-    rows, (samples, tokens) = train.per_device_train_batch_size, work.train_shapes.largest
-    batch = devices.train_batch_shapes(work.objective, rows, samples, tokens)
-    lower_layers = work.objective.lower_layers
-    counted = flops.gradient(model_config, rows, samples, work.is_trained, lower_layers)
-    count = sum(counted.values())
-    if at_once:
-        both = parallel.update_from(work.objective, work.rule, devices, work.layout)
-        yield job("update_from", rows, samples, count, both, state, batch, batch=batch)
-    else:
-        accumulate = parallel.accumulate(work.objective, devices, work.layout)
-        yield job("accumulate", rows, samples, count, accumulate, state, sums, batch, batch=batch)
-        update = parallel.update(work.rule, devices, work.layout)
-        yield job("update", 0, 0, 0, update, state, sums)
-    if work.eval_shapes.samples:
-        rows, (samples, tokens) = train.per_device_eval_batch_size, work.eval_shapes.largest
-        batch = devices.batch_shapes(rows, samples, tokens)
-        count = sum(flops.forward(model_config, rows, samples).values())
-        params = state.scored
-        evaluate = parallel.evaluate(work.objective, devices, work.layout)
-        yield job("evaluate", rows, samples, count, evaluate, params, batch, batch=batch)
-
-
-def _opening(described, devices: parallel.Devices, work: workload.Workload) -> str:
+def _opening(
+    described: chips.Slice,
+    devices: parallel.Devices,
+    work: workload.Workload,
+    every_shape: bool,
+) -> str:
     chip = described.chip
+    what = "all of them are" if every_shape else "the largest is"
     lines = [
         f"{described.name}: {described.chips} chips, {devices.count} devices of"
         f" {described.hbm_bytes / GIB:.2f} GiB and {described.flops / 1e12:.0f} TFLOP/s in bf16.",
         "Compiled with the real TPU compiler, never run: what follows is an estimate.",
         *(f"guessed: {guess}" for guess in work.guesses),
-        f"train shapes (seconds): {_seconds(work.train_shapes.samples)}; the largest is compiled.",
+        f"train shapes (seconds): {_seconds(work.train_shapes.samples)}; {what} compiled.",
     ]
     if chip.devices > 1:
         lines.append(f"A {chip.name} machine may show its {chip.devices} cores as one device.")
@@ -234,7 +246,7 @@ def describe_program(program: outlook.Program, described: chips.Slice) -> str:
 
 def _close(
     seen: outlook.Outlook,
-    programs: Sequence[outlook.Program],
+    compiled: Sequence[outlook.Program],
     people: io.TextIOBase,
     zero_sharding: bool,
 ) -> None:
@@ -269,12 +281,12 @@ def _close(
         else:
             print(f"the run: {seen.updates} updates, {seen.hours:.2f} hours on the TPU")
         print(
-            f"compilation: {seen.compile_seconds:.0f} s here for {len(programs)} programs;"
-            f" a run compiles {seen.programs}"
+            f"compilation: {seen.compile_seconds:.0f} s here, {seen.compile_cpu_seconds:.0f} s of"
+            f" processor time, for {len(compiled)} programs; a run compiles {seen.programs}"
         )
         print(
             "Not counted: saving, waiting for data, the pass of data.cache_features, what runs"
             f" beside the arithmetic. Parts that end in{outlook.NO_ESTIMATE} are upper bounds of"
             " ours, the others the compiler's guess;"
-            " other shapes are taken to cost in proportion to their FLOPs."
+            " shapes that were not compiled are taken to cost in proportion to their FLOPs."
         )

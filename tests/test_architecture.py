@@ -26,6 +26,7 @@ LAYERS = (
     "hosts parallel checkpoint run_folder bucket.copies record.window hyperparameters card"
     " experiment"
     " origins corpora feature_cache",
+    "programs",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
     "loading evaluate transcribe export resume finishing",
     "loop plan doctor",

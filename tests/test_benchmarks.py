@@ -30,6 +30,7 @@ TINY = {
     "scaling": "--runs 1 --points 1 --hours 1",
     "startup": "--runs 1 --updates 2",
     "tpu_plan": "--layers 1 --rows 1 --seconds 2",
+    "warm_up": "--layers 1 --shapes 1",
 }
 SHARED = {"sidebyside", "torch_step", "train_step"}
 
@@ -37,7 +38,7 @@ SHARED = {"sidebyside", "torch_step", "train_step"}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({p.stem for p in BENCHMARKS.glob("*.py")} - SHARED))
 def test_a_script_runs_and_writes_its_figures(name, tmp_path):
-    if name == "tpu_plan":
+    if name in ("tpu_plan", "warm_up"):
         pytest.importorskip("libtpu")
     figures = tmp_path / "figures.json"
     command = [sys.executable, BENCHMARKS / f"{name}.py", *TINY[name].split(), "--json", figures]

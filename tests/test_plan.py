@@ -16,7 +16,7 @@ import soundfile
 
 from flax_asr import __main__, config, corpora, errors, experiment, parallel, plan
 from flax_asr.data import prepare
-from flax_asr.estimate import chips, hlo, outlook, workload
+from flax_asr.estimate import chips, flops, hlo, outlook, workload
 from flax_asr.models import wav2vec2
 
 TINY = {
@@ -267,6 +267,39 @@ def test_smaller_shapes_cost_in_proportion_to_their_operations():
     assert 1.0 + 4.0 * (1 + ratio**2) / 2 < seen.update_seconds < 1.0 + 4.0 * (1 + ratio) / 2
 
 
+def test_a_shape_that_was_compiled_costs_what_the_compiler_says():
+    cfg = tiny()
+    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
+    accumulate, update = programs(work)
+    short = dataclasses.replace(
+        accumulate, samples=work.train_shapes.samples[0], by_part={"CTC": 2.4e9}, code_bytes=30
+    )
+    seen = outlook.Outlook.of(cfg, work, [accumulate, short, update], V5E, device_count=2)
+    assert seen.update_seconds == pytest.approx(2 * (2.0 + 1.6) / 2 + 1.0)
+    assert seen.held_bytes["programs"] == 10 + 30 + 20
+    assert seen.programs == 3
+
+
+def test_updates_of_the_head_alone_have_a_cost_of_their_own():
+    cfg = tiny(data={"num_buckets": 1}, model={"config": TINY, "freeze_encoder_steps": 40})
+    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
+    accumulate, update = programs(work)
+    head = dataclasses.replace(accumulate, function="accumulate_head", by_part={"CTC": 0.75e9})
+    seen = outlook.Outlook.of(cfg, work, [accumulate, head, update], V5E, device_count=2)
+    assert seen.update_seconds == pytest.approx(5.0)
+    assert seen.hours == pytest.approx((40 * (2 * 0.5 + 1.0) + 60 * 5.0) / 3600)
+    assert seen.programs == 3
+
+
+def test_the_gradient_of_the_head_alone_is_a_forward_pass_and_one_product():
+    work = workload.of(tiny(), 2)
+    model_config = work.objective.config
+    head = flops.forward(model_config, 2, 16_000)["head"]
+    assert work.flops("evaluate", 2, 16_000) + head == work.flops("accumulate_head", 2, 16_000)
+    assert work.flops("accumulate_head", 2, 16_000) < work.flops("accumulate", 2, 16_000)
+    assert work.flops("update", 0, 0) == 0
+
+
 def test_memory_counts_what_is_there_at_once_and_the_batch_that_fits_follows():
     cfg = tiny(data={"num_buckets": 1})
     work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
@@ -333,6 +366,42 @@ def test_the_command_on_the_compiler_of_this_machine(tmp_path, monkeypatch, caps
         "(bound)",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("train", "model", "functions"),
+    [
+        ({}, {}, "accumulate accumulate update evaluate evaluate"),
+        ({"global_batch_size": 4}, {}, "update_from update_from evaluate evaluate"),
+        (
+            {},
+            {"freeze_encoder_steps": 2},
+            "accumulate accumulate_head accumulate accumulate_head update evaluate evaluate",
+        ),
+    ],
+)
+def test_every_program_of_a_run_is_listed_where_that_is_asked_for(train, model, functions):
+    cfg = tiny(train=train, model={"config": TINY, **model})
+    work, devices = workload.of(cfg, 2), parallel.Devices(jax.devices()[:2])
+    every = [(job.function, job.samples) for job in plan.jobs(cfg, work, devices, True)]
+    assert [name for name, _ in every] == functions.split()
+    longest = {name: max(n for other, n in every if other == name) for name, _ in every}
+    largest = [(job.function, job.samples) for job in plan.jobs(cfg, work, devices)]
+    assert largest == list(dict.fromkeys(job for job in every if job[1] == longest[job[0]]))
+    by_length = sorted(every, key=lambda job: -job[1])
+    for name in longest:
+        assert [job for job in every if job[0] == name] == [j for j in by_length if j[0] == name]
+
+
+def test_the_command_compiles_every_program_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "describe", lambda described: parallel.Devices(jax.devices()[:2]))
+    path = tmp_path / "plan.jsonl"
+    cfg = tiny(train={"global_batch_size": 4})
+    plan.command(cfg, "v5e:2x4", str(path), every_shape=True)
+    compiled, run = check_results(path, ["update_from"] * 2 + ["evaluate"] * 2)
+    assert run["programs"] == len(compiled)
+    assert run["compile_cpu_seconds"] > 0
+    assert "all of them are compiled" in capsys.readouterr().out
 
 
 def test_an_update_of_one_micro_batch_is_one_program(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What compiled programs mean: cycles by part, memory by kind, the time of an update and a run."""
 
+import collections
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from flax_asr import config
-from flax_asr.estimate import chips, flops, hlo, workload
+from flax_asr.estimate import chips, hlo, workload
 
 NO_ESTIMATE = " (bound)"
 """Ends the name of a part that the compiler gives no estimate of."""
@@ -20,7 +21,7 @@ class Program:
     """A compiled function, or one that was refused for want of memory.
 
     Attributes:
-        function: `accumulate` and `update`, or `update_from`; `evaluate`.
+        function: as in `programs.Key`.
         rows: clips a device, 0 for `update`.
         samples: padded length, 0 for `update`.
         flops: of a device, counted analytically.
@@ -29,7 +30,8 @@ class Program:
         temporary_bytes: what it needs besides while it runs.
         code_bytes: the program itself.
         refused: the compiler's words if it did not fit.
-        compile_seconds: lowering included.
+        compile_seconds: by the clock, lowering included.
+        compile_cpu_seconds: the same of all processors.
     """
 
     function: str
@@ -42,6 +44,7 @@ class Program:
     code_bytes: int = 0
     refused: str | None = None
     compile_seconds: float = 0.0
+    compile_cpu_seconds: float = 0.0
 
     @property
     def cycles(self) -> float:
@@ -117,13 +120,16 @@ class Outlook:
         held_bytes: of a device, by kind, while the largest train step runs.
         zero_sharding_bytes: of a device, what train.zero_sharding saves or would save.
         largest_rows: clips a device that should fit, by a linear estimate.
-        update_seconds: mean over the shapes of the run.
+        update_seconds: mean over the shapes of the run, once the encoder is trained.
+        head_update_seconds: the same while the encoder waits (`model.freeze_encoder_steps`).
+        head_updates: how many those are.
         peak_share: FLOPs of an update over what the slice could do in its time.
         audio_seconds: real audio of an update, or padded audio where there is no data.
         updates: of the whole run, None where the number of clips is unknown.
         evaluation_seconds: of the whole run.
         programs: how many a run compiles.
-        compile_seconds: of what was compiled here.
+        compile_seconds: by the clock, of what was compiled here.
+        compile_cpu_seconds: the same of all processors.
         refused: whether the compiler refused one of them.
     """
 
@@ -132,12 +138,15 @@ class Outlook:
     zero_sharding_bytes: int
     largest_rows: int
     update_seconds: float | None
+    head_update_seconds: float | None
+    head_updates: int
     peak_share: float | None
     audio_seconds: float
     updates: int | None
     evaluation_seconds: float | None
     programs: int
     compile_seconds: float
+    compile_cpu_seconds: float
     refused: bool
 
     @classmethod
@@ -150,38 +159,34 @@ class Outlook:
         device_count: int,
     ) -> "Outlook":
         """Everything from the compiled programs; other shapes cost in proportion to FLOPs."""
-        named = {program.function: program for program in programs}
-        at_once = "update_from" in named
-        learn = named["update_from" if at_once else "accumulate"]
-        scoring = named.get("evaluate")
+        times = _Times(cfg, work, programs, described, device_count)
+        learn = times.largest("update_from") or times.largest("accumulate")
         held = _held_bytes(work, programs)
         fixed = sum(held.values()) - held["batch and activations"]
         a_row = (learn.peak_bytes - learn.code_bytes - fixed + held["programs"]) / learn.rows
         refused = any(program.refused for program in programs)
-        clock = described.chip.clock_hz
-        seconds = share = scored = None
+        seconds = head_seconds = share = scored = None
         if not refused:
-            micro_batches = cfg.train.global_batch_size // (device_count * learn.rows)
-            costs = _train_costs(work)
-            mean = float(np.dot(costs, work.train_portions)) / costs[-1]
-            # What moves the parameters costs the same in every shape.
-            move = learn.by_part.get("optimiser", 0) if at_once else named["update"].cycles
-            gradient = learn.cycles - move if at_once else learn.cycles
-            seconds = (micro_batches * gradient * mean + move) / clock
-            share = micro_batches * learn.flops * mean / seconds / described.flops
-            scored = _evaluation_seconds(cfg, work, scoring, clock)
+            seconds = times.update_seconds(learn.function)
+            share = times.update_flops(learn.function) / seconds / described.flops
+            if times.largest("accumulate_head"):
+                head_seconds = times.update_seconds("accumulate_head")
+            scored = times.evaluation_seconds()
         return cls(
             described=described,
             held_bytes=held,
             zero_sharding_bytes=work.zero_sharding_bytes,
             largest_rows=max(0, int((described.hbm_bytes - fixed) / a_row)),
             update_seconds=seconds,
+            head_update_seconds=head_seconds,
+            head_updates=cfg.model.freeze_encoder_steps,
             peak_share=share,
             audio_seconds=work.audio_seconds,
             updates=work.updates,
             evaluation_seconds=scored,
-            programs=len(work.train_shapes.samples) + 1 + len(work.eval_shapes.samples),
+            programs=sum(_shapes(work, name) for name in {p.function for p in programs}),
             compile_seconds=sum(program.compile_seconds for program in programs),
+            compile_cpu_seconds=sum(program.compile_cpu_seconds for program in programs),
             refused=refused,
         )
 
@@ -200,7 +205,10 @@ class Outlook:
         """Of the whole run on the device, evaluation included."""
         if self.updates is None or self.update_seconds is None:
             return None
-        return (self.updates * self.update_seconds + (self.evaluation_seconds or 0)) / 3600
+        waiting = min(self.head_updates, self.updates)
+        head = waiting * (self.head_update_seconds or 0.0)
+        whole = (self.updates - waiting) * self.update_seconds
+        return (head + whole + (self.evaluation_seconds or 0.0)) / 3600
 
     def as_json(self) -> dict[str, Any]:
         """The last line of `--json`."""
@@ -223,6 +231,7 @@ class Outlook:
             "hours": None if self.hours is None else round(self.hours, 3),
             "programs": self.programs,
             "compile_seconds": round(self.compile_seconds, 1),
+            "compile_cpu_seconds": round(self.compile_cpu_seconds, 1),
         }
 
 
@@ -234,12 +243,9 @@ def _held_bytes(work: workload.Workload, programs: Sequence[Program]) -> dict[st
     named = {program.function: program for program in programs}
     sums = named["update"].argument_bytes - work.state_bytes if "update" in named else 0
     held = work.state_bytes + sums
-    numbers = {
-        "accumulate": len(work.train_shapes.samples),
-        "update_from": len(work.train_shapes.samples),
-        "update": 1,
-        "evaluate": len(work.eval_shapes.samples),
-    }
+    code = collections.defaultdict(list)
+    for program in programs:
+        code[program.function].append(program.code_bytes)
     return {
         "parameters": work.state_bytes - work.moment_bytes,
         "optimiser moments": work.moment_bytes,
@@ -247,34 +253,91 @@ def _held_bytes(work: workload.Workload, programs: Sequence[Program]) -> dict[st
         "batch and activations": max(
             program.peak_bytes - program.code_bytes - held for program in programs
         ),
-        "programs": sum(program.code_bytes * numbers[program.function] for program in programs),
+        # Where only the largest shape was compiled, the others are taken to be as large.
+        "programs": sum(
+            int(np.mean(sizes)) * _shapes(work, function) for function, sizes in code.items()
+        ),
     }
 
 
-def _train_costs(work: workload.Workload) -> list[int]:
-    """Operations of a clip in each train shape."""
-    config, lower_layers = work.objective.config, work.objective.lower_layers
-    return [
-        sum(flops.gradient(config, 1, samples, work.is_trained, lower_layers).values())
-        for samples in work.train_shapes.samples
-    ]
+def _shapes(work: workload.Workload, function: str) -> int:
+    """In how many shapes a run compiles it."""
+    if function == "update":
+        return 1
+    return len((work.eval_shapes if function == "evaluate" else work.train_shapes).samples)
 
 
-def _evaluation_seconds(
-    cfg: config.Config, work: workload.Workload, scoring: Program | None, clock_hz: float
-) -> float | None:
-    if scoring is None or work.updates is None or work.scored_groups is None:
-        return None
-    costs = [
-        sum(flops.forward(work.objective.config, 1, samples).values())
-        for samples in work.eval_shapes.samples
-    ]
-    passes = {"eval": -(-work.updates // cfg.train.eval_steps), "test": 1}
-    largest_shapes = sum(
-        passes[name] * float(np.dot(costs, groups)) / costs[-1]
-        for name, groups in work.scored_groups.items()
-    )
-    return largest_shapes * scoring.cycles / clock_hz
+class _Times:
+    """What updates and evaluations take, all shapes at their share."""
+
+    def __init__(
+        self,
+        cfg: config.Config,
+        work: workload.Workload,
+        programs: Sequence[Program],
+        described: chips.Slice,
+        device_count: int,
+    ) -> None:
+        self._cfg, self._work, self._described = cfg, work, described
+        self._devices = device_count
+        self._programs = {(program.function, program.samples): program for program in programs}
+
+    def largest(self, function: str) -> Program | None:
+        """The program of its largest shape; None where the run has no such function."""
+        samples = max((n for name, n in self._programs if name == function), default=None)
+        return None if samples is None else self._programs[function, samples]
+
+    def update_seconds(self, function: str) -> float:
+        """Of an update whose micro-batches this function takes."""
+        largest = self.largest(function)
+        if function == "update_from":
+            # What moves the parameters costs the same in every shape.
+            move = largest.by_part.get("optimiser", 0.0)
+        else:
+            move = self._programs["update", 0].cycles
+        shapes = self._work.train_shapes.samples
+        mean = np.dot(self._cycles(function, shapes, move), self._work.train_portions)
+        return float(self._micro_batches(largest) * mean + move) / self._described.chip.clock_hz
+
+    def update_flops(self, function: str) -> float:
+        """Of a device."""
+        largest, shapes = self.largest(function), self._work.train_shapes.samples
+        mean = np.dot([self._share(largest, n) for n in shapes], self._work.train_portions)
+        return self._micro_batches(largest) * largest.flops * float(mean)
+
+    def evaluation_seconds(self) -> float | None:
+        """Of all evaluations of the run; None where their number or the data are not known."""
+        work = self._work
+        if self.largest("evaluate") is None or None in (work.updates, work.scored_groups):
+            return None
+        passes = {"eval": -(-work.updates // self._cfg.train.eval_steps), "test": 1}
+        cycles = self._cycles("evaluate", work.eval_shapes.samples)
+        total = sum(
+            passes[name] * float(np.dot(cycles, groups))
+            for name, groups in work.scored_groups.items()
+        )
+        return total / self._described.chip.clock_hz
+
+    def _micro_batches(self, program: Program) -> int:
+        return self._cfg.train.global_batch_size // (self._devices * program.rows)
+
+    def _cycles(self, function: str, shapes: Sequence[int], move: float = 0.0) -> list[float]:
+        """Of a call in each of these shapes, without what moves the parameters."""
+        largest = self.largest(function)
+        inside = move if function == "update_from" else 0.0
+        return [
+            program.cycles - inside
+            if (program := self._programs.get((function, samples)))
+            else self._share(largest, samples) * (largest.cycles - inside)
+            for samples in shapes
+        ]
+
+    def _share(self, largest: Program, samples: int) -> float:
+        """FLOPs of the same function in another shape over its own."""
+        of_shape, whole = (
+            self._work.flops(largest.function, largest.rows, n) for n in (samples, largest.samples)
+        )
+        return of_shape / whole
 
 
 def tree_bytes(tree: PyTree) -> int:

@@ -23,10 +23,12 @@ from flax_asr import (
     optim,
     origins,
     partition,
+    programs,
     step,
     vocabulary,
 )
 from flax_asr.data import buckets, loader, prepare
+from flax_asr.estimate import flops
 from flax_asr.models import configuration, wav2vec2
 
 LABELS_PER_SECOND = 16
@@ -108,6 +110,35 @@ class Workload:
         return partition.device_bytes(
             self.state.optimiser, self.layout.state.optimiser, self.device_count
         )
+
+    def steps(self, cfg: config.Config) -> programs.Steps:
+        """What the programs of the run are made of."""
+        return programs.Steps(
+            cfg,
+            self.objective,
+            self.rule,
+            self.layout,
+            self.state,
+            self.train_shapes,
+            self.eval_shapes,
+        )
+
+    def flops(self, function: str, rows: int, samples: int) -> int:
+        """Operations of one call on a device; 0 of `update`, which has no products."""
+        if function == "update":
+            return 0
+        model_config = self.objective.config
+        if function == "evaluate":
+            return sum(flops.forward(model_config, rows, samples).values())
+        head_only = function == "accumulate_head"
+        counted = flops.gradient(
+            model_config,
+            rows,
+            samples,
+            (lambda path: path.startswith(optim.HEAD)) if head_only else self.is_trained,
+            self.objective.lower_layers,
+        )
+        return sum(counted.values())
 
     @property
     def zero_sharding_bytes(self) -> int:

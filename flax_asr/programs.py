@@ -1,0 +1,78 @@
+"""The programs of a run: its pmapped steps, each in every shape that it will meet."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from flax_asr import config, criterion, experiment, parallel, partition, step
+
+Key = tuple[str, int]
+"""A function and the padded samples it takes: ("update_from", n), where an update is one
+micro-batch; else ("accumulate", n), ("accumulate_head", n) while the encoder waits, and
+("update", 0); ("evaluate", n)."""
+
+
+class Steps(NamedTuple):
+    """What the steps of a run are made of.
+
+    Attributes:
+        cfg: with its global batch size resolved.
+        objective: the model.
+        rule: how an update moves the parameters.
+        layout: what of the state is cut over the devices.
+        state: its shapes.
+        train_shapes: of training.
+        eval_shapes: of scoring; none, if nothing is scored.
+    """
+
+    cfg: config.Config
+    objective: criterion.Objective
+    rule: step.Rule
+    layout: partition.Layout
+    state: step.TrainState
+    train_shapes: experiment.Shapes
+    eval_shapes: experiment.Shapes
+
+
+def learns_by(cfg: config.Config, device_count: int, update: int) -> str:
+    """The function that takes the micro-batches of this update, counted from 0."""
+    if experiment.updates_at_once(cfg, device_count):
+        return "update_from"
+    return "accumulate_head" if update < cfg.model.freeze_encoder_steps else "accumulate"
+
+
+def jobs(
+    steps: Steps, devices: parallel.Devices, updates: Sequence[int]
+) -> dict[Key, tuple[Callable, tuple]]:
+    """(Pmapped function, shapes of its arguments) of every program; largest shapes first.
+
+    Args:
+        steps: of the run.
+        devices: that it runs on.
+        updates: its first and its last one to come, counted from 0.
+    """
+    cfg, objective, layout = steps.cfg, steps.objective, steps.layout
+    state = devices.placed_shapes(steps.state, layout.state)
+    sums = devices.sum_shapes(steps.state.trainable)
+    names = sorted({learns_by(cfg, devices.count, update) for update in updates})
+    at_once = names == ["update_from"]
+    if at_once:
+        learn = {"update_from": parallel.update_from(objective, steps.rule, devices, layout)}
+    else:
+        learn = {
+            name: parallel.accumulate(objective, devices, layout, name == "accumulate_head")
+            for name in names
+        }
+    found: dict[Key, tuple[Callable, tuple]] = {}
+    for samples, tokens in reversed(list(steps.train_shapes)):
+        batch = devices.train_batch_shapes(
+            objective, cfg.train.per_device_train_batch_size, samples, tokens
+        )
+        arguments = (state, batch) if at_once else (state, sums, batch)
+        found |= {(name, samples): (function, arguments) for name, function in learn.items()}
+    if not at_once:
+        found["update", 0] = (parallel.update(steps.rule, devices, layout), (state, sums))
+    evaluate = parallel.evaluate(objective, devices, layout)
+    for samples, tokens in reversed(list(steps.eval_shapes)):
+        batch = devices.batch_shapes(cfg.train.per_device_eval_batch_size, samples, tokens)
+        found["evaluate", samples] = (evaluate, (state.scored, batch))
+    return found

@@ -23,7 +23,6 @@ from flax_asr import (
     programs,
     run_folder,
     step,
-    text,
 )
 from flax_asr.console import progress
 from flax_asr.data import features
@@ -139,15 +138,7 @@ class Assembly:
                 f"train.zero_sharding changes nothing: no matrix of the model can be cut over"
                 f" {self.devices.count} device{'s' if self.devices.count > 1 else ''}."
             )
-        for name, data in self.corpus.scored().items():
-            lacking = self.corpus.vocabulary.lacks(data.references)
-            if lacking:
-                yield (
-                    f"{len(lacking)} characters of the {name} clips have no symbol, as training"
-                    f" does not have them; in {lacking.total()} places of"
-                    f" {sum(map(len, data.references))}, each of which is an error:"
-                    f" {text.shown(lacking)}"
-                )
+        yield from self.corpus.warnings()
 
     def state_shapes(self) -> step.TrainState:
         """Shapes and places of the state."""

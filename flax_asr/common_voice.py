@@ -3,20 +3,26 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import pathlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from flax_asr import errors
-from flax_asr.sources import archives, clips, hub, tables
+from flax_asr.sources import archives, clips, hub, spontaneous, tables
+
+logger = logging.getLogger(__name__)
+
+_Rows = Callable[[], Iterator[tables.Row]]
 
 Clip = clips.Clip
 Source = clips.Source
 names_of = clips.names_of
 parquet_files = hub.parquet_files
+dataset_fingerprint = hub.fingerprint
 
 # Tables of a release that are no splits.
 _NO_SPLITS = ("reported", "clip_durations", "validated_sentences", "unvalidated_sentences")
@@ -24,6 +30,12 @@ _FORMS = (
     "a release folder, its .tar.gz, parquet:GLOB, hf:NAME[:CONFIG], or a .csv, .tsv or .jsonl "
     "manifest with the columns path and sentence"
 )
+# What is none of these, and what to do with it.
+_MENDED = {
+    ".zip": "; unpack it and name the folder",
+    ".parquet": "; write parquet: before it",
+    ".json": "; a file with one object a line is called .jsonl",
+}
 
 
 def open_source(source: str, *, language: str, text_column: str | None = None) -> Source:
@@ -33,7 +45,8 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
         source: as in the configuration: a release folder (the language's own or the one above
             it), its .tar.gz, `parquet:GLOB`, `hf:NAME[:CONFIG]`, or a manifest.
         language: which of a release's languages.
-        text_column: the column of the transcript; by default `sentence`.
+        text_column: the column of the transcript; by default `sentence`, in a release of
+            spontaneous speech `transcription`.
 
     Raises:
         errors.DataError: it is not there, is nothing of these, or lacks a needed column.
@@ -45,7 +58,7 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
         return hub.dataset(source.removeprefix("hf:"), column)
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
-        return _release_folder(path, language, column)
+        return _release_folder(path.resolve(), language, text_column)
     if not path.is_file():
         raise errors.DataError(
             f"data.source {source}: nothing is there{errors.seen_from(path)}. It may be {_FORMS}"
@@ -53,8 +66,11 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
     if path.suffix.lower() in tables.SUFFIXES:
         return _manifest(path, column)
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
-        return _archive(path, language, column)
-    raise errors.DataError(f"data.source {source}: cannot tell what it is. It may be {_FORMS}")
+        return _archive(path, language, text_column)
+    mend = _MENDED.get(path.suffix.lower(), "")
+    raise errors.DataError(
+        f"data.source {source}: cannot tell what it is{mend}. It may be {_FORMS}"
+    )
 
 
 def _member_clip(number: int, row: Mapping[str, Any], column: str) -> Clip:
@@ -71,18 +87,37 @@ def _member_clip(number: int, row: Mapping[str, Any], column: str) -> Clip:
 # A release folder
 
 
+def _is_split(name: str) -> bool:
+    return name not in _NO_SPLITS and not name.startswith(("ss-corpus-", "ss-reported-"))
+
+
 def _tables_of(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    files = sorted(folder.glob("*.tsv"))
-    return {file.stem: file for file in files if file.stem not in _NO_SPLITS}
+    return {file.stem: file for file in sorted(folder.glob("*.tsv")) if _is_split(file.stem)}
 
 
-def _release_folder(path: pathlib.Path, language: str, column: str) -> Source:
-    path = path.resolve()
-    candidates = [path, path / language, *sorted(path.glob(f"cv-corpus-*/{language}"))]
-    folder = next((folder for folder in candidates if _tables_of(folder)), None)
+def _folders_of(release: pathlib.Path, language: str) -> list[pathlib.Path]:
+    """Where the tables of a language can be: here, below, or below one of several releases."""
+    return [release, release / language, *sorted(release.glob(f"cv-corpus-*/{language}"))]
+
+
+def table_of(release: pathlib.Path, language: str, split: str) -> pathlib.Path | None:
+    """The table of a split in a release's folder, under either of its names."""
+    folders = [folder for folder in _folders_of(release, language) if _tables_of(folder)]
+    if not folders:
+        return spontaneous.tables_below(release).get(language)
+    files = (folder / f"{name}.tsv" for folder in folders for name in names_of(split))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _release_folder(path: pathlib.Path, language: str, text_column: str | None) -> Source:
+    folders = _folders_of(path, language)
+    folder = next((folder for folder in folders if _tables_of(folder)), None)
     if folder is None:
+        spoken = spontaneous.tables_below(path)
+        if language in spoken:
+            return _spontaneous_folder(spoken[language], text_column or spontaneous.TEXT_COLUMN)
         held = sorted(child.name for child in path.iterdir())
-        languages = [name for name in held if _tables_of(path / name)]
+        languages = [*(name for name in held if _tables_of(path / name)), *spoken]
         if languages:
             known = ", ".join(map(repr, languages[:40]))
             raise errors.DataError(f"{path}: a release without {language!r}; it has {known}")
@@ -94,74 +129,162 @@ def _release_folder(path: pathlib.Path, language: str, column: str) -> Source:
         raise errors.DataError(
             f"{path}: no train.tsv here or in {language}/, so this is no Common Voice release{hint}"
         )
-    recordings = folder / "clips"
-    if not recordings.is_dir():
-        raise errors.DataError(f"{folder}: has tables, but no folder clips/; unpack all of it")
+    column = text_column or "sentence"
     readers = {
-        split: functools.partial(_folder_clips, file, recordings, column)
+        split: functools.partial(
+            _folder_clips,
+            functools.partial(_table_rows, file, column, language),
+            _recordings(folder, "clips"),
+            column,
+        )
         for split, file in _tables_of(folder).items()
     }
     return Source(str(folder), clips.release_name(folder), readers)
 
 
-def _folder_clips(file: pathlib.Path, recordings: pathlib.Path, column: str) -> Iterator[Clip]:
+def _spontaneous_folder(file: pathlib.Path, column: str) -> Source:
+    recordings = _recordings(file.parent, spontaneous.RECORDINGS)
+    with tables.opened(file) as stream:
+        names = spontaneous.splits(stream, str(file), column)
+    readers = {
+        split: functools.partial(
+            _folder_clips,
+            functools.partial(_spontaneous_rows, file, column, split),
+            recordings,
+            "sentence",
+        )
+        for split in names
+    }
+    return Source(str(file.parent), clips.release_name(file.parent), readers)
+
+
+def _recordings(folder: pathlib.Path, name: str) -> pathlib.Path:
+    if not (folder / name).is_dir():
+        raise errors.DataError(f"{folder}: has tables, but no folder {name}/; unpack all of it")
+    return folder / name
+
+
+def _table_rows(file: pathlib.Path, column: str, language: str) -> Iterator[tables.Row]:
+    held = {"", None, language}
     with tables.opened(file) as stream:
         for number, row in tables.rows(stream, str(file), ".tsv", ("path", column)):
-            clip = _member_clip(number, row, column)
-            path = None if clip.refused else str(recordings / clip.id)
-            yield dataclasses.replace(clip, audio=path)
+            # A folder that holds tables itself is taken whatever it is called.
+            if (locale := row.get("locale")) not in held:
+                held.add(locale)
+                logger.warning(
+                    "warning: %s, line %d: the locale is %r, but data.language %r: are these its"
+                    " clips?",
+                    file,
+                    number,
+                    locale,
+                    language,
+                )
+            yield number, row
+
+
+def _spontaneous_rows(file: pathlib.Path, column: str, split: str) -> Iterator[tables.Row]:
+    with tables.opened(file) as stream:
+        yield from spontaneous.rows(stream, str(file), column, split)
+
+
+def _folder_clips(rows: _Rows, recordings: pathlib.Path, column: str) -> Iterator[Clip]:
+    for number, row in rows():
+        clip = _member_clip(number, row, column)
+        path = None if clip.refused else str(recordings / clip.id)
+        yield dataclasses.replace(clip, audio=path)
 
 
 # A release as it is downloaded
 
 
-def _archive(path: pathlib.Path, language: str, column: str) -> Source:
+def _archive(path: pathlib.Path, language: str, text_column: str | None) -> Source:
     """Goes through the archive once for the tables; every split read goes through it again.
 
     A .tar.gz cannot be entered in the middle. The tables wait in temporary files, the clips come
     in the archive's order, and nothing is unpacked onto the disk.
     """
-    found: dict[str, dict[str, BinaryIO]] = {}
+    scripted: dict[str, dict[str, BinaryIO]] = {}
+    spoken: dict[str, BinaryIO] = {}
     release = path
     with contextlib.ExitStack() as stack:
         for name, _, body in archives.members(path):
             parts = pathlib.PurePosixPath(name).parts
             if len(parts) < 2 or not name.endswith(".tsv") or not clips.is_inside(name):
                 continue
-            split = parts[-1].removesuffix(".tsv")
-            if split not in _NO_SPLITS:
-                if parts[0].startswith("cv-corpus-"):
-                    release = pathlib.Path(parts[0])
-                spool = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(body, spool)
-                found.setdefault(parts[-2], {})[split] = spool
-        if not found:
+            split, spoken_language = (
+                parts[-1].removesuffix(".tsv"),
+                spontaneous.language_of(parts[-1]),
+            )
+            if spoken_language is None and not _is_split(split):
+                continue
+            if parts[0].startswith(("cv-corpus-", "sps-corpus-")):
+                release = pathlib.Path(parts[0])
+            spool = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(body, spool)
+            if spoken_language is not None:
+                spoken[spoken_language] = spool
+            else:
+                scripted.setdefault(parts[-2], {})[split] = spool
+        if not scripted and not spoken:
             raise errors.DataError(f"{path}: no language folder with .tsv tables in this archive")
-        if language not in found:
-            held = ", ".join(map(repr, sorted(found)))
+        if language in scripted:
+            readers = _scripted_members(path, language, scripted[language], text_column)
+        elif language in spoken:
+            readers = _spontaneous_members(path, spoken[language], text_column)
+        else:
+            held = ", ".join(map(repr, sorted({*scripted, *spoken})))
             raise errors.DataError(f"{path}: an archive without {language!r}; it has {held}")
-        readers = {
-            split: functools.partial(_archive_clips, path, language, split, spool, column)
-            for split, spool in found[language].items()
-        }
         source = Source(str(path), clips.release_name(release), readers)
         weakref.finalize(source, stack.pop_all().close)
     return source
 
 
-def _archive_clips(
-    path: pathlib.Path, language: str, split: str, spool: BinaryIO, column: str
-) -> Iterator[Clip]:
-    spool.seek(0)
+def _scripted_members(
+    path: pathlib.Path, language: str, spools: Mapping[str, BinaryIO], text_column: str | None
+) -> dict[str, Callable[[], Iterator[Clip]]]:
+    column = text_column or "sentence"
+
+    def rows(split: str) -> Iterator[tables.Row]:
+        spools[split].seek(0)
+        name = f"{path}: {split}.tsv"
+        return tables.rows(spools[split], name, ".tsv", ("path", column))
+
+    marker = f"/{language}/clips/"
+    return {
+        split: functools.partial(
+            _archive_clips, path, functools.partial(rows, split), marker, column
+        )
+        for split in spools
+    }
+
+
+def _spontaneous_members(
+    path: pathlib.Path, spool: BinaryIO, text_column: str | None
+) -> dict[str, Callable[[], Iterator[Clip]]]:
+    table = (spool, str(path), text_column or spontaneous.TEXT_COLUMN)
+    marker = f"/{spontaneous.RECORDINGS}/"
+    return {
+        split: functools.partial(
+            _archive_clips,
+            path,
+            functools.partial(spontaneous.rows, *table, split),
+            marker,
+            "sentence",
+        )
+        for split in spontaneous.splits(*table)
+    }
+
+
+def _archive_clips(path: pathlib.Path, rows: _Rows, marker: str, column: str) -> Iterator[Clip]:
+    """The clips of rows; their audio lies behind `marker` in the names of the archive's members."""
     wanted: dict[str, list[Clip]] = {}
     refused = []
-    for number, row in tables.rows(spool, f"{path}: {split}.tsv", ".tsv", ("path", column)):
+    for number, row in rows():
         clip = _member_clip(number, row, column)
         if clip.refused:
             refused.append(clip)
         else:
             wanted.setdefault(clip.id, []).append(clip)
-    marker = f"/{language}/clips/"
     if wanted:
         for name, size, body in archives.members(path):
             _, found, id = f"/{name}".partition(marker)
@@ -188,13 +311,13 @@ def _manifest(path: pathlib.Path, column: str) -> Source:
     """A table with the columns path and sentence; without a column split all of it is train."""
     splits: dict[str | None, None] = {}
     for number, row in _manifest_rows(path, column):
-        split = row.get("split")
+        split = _split_of(row)
         # A short line, or an object without the key, would belong to every split.
         if split in ("", None) and ("split" in row or splits.keys() - {None}):
             raise errors.DataError(f"{path}, line {number}: the column split is empty")
         if split is not None and None in splits:
             raise errors.DataError(f"{path}, line {number}: has a split, but no line before it")
-        splits[None if split is None else str(split)] = None
+        splits[split] = None
     if not splits:
         raise errors.DataError(f"{path}: a header and no clips")
     readers = {
@@ -204,6 +327,11 @@ def _manifest(path: pathlib.Path, column: str) -> Source:
     return Source(str(path), path.stem, readers)
 
 
+def _split_of(row: Mapping[str, Any]) -> str | None:
+    split = row.get("split")
+    return None if split is None else str(split).strip()
+
+
 def _manifest_rows(path: pathlib.Path, column: str) -> Iterator[tables.Row]:
     with tables.opened(path) as stream:
         yield from tables.rows(stream, str(path), path.suffix.lower(), ("path", column))
@@ -211,9 +339,13 @@ def _manifest_rows(path: pathlib.Path, column: str) -> Iterator[tables.Row]:
 
 def _manifest_clips(path: pathlib.Path, split: str | None, column: str) -> Iterator[Clip]:
     for number, row in _manifest_rows(path, column):
-        if split is not None and str(row.get("split")) != split:
+        if split is not None and _split_of(row) != split:
             continue
         name = row.get("path")
+        if row.get("offset") not in (None, "", 0, "0", "0.0"):
+            why = f"it begins {row['offset']} s into its recording; cut such clips out first"
+            yield clips.from_row(row, f"line {number}", column, refused=why)
+            continue
         if not isinstance(name, str) or not name or "\0" in name:
             yield clips.from_row(row, f"line {number}", column, refused="the row has no path")
             continue

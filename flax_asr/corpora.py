@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +29,25 @@ class Corpus:
         """Examples to be scored, by the prefix of their figures in the log."""
         named = {"eval": self.eval, "test": self.test}
         return {name: found for name, found in named.items() if found is not None}
+
+    def warnings(self) -> Iterator[str]:
+        """What the scores of the scored clips would hide."""
+        trained_on = set(self.train.ids)
+        for name, data in self.scored().items():
+            known = trained_on & set(data.ids)
+            if known:
+                yield (
+                    f"{len(known)} of the {len(data)} {name} clips are trained on: their scores say"
+                    " nothing of speech that the model has not heard."
+                )
+            lacking = self.vocabulary.lacks(data.references)
+            if lacking:
+                yield (
+                    f"{len(lacking)} characters of the {name} clips have no symbol, as training"
+                    f" does not have them; in {lacking.total()} places of"
+                    f" {sum(map(len, data.references))}, each of which is an error:"
+                    f" {text.shown(lacking)}"
+                )
 
     def splits(self) -> list[shards.PreparedSplit]:
         """Where all the audio is; a split that serves twice is there twice."""

@@ -282,7 +282,7 @@ def test_what_is_no_source_is_refused_with_what_would_be(release, tmp_path):
     with pytest.raises(DataError, match=r"nothing is there\. It may be"):
         read(tmp_path / "absent")
     (tmp_path / "x.zip").write_bytes(b"PK")
-    with pytest.raises(DataError, match="cannot tell what it is"):
+    with pytest.raises(DataError, match="cannot tell what it is; unpack it"):
         read(tmp_path / "x.zip")
     with pytest.raises(DataError, match="without 'yue'; it has 'zh-HK'"):
         open_source(str(release.parent), language="yue")
@@ -296,6 +296,71 @@ def test_what_is_no_source_is_refused_with_what_would_be(release, tmp_path):
     os.rename(release / "clips", release / "elsewhere")
     with pytest.raises(DataError, match="no folder clips/"):
         read(release)
+
+
+SPONTANEOUS = (
+    "client_id\taudio_id\taudio_file\tduration_ms\tprompt_id\tprompt\ttranscription\tvotes\tage\t"
+    "gender\tlanguage\tsplit\tchar_per_sec\tquality_tags\n"
+    "me\t1\tone.mp3\t100\t7\tWhy?\tBecause.\t2\tteens\t\tWelsh\ttrain\t9\t\n"
+    "me\t2\ttwo.mp3\t100\t7\tWhy?\tI know.\t2\t\t\tWelsh\tdev\t9\t\n"
+    "you\t3\tthree.mp3\t100\t8\tWhen?\t\t0\t\t\tWelsh\t\t\t\n"
+)
+
+
+def write_spontaneous(root, language="cy"):
+    """Returns the folder of a release of spontaneous speech with a clip in each of three splits."""
+    folder = root / f"sps-corpus-3.0-2026-03-09-{language}"
+    (folder / "audios").mkdir(parents=True)
+    for number, name in enumerate(("one", "two", "three")):
+        (folder / "audios" / f"{name}.mp3").write_bytes(sound(number))
+    (folder / f"ss-corpus-{language}.tsv").write_text(SPONTANEOUS)
+    (folder / f"ss-reported-audios-{language}.tsv").write_text("audio_id\treason\n")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["folder", "above", "archive"])
+def test_a_release_of_spontaneous_speech_is_read(tmp_path, form):
+    place = folder = write_spontaneous(tmp_path / "releases")
+    if form == "above":
+        write_spontaneous(place.parent, "mt")
+        place = place.parent
+    elif form == "archive":
+        place = tmp_path / f"{folder.name}.tar.gz"
+        with tarfile.open(place, "w:gz") as archive:
+            archive.add(folder, folder.name)
+    source = open_source(str(place), language="cy")
+    assert (source.release, source.splits()) == (folder.name, ("train", "dev", "other"))
+    (clip,) = source.read("train")
+    assert (clip.id, clip.sentence, clip.speaker) == ("one.mp3", "Because.", "me")
+    assert clip.age == "teens"
+    content = clip.audio_bytes or pathlib.Path(clip.audio).read_bytes()
+    assert content == (folder / "audios" / "one.mp3").read_bytes()
+    # What nobody has written down yet.
+    assert [clip.sentence for clip in source.read("other")] == [""]
+    prompts = open_source(str(place), language="cy", text_column="prompt")
+    assert [clip.sentence for clip in prompts.read("dev")] == ["Why?"]
+    with pytest.raises(DataError, match=r"without 'de'; it has .*'cy'"):
+        open_source(str(place), language="de")
+
+
+def test_scripted_speech_goes_before_spontaneous_speech_of_the_same_language(release, tmp_path):
+    write_spontaneous(release.parents[1], "zh-HK")
+    source = open_source(str(release.parents[1]), language="zh-HK")
+    assert source.release == RELEASE
+
+
+def test_spontaneous_speech_without_its_recordings_is_refused(tmp_path):
+    folder = write_spontaneous(tmp_path)
+    os.rename(folder / "audios", folder / "elsewhere")
+    with pytest.raises(DataError, match="no folder audios/"):
+        open_source(str(folder), language="cy")
+
+
+def test_clips_of_another_language_are_warned_of(release, caplog):
+    assert len(list(open_source(str(release), language="zh-HK").read("train"))) == 4
+    assert caplog.text == ""
+    assert len(list(open_source(str(release), language="cy").read("train"))) == 4
+    assert caplog.text.count("the locale is 'zh-HK', but data.language 'cy'") == 1
 
 
 MANIFESTS = {
@@ -337,10 +402,32 @@ def test_a_split_may_be_a_number(tmp_path):
     assert [[clip.id for clip in source.read(split)] for split in "12"] == [["a"], ["c"]]
 
 
+def test_spaces_beside_a_split_are_no_part_of_its_name(tmp_path):
+    file = tmp_path / "clips.csv"
+    file.write_text("path,sentence,split\na,b,train \nc,d,train\ne,f, dev\n")
+    source = open_source(str(file), language="en")
+    assert source.splits() == ("train", "dev")
+    assert [clip.id for clip in source.read("train")] == ["a", "c"]
+
+
+def test_a_part_of_a_recording_is_refused_by_row(tmp_path):
+    file = tmp_path / "clips.jsonl"
+    rows = [("a", 0), ("b", 0.0), ("c", 1.5), ("d", "2")]
+    lines = [json.dumps({"path": p, "sentence": "s", "offset": offset}) for p, offset in rows]
+    file.write_text("\n".join(lines))
+    found = list(open_source(str(file), language="en").read("train"))
+    assert [clip.refused != "" for clip in found] == [False, False, True, True]
+    assert "begins 1.5 s into its recording" in found[2].refused
+    assert found[2].audio is None
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.csv", "path,text\na,b\n", "no column 'sentence'"),
+        ("a.csv", "file_name,sentence\na,b\n", "the name 'path': rename 'file_name'$"),
+        ("a.jsonl", '{"audio_filepath": "a", "text": "b"}\n', "rename 'audio_filepath'. If the"),
+        ("a.csv", "path;sentence\na;b\n", "separated by ';': a .tsv has tabs"),
         ("a.csv", 'path,sentence\na,"b\n', "line 2: unexpected end of data"),
         ("a.csv", "path,sentence\n", "a header and no clips"),
         ("a.jsonl", '{"path": "a", "sentence": "b"}\n{"path"\n', "line 2: not JSON"),

@@ -70,7 +70,9 @@ def is_in_bucket(cfg: config.Config) -> bool:
     return cfg.data.prepared_dir is not None and store.is_remote(cfg.data.prepared_dir)
 
 
-def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.PreparedSplit]:
+def prepare(
+    cfg: config.Config, *, verify: bool = False, announce: bool = True
+) -> dict[str, shards.PreparedSplit]:
     """Opens every split that the configuration names, preparing those that are not there yet.
 
     Left out are clips whose audio `audio.decode` refuses or whose length is out of bounds, clips
@@ -81,6 +83,7 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
     Args:
         cfg: `data` says what; `output_dir` where, unless `data.prepared_dir` does.
         verify: check the hashes of the audio of what is already there.
+        announce: report what was prepared, in the log.
 
     Raises:
         errors.DataError: the source cannot be read, a split is missing or has no usable clip, or
@@ -109,7 +112,7 @@ def prepare(cfg: config.Config, *, verify: bool = False) -> dict[str, shards.Pre
                     _prepare_split(cfg, source, split, folders[split], settings)
         prepared[split] = shards.PreparedSplit.open(folders[split], verify=verify)
         _check_settings(prepared[split], settings)
-        if split in missing:
+        if split in missing and announce:
             logger.info("%s", report(prepared[split]))
         if split in there:
             remote.send(folders[split], there[split])
@@ -135,7 +138,7 @@ def command(cfg: config.Config) -> None:
     normalize = compat.normalizer(cfg)
     if normalize.is_default:
         terminal.show(f"no rule is written for {cfg.data.language}: the default serves it")
-    for split in prepare(cfg, verify=True).values():
+    for split in prepare(cfg, verify=True, announce=False).values():
         terminal.show(report(split))
         for change in normalize.report(split.sentences):
             terminal.show(f"  {change.describe()}")
@@ -162,18 +165,19 @@ def _settings(cfg: config.Config) -> dict[str, Any]:
 
 def _fingerprint(cfg: config.Config, split: str) -> str | None:
     """Tells one version of the split's source from another; None if the source is not there."""
-    if cfg.data.source is None or cfg.data.source.startswith("hf:"):
-        return cfg.data.source
+    if cfg.data.source is None:
+        return None
+    if cfg.data.source.startswith("hf:"):
+        return common_voice.dataset_fingerprint(cfg.data.source.removeprefix("hf:"))
     names = common_voice.names_of(split)
     if cfg.data.source.startswith("parquet:"):
         files = common_voice.parquet_files(cfg.data.source.removeprefix("parquet:"))
         found = next((files[name] for name in names if name in files), None)
         sizes = found and [(os.path.basename(file), os.path.getsize(file)) for file in found]
         return found and hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-    source, language = Path(cfg.data.source), str(cfg.data.language)
-    folders = [source, source / language, *sorted(source.glob(f"cv-corpus-*/{language}"))]
-    tables = [source, *(folder / f"{name}.tsv" for folder in folders for name in names)]
-    table = next((table for table in tables if table.is_file()), None)
+    table = source = Path(cfg.data.source)
+    if not source.is_file():
+        table = common_voice.table_of(source, str(cfg.data.language), split)
     if table is None:
         return None
     size = table.stat().st_size

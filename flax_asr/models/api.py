@@ -6,6 +6,8 @@ Source: transformers 4.57, modeling_flax_utils.py and models/wav2vec2/modeling_f
 """
 
 import copy
+import dataclasses
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,8 +63,10 @@ class _PretrainedModel:
 
         Raises:
             ModelError: an architecture that is not supported.
+            TypeError: an option that does not exist.
         """
         wav2vec2.check(config)
+        _check_options(type(self), config, module_options)
         self._config = config
         self._module = self.module_class(config=config, dtype=dtype, **module_options)
         self.key = jax.random.PRNGKey(seed)
@@ -154,16 +158,19 @@ class _PretrainedModel:
             A result with names, or a tuple of what is not None with `return_dict=False`.
 
         Raises:
-            ValueError: `input_values` is no batch of audio, or too short for a frame.
+            ValueError: `input_values` is no batch of audio, or too short for a frame; or a mask has
+                another shape.
         """
         config = self.config
         input_values = jnp.asarray(input_values, jnp.float32)
-        if input_values.ndim != 2 or not wav2vec2.frame_lengths(config, input_values.shape[1]):
+        frames = input_values.ndim == 2 and wav2vec2.frame_lengths(config, input_values.shape[1])
+        if not frames:
             least = pretrained.shortest(config)[1]
             raise ValueError(
                 f"input_values has the shape {input_values.shape}: it must be [batch samples], with"
                 f" {least} samples or more, which give a frame."
             )
+        batch = len(input_values)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
@@ -172,8 +179,15 @@ class _PretrainedModel:
             return_dict = config.return_dict
         if attention_mask is not None:
             attention_mask = jnp.asarray(attention_mask).astype(jnp.int32)
+            _check_shape("attention_mask", attention_mask, input_values.shape, "samples")
         if mask_time_indices is not None:
             mask_time_indices = jnp.asarray(mask_time_indices).astype(bool)
+            _check_shape("mask_time_indices", mask_time_indices, (batch, frames), "frames")
+        if not batch:  # which kernels do not take
+            input_values, attention_mask, mask_time_indices = jax.tree.map(
+                lambda rows: jnp.zeros((1, rows.shape[1]), rows.dtype),
+                (input_values, attention_mask, mask_time_indices),
+            )
         result = self.module.apply(
             {"params": self.params if params is None else params},
             input_values,
@@ -185,6 +199,8 @@ class _PretrainedModel:
             freeze_feature_encoder=freeze_feature_encoder,
             rngs={} if dropout_rng is None else {"dropout": dropout_rng},
         )
+        if not batch:
+            result = jax.tree.map(lambda rows: rows[:0], result)
         output = self.output_class(**result._asdict())
         return output if return_dict else output.to_tuple()
 
@@ -312,6 +328,20 @@ class _PretrainedModel:
         return _cast(params, jnp.float32, mask)
 
 
+def _check_shape(name: str, mask: Array, shape: tuple[int, ...], unit: str) -> None:
+    if mask.shape != shape:
+        raise ValueError(f"{name} has the shape {mask.shape}: it must be [batch {unit}], {shape}.")
+
+
+def _check_options(model: type, config: "Wav2Vec2Config", options: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(model.module_class) if field.init]
+    for name in options:
+        if name not in known or name in ("parent", "name"):
+            near = difflib.get_close_matches(name, [*known, *config.to_dict()], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{model.__name__} has no option {name!r}.{hint}")
+
+
 def _cast(params: Mapping[str, Any], dtype: Any, mask: Any) -> pretrained.Tree:
     if mask is None:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
@@ -327,7 +357,10 @@ class FlaxWav2Vec2Model(_PretrainedModel):
 
 
 class FlaxWav2Vec2ForCTC(_PretrainedModel):
-    """wav2vec 2.0 with a linear head over the vocabulary: `.logits`."""
+    """wav2vec 2.0 with a linear head over the vocabulary: `.logits`.
+
+    Gradients go backwards (`jax.grad`, `jax.vjp`); its kernels have no forward mode (`jax.jvp`).
+    """
 
     module_class = wav2vec2.Wav2Vec2ForCTCModule
     output_class = outputs.FlaxCausalLMOutput

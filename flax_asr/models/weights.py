@@ -270,7 +270,10 @@ def write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            part.touch()
+            mode = part.stat().st_mode
             safetensors_numpy.save_file(arrays, part, dict(metadata or {"format": "pt"}))
+            part.chmod(mode)  # or nobody but its owner could read it
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.replace(path)

@@ -11,6 +11,7 @@ from flax_asr.sources import tables
 
 # The order in which splits are listed; other tables of a release that hold clips come after them.
 _SPLITS = ("train", "dev", "validation", "test", "validated", "invalidated", "other")
+_RELEASE = re.compile(r"(?:cv|sps)-corpus-[\w.-]+?(?=\.tar|\.tgz|$)")
 _ALIASES = {"dev": "validation", "validation": "dev"}
 
 
@@ -116,8 +117,8 @@ def is_inside(name: str) -> bool:
 
 
 def release_name(path: pathlib.PurePath) -> str:
-    """The part of a path that names a release, else its last part."""
+    """The part of a path that names a release, of scripted or spontaneous speech, else its last."""
     for part in reversed(path.parts):
-        if found := re.search(r"cv-corpus-[\w.-]+?(?=\.tar|\.tgz|$)", part):
+        if found := _RELEASE.search(part):
             return found.group()
     return path.name

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import glob
+import hashlib
+import json
 import os
 import pathlib
 import re
@@ -11,6 +13,10 @@ from typing import Any
 
 from flax_asr import errors
 from flax_asr.sources import clips, tables
+
+# What of a folder is no recording.
+_TABLES = frozenset((".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt"))
+_TAIL_BYTES = 16 * 2**20
 
 
 def _split_of(file: pathlib.PurePath) -> str:
@@ -168,6 +174,30 @@ def dataset(name: str, column: str) -> clips.Source:
             table = table.cast_column("audio", datasets.Audio(decode=False))
         readers[str(split)] = functools.partial(_hub_clips, f"hf:{name}", split, table, column)
     return clips.Source(f"hf:{name}", release, readers)
+
+
+def fingerprint(name: str) -> str:
+    """Tells one version of a local dataset from another; of one of the hub it is the name.
+
+    Args:
+        name: as for `dataset`.
+    """
+    folder = pathlib.Path(name.partition(":")[0]).expanduser()
+    if not folder.is_dir():
+        return f"hf:{name}"
+    found = [
+        (path.relative_to(folder).as_posix(), path.stat().st_size, _tail(path))
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in _TABLES and not path.name.startswith((".", "cache-"))
+    ]
+    return hashlib.sha256(json.dumps(found).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _tail(file: pathlib.Path) -> str:
+    """A hash of a file's end: all of a small table, the statistics of a parquet file."""
+    with open(file, "rb") as stream:
+        stream.seek(max(0, file.stat().st_size - _TAIL_BYTES))
+        return hashlib.sha256(stream.read()).hexdigest()
 
 
 def _hub_clips(name: str, split: str, table: Any, column: str) -> Iterator[clips.Clip]:

@@ -18,6 +18,11 @@ Row = tuple[int, dict[str, object]]
 # A row of Common Voice has a few hundred bytes.
 _MOST_LINE_BYTES = 2**20
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# What other tools call the column of the audio.
+_AUDIO = frozenset(
+    "audio audio_file audio_filepath audio_path file file_name file_path filename filepath path wav"
+    " wav_filename Path".split()
+)
 EXTRA = "\0extra"  # the key of a row's fields past the header's columns
 
 
@@ -150,13 +155,29 @@ def rows(stream: BinaryIO, name: str, suffix: str, needed: tuple[str, ...]) -> I
 def need(name: str, columns: list[str], needed: tuple[str, ...]) -> None:
     """Refuses a table that lacks a column.
 
+    Args:
+        name: how messages call the table.
+        columns: those that it has.
+        needed: the column of the audio, then that of the transcript.
+
     Raises:
-        errors.DataError: which column is missing, and which there are.
+        errors.DataError: which column is missing, which there are, and what to do.
     """
     missing = [column for column in needed if column not in columns]
-    if missing:
-        raise errors.DataError(
-            f"{name}: no column {' and no column '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, columns))}. If the transcript stands in another column, name it "
-            "with data.text_column"
+    if not missing:
+        return
+    mend = ""
+    if needed[0] in missing:
+        there = next((f": rename {column!r}" for column in columns if column in _AUDIO), "")
+        mend += f". The column of the audio must have the name {needed[0]!r}{there}"
+    if needed[-1] in missing:
+        mend += ". If the transcript stands in another column, name it with data.text_column"
+    if len(columns) == 1 and (mark := re.search("[\t;,|]", columns[0])):
+        mend = (
+            f". Its columns are separated by {mark[0]!r}: a .tsv has tabs between them, a .csv"
+            " commas"
         )
+    raise errors.DataError(
+        f"{name}: no column {' and no column '.join(map(repr, missing))}; it has "
+        f"{', '.join(map(repr, columns))}{mend}"
+    )

@@ -5,10 +5,12 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pytest
@@ -95,6 +97,16 @@ def test_every_split_is_prepared_once(release, tmp_path, capsys, caplog):
     assert {path: path.stat().st_mtime_ns for path in train.folder.iterdir()} == before
     assert again["train"].hash == train.hash
     assert capsys.readouterr().err == ""
+
+
+def test_the_command_says_once_what_it_prepared(release, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", logger="flax_asr")
+    cfg = configuration(release, tmp_path / "run")
+    for _ in range(2):
+        prepare.command(cfg)
+        said = capsys.readouterr().out + caplog.text
+        assert said.count("train: 12 clips") == 1
+        caplog.clear()
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes(release, tmp_path):
@@ -435,6 +447,33 @@ def test_changed_parquet_files_are_noticed(release, tmp_path):
     write("test", ["3.wav"])  # which is nothing to the training split
     assert prepare.prepare(cfg)["train"].hash == before.hash
     write("train", ["0.wav", "1.wav", "2.wav"])
+    with pytest.raises(errors.DataError, match="or the source has changed since"):
+        prepare.prepare(cfg)
+
+
+@pytest.mark.parametrize("form", ["folder", "saved"])
+def test_a_changed_local_dataset_is_noticed(release, tmp_path, form):
+    folder = tmp_path / "dataset"
+
+    def write(sentences):
+        names = [f"{i}.wav" for i in range(len(sentences))]
+        if form == "saved":
+            audio = [{"bytes": (release / "clips" / n).read_bytes(), "path": n} for n in names]
+            columns = {"audio": audio, "sentence": sentences}
+            datasets.DatasetDict(train=datasets.Dataset.from_dict(columns)).save_to_disk(folder)
+            return
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            shutil.copy(release / "clips" / name, folder)
+        rows = [f"{n},{s}" for n, s in zip(names, sentences, strict=True)]
+        (folder / "metadata.csv").write_text("\n".join(["file_name,sentence", *rows]))
+
+    write(["one", "two"])
+    cfg = configuration(f"hf:{folder}", tmp_path / "run", eval_splits=(), test_splits=())
+    before = prepare.prepare(cfg)["train"]
+    assert before.sentences == ["one", "two"]
+    assert prepare.prepare(cfg)["train"].hash == before.hash
+    write(["one", "too"])
     with pytest.raises(errors.DataError, match="or the source has changed since"):
         prepare.prepare(cfg)
 

@@ -324,6 +324,31 @@ def test_what_is_no_batch_of_audio_is_refused_with_the_shape(model, shape):
     assert str(shape) in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [(1, SAMPLES), (2, SAMPLES - 1), (2, FRAMES), (SAMPLES,)])
+def test_a_mask_of_another_shape_than_the_audio_is_refused(model, batch, shape):
+    with pytest.raises(ValueError, match=r"attention_mask has the shape .* \[batch samples\]"):
+        model(batch[0], attention_mask=np.ones(shape, np.int32))
+    # One column would be stretched over all frames.
+    for wrong in ((2, 1), (2, SAMPLES)):
+        with pytest.raises(ValueError, match=r"mask_time_indices .* \[batch frames\]"):
+            model(batch[0], mask_time_indices=np.ones(wrong, bool))
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_no_audio_gives_no_logits(model, batch, with_mask):
+    audio, mask = (part[:0] for part in batch)
+    result = model(audio, mask if with_mask else None, output_hidden_states=True)
+    assert result.logits.shape == (0, FRAMES, 11)
+    assert [state.shape[:2] for state in result.hidden_states] == [(0, FRAMES)] * 3
+
+
+def test_an_option_that_does_not_exist_is_named_with_the_nearest(folder):
+    with pytest.raises(TypeError, match=r"no option 'torch_dtype'\. Did you mean 'dtype'"):
+        FlaxWav2Vec2ForCTC.from_pretrained(folder, torch_dtype="float16")
+    with pytest.raises(TypeError, match=r"no option 'layer_dropp'\. Did you mean 'layerdrop'"):
+        FlaxWav2Vec2Model.from_pretrained(folder, layer_dropp=0.0)
+
+
 def test_the_shortest_audio_gives_a_frame(model):
     assert model(np.ones((1, 30), np.float32)).logits.shape == (1, 1, 11)
 

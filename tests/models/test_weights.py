@@ -140,6 +140,12 @@ def test_torch_reads_what_we_write(tmp_path):
     assert b'"format":"pt"' in header
 
 
+def test_what_we_write_can_be_read_by_whom_other_files_can(tmp_path):
+    (tmp_path / "other").touch()
+    written = weights.write(tmp_path, {"a": np.zeros(2, np.float32)})
+    assert written.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
     weights.write(tmp_path, {"a": np.ones(1, np.float32)})
     with pytest.raises(Exception):  # noqa: B017, PT011  whatever the library raises

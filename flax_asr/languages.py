@@ -62,6 +62,8 @@ _ITALIAN_ACCENTS = {
     "universita'": "università",
     "verita'": "verità",
 }
+# Where an apostrophe is part of the spelling of a word's end, this letter stands for it.
+_LETTER_APOSTROPHE = "\u02bc"
 # A letter with two code points, because keyboards or fonts lacked the right one. These are the
 # pairs of which the language has only the second.
 # Source: the tables of ftyers/commonvoice-utils; for vi, az and ckb the languages' own alphabets.
@@ -154,6 +156,8 @@ RULES: dict[str, tuple[Step, ...]] = {
     # The colon joins an ending to an abbreviation here and in Swedish: "EU:n".
     "fi": _spaced("'-:"),
     "fr": _spaced("'-"),
+    # One letter, spelt in two ways: "'ya'ya" in Nigeria, "ƴaƴa" in Niger.
+    "ha": _spaced("'-", first=({"replace": {"'y": "ƴ"}},)),
     "he": _spaced("'\"", first=({"remove": _HEBREW_OPTIONAL}, {"replace": _HEBREW_MARKS})),
     "hi": _spaced("-", first=(_JOINERS,)),
     "hy": _spaced("-", first=(_ARMENIAN_STRESS,), last=({"replace": {"եւ": "և"}},)),
@@ -174,6 +178,12 @@ RULES: dict[str, tuple[Step, ...]] = {
     "lo": _THAI,
     "ml": _spaced("-", first=({"replace": _MALAYALAM_CHILLU}, _JOINERS)),
     "mr": _spaced("-", first=(_JOINERS,)),
+    # The apostrophe stands for the letter għ behind an a: "ta' Malta", "tista'".
+    "mt": _spaced(
+        "'-",
+        first=({"replace": {"a'": "a" + _LETTER_APOSTROPHE}},),
+        last=({"replace": {_LETTER_APOSTROPHE: "'"}},),
+    ),
     "ne": _spaced("-", first=(_JOINERS,)),
     # The middle dot keeps letters apart here: "in·hèrn".
     "oc": _spaced("'-·"),

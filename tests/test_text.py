@@ -53,6 +53,8 @@ def test_each_language_is_written_its_own_way(language):
         ("de", "STRASSE, Straße, GROẞ; O\u0308l", "strasse straße groß öl"),
         ("ar", "الــعــربية ﻻ أُمٌّ ٱلْحَمْدُ", "العربية لا أم الحمد"),
         ("ar", "قَالُوا\u06da هُوَ \u06d6 اللَّهُ \u0610", "قالوا هو الله"),
+        ("ha", "'Yar uwa: ’ya’yan ƙasa, sana'a 'eh'", "ƴar uwa ƴaƴan ƙasa sana'a eh"),
+        ("mt", "Ta' Malta, tista’ tmur 'iemes'; b'mod", "ta' malta tista' tmur iemes b'mod"),
         ("sv", "EU:s möte: kl. 12:30", "eu:s möte kl 12 30"),
         ("th", "นํ้า เเดง ๆ ฯลฯ", "น้ำแดงๆฯลฯ"),
         ("en", "the cats’ tails, ’tis O’Brien’s", "the cats tails tis o'brien's"),

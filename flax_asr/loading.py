@@ -143,7 +143,8 @@ def _from_hugging_face(model: str, place: str) -> LoadedModel:
     if origin.model_config.vocab_size != origin.vocabulary.size:
         raise errors.ModelError(
             f"{model}: by config.json the head has {origin.model_config.vocab_size} symbols, but"
-            f" vocab.json {origin.vocabulary.size}: the files do not belong together."
+            f" vocab.json {origin.vocabulary.size} with all that the tokenizer adds: the files do"
+            " not belong together."
         )
     params = convert.params_from_torch(weights.read(origin.folder), origin.model_config, head=True)
     facts = _read_facts(origin.folder)

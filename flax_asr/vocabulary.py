@@ -213,7 +213,8 @@ class Vocabulary:
 
         Args:
             folder: holds vocab.json, and where they exist tokenizer_config.json,
-                special_tokens_map.json and added_tokens.json.
+                special_tokens_map.json and added_tokens.json. The old tokens that the head of its
+                config.json has no place for are left out.
             target_lang: which language of a nested vocabulary (MMS); by default the one that
                 tokenizer_config.json names.
 
@@ -225,8 +226,9 @@ class Vocabulary:
         places = json_object.read(file)
         if places is None:
             raise errors.ModelError(f"{file}: no such file; a wav2vec2-CTC folder has a vocab.json")
-        settings, special, added = {}, {}, {}
+        settings, special, added, model = {}, {}, {}, {}
         if folder.is_dir():
+            model = json_object.read(folder / "config.json") or {}
             settings = json_object.read(folder / "tokenizer_config.json") or {}
             special = json_object.read(folder / "special_tokens_map.json") or {}
             added = json_object.read(folder / "added_tokens.json") or {}
@@ -249,6 +251,7 @@ class Vocabulary:
             raise errors.ModelError(
                 f"{file}: the {len(places)} ids are not 0 to {len(places) - 1}, each once"
             )
+        _leave_out_headless(names, places, model.get("vocab_size"))
         tokens = sorted(places, key=places.__getitem__)
         if names["pad_token"] is None:
             raise errors.ModelError(f"{folder}: no pad_token, which is the blank of such a model")
@@ -291,6 +294,24 @@ def _one_language(nested: dict, language: str | None, file: pathlib.Path) -> dic
             "tokenizer_config.json"
         )
     return nested[language]
+
+
+def _leave_out_headless(
+    names: dict[str, str | None], places: dict[str, int], head_size: object
+) -> None:
+    """Takes out the two old tokens where they have no column of the logits.
+
+    Tokenizers get them when they are read, also of models that were made without them (before
+    transformers 4.10, mostly).
+    """
+    if type(head_size) is not int:
+        return
+    headless = {token for token, place in places.items() if place >= head_size}
+    old = {key: names[key] for key in ("bos_token", "eos_token")}
+    if headless <= set(old.values()):
+        names |= {key: None for key, token in old.items() if token in headless}
+        for token in headless:
+            del places[token]
 
 
 def _special_names(settings: dict, special: dict, places: dict) -> dict[str, str | None]:

@@ -332,6 +332,33 @@ def test_a_folder_in_the_style_of_wav2vec2_base_960h_is_read(tmp_path):
     assert vocabulary.encode("hello").tolist() == vocabulary.encode("HELLO").tolist()
 
 
+@pytest.mark.parametrize("added", [{}, {"<s>": 5, "</s>": 6}], ids=["", "added_tokens.json"])
+def test_old_tokens_that_the_head_has_no_place_for_are_left_out(tmp_path, added):
+    """Models of 2021: transformers adds the tokens to the tokenizer when it reads the folder."""
+    write_folder(
+        tmp_path,
+        vocab={token: place for place, token in enumerate(["|", "a", "b", "[UNK]", "[PAD]"])},
+        tokenizer_config={"unk_token": "[UNK]", "pad_token": "[PAD]", "bos_token": "<s>"},
+        special_tokens_map={"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"},
+        added_tokens=added,
+        config={"model_type": "wav2vec2", "vocab_size": 5},
+    )
+    vocabulary = Vocabulary.from_folder(tmp_path)
+    assert vocabulary.tokens == ("|", "a", "b", "[UNK]", "[PAD]")
+    assert (vocabulary.blank, vocabulary.unknown, vocabulary.bos, vocabulary.eos) == (
+        4,
+        3,
+        None,
+        None,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, use_fast=False)
+    ids = [1, 4, 1, 2, 2, 0, 3, 1]
+    assert vocabulary.decode(collapsed(ids, 4)) == tokenizer.decode(ids)
+    # A character without a place in the head is no such token.
+    (tmp_path / "config.json").write_text('{"model_type": "wav2vec2", "vocab_size": 4}')
+    assert Vocabulary.from_folder(tmp_path).size == 7
+
+
 def test_added_tokens_of_the_old_example_are_read(tmp_path):
     write_folder(
         tmp_path,

@@ -57,6 +57,7 @@ def command() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    terminal.write_what_can_be_written(sys.stdout, sys.stderr)
     log = logging.StreamHandler(sys.stderr)
     log.setFormatter(terminal.Formatter())
     logging.basicConfig(level=logging.ERROR, handlers=[log])

@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from flax_asr import criterion, errors, partition, step
 from flax_asr.data import loader
+from flax_asr.hosts import cluster
 from flax_asr.models import wav2vec2
 
 jax.config.update("jax_threefry_partitionable", True)
@@ -46,7 +47,8 @@ class Devices:
     def __init__(self, devices: Sequence[Any] | None = None):
         # Host by host, so that the rows of a host are one piece of the group.
         self.devices = sorted(
-            jax.devices() if devices is None else devices, key=lambda device: device.process_index
+            cluster.devices() if devices is None else devices,
+            key=lambda device: device.process_index,
         )
         self.host_index = jax.process_index()
         self.host_count = jax.process_count()

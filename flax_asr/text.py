@@ -259,7 +259,7 @@ def normalizer(spec: str | Sequence[str | Mapping]) -> Normalizer:
         if spec not in _STEPS and re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", spec):
             steps = tuple(_step(item) for item in languages.rule(spec))
             return Normalizer(steps, is_default=not languages.has_rule(spec))
-        spec = [spec]
+        return Normalizer((_step(spec, "data.language or text.normalization"),))
     steps = []
     for item in spec:
         if isinstance(item, str) and item not in _STEPS and languages.has_rule(item):
@@ -269,7 +269,7 @@ def normalizer(spec: str | Sequence[str | Mapping]) -> Normalizer:
     return Normalizer(tuple(steps))
 
 
-def _step(item: str | Mapping) -> Step:
+def _step(item: str | Mapping, option: str = "text.normalization") -> Step:
     if isinstance(item, Mapping):
         if len(item) != 1:
             raise errors.ConfigError(
@@ -283,7 +283,7 @@ def _step(item: str | Mapping) -> Step:
         near = difflib.get_close_matches(str(name).lower(), [*_STEPS, *languages.RULES], 1, 0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise errors.ConfigError(
-            f"text.normalization: there is no step or language {name!r}; {hint}"
+            f"{option}: there is no step or language {name!r}; {hint}"
             f"Steps: {', '.join(_STEPS)}; or a language code such as zh-HK"
         )
     if isinstance(argument, Mapping):

@@ -17,6 +17,7 @@ from jaxtyping import Float32, Int
 from flax_asr import alignment, audio, errors, loading, parallel, step
 from flax_asr.console import progress, results, terminal
 from flax_asr.data import buckets, loader
+from flax_asr.hosts import cluster
 from flax_asr.models import wav2vec2
 
 WINDOW_SECONDS = 30.0
@@ -95,7 +96,7 @@ class Recogniser:
 
     def __init__(self, loaded: loading.LoadedModel, mixed_precision: str, rows: int):
         self._model, self._rows = loaded, rows
-        self._devices = parallel.Devices(jax.local_devices()[:1])
+        self._devices = parallel.Devices(cluster.devices()[:1])
         flat, _ = step.split(loaded.params, lambda path: True)
         self._params = self._devices.replicate(flat)
         self._evaluate = parallel.evaluate(loaded.objective(mixed_precision), self._devices)

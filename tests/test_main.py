@@ -1,5 +1,6 @@
 """The command line: help, exit statuses, and one clear message for what the user can mend."""
 
+import io
 import pathlib
 import signal
 import subprocess
@@ -7,10 +8,13 @@ import sys
 import time
 import types
 
+import jax
 import pytest
+import small_saved
 
 import flax_asr
 from flax_asr import __main__, config, errors
+from flax_asr.console import terminal
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = str(ROOT / "configs" / "cheap_cpu.yaml")
@@ -189,6 +193,46 @@ def test_a_preparation_that_is_stopped_is_status_75_and_goes_on(number, tmp_path
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "train: 510 clips" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (RuntimeError("Unable to initialize backend 'tpu': in use by pid 7.\nmore"), "pid 7."),
+        (AssertionError(), "there is no device called tpu."),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --config {recipe} --output_dir {run} --data.source {run} --data.language cy",
+        "transcribe --model {model} a.wav",
+    ],
+)
+def test_a_device_that_cannot_be_used_is_one_message_and_status_2(
+    failure, said, command, tmp_path, monkeypatch, capsys
+):
+    def devices():
+        raise failure
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    model = tmp_path / "export"
+    small_saved.export_folder(model, small_saved.saved())
+    places = {"recipe": RECIPE, "model": model, "run": tmp_path / "run"}
+    assert __main__.main([word.format(**places) for word in command.split()]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("flax-asr: JAX cannot use its devices: ")
+    assert said in message
+    assert "JAX_PLATFORMS is tpu" in message
+
+
+def test_a_stream_that_lacks_a_character_gets_an_escape(train_that, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    train_that(lambda cfg, restart: terminal.show("one，two"))
+    assert __main__.main(["train", "--config", RECIPE]) == 0
+    assert written.getvalue() == b"one\\uff0ctwo\n"
 
 
 def test_a_bug_is_not_hidden(train_that):

@@ -228,6 +228,7 @@ def test_a_list_extends_a_language_and_survives_a_configuration_file():
         ("nfkcc", "did you mean 'nfkc'"),
         (["lower", "strip_punctation"], "did you mean 'strip_punctuation'"),
         ("english", "no step or language 'english'"),
+        ("Cantonese", "^data.language or text.normalization: there is no"),
         ([{"remove": 3}], "remove takes a string"),
         (["remove"], "remove takes a string, got None"),
         ([{"replace": {"a": 1}}], "strings to strings"),

@@ -8,6 +8,7 @@ for the user, and directional overrides could show a line in another order than 
 import io
 import logging
 import re
+from typing import Any
 
 # Control characters but tab and new line, line separators, directional embeddings, overrides and
 # isolates, and halves of surrogate pairs, which no encoding can write. Source: Unicode Standard
@@ -20,6 +21,13 @@ _HARMFUL = re.compile(
 def plain(text: str) -> str:
     """The text with harmful characters as escapes: `\\x1b` for ESC."""
     return _HARMFUL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def write_what_can_be_written(*streams: Any) -> None:
+    """Makes escapes of characters that a stream's encoding lacks, where it would raise an error."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show(text: str, file: io.TextIOBase | None = None) -> None:

@@ -28,8 +28,33 @@ def join() -> None:
     with several tasks, or an indexed job of Kubernetes. Where it is none, nothing happens.
 
     Raises:
-        ConfigError: the variables are not complete, or the address cannot be used.
+        ConfigError: the variables are not complete, the address cannot be used, or there is no
+            device.
     """
+    _join()
+    devices()
+
+
+def devices() -> list[jax.Device]:
+    """The devices of all hosts.
+
+    Raises:
+        ConfigError: there is none of the kind that is asked for, or it is in use.
+    """
+    try:
+        return jax.devices()
+    # An assertion is all that JAX says where it knows no device of the name.
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        why = str(error).strip().splitlines()[:1] or [f"there is no device called {asked}"]
+        raise errors.ConfigError(
+            f"JAX cannot use its devices: {why[0].rstrip('.')}. (JAX_PLATFORMS is"
+            f" {asked or 'not set'}; see which processes use the device, and what of jax is"
+            " installed.)"
+        ) from error
+
+
+def _join() -> None:
     if jax.distributed.is_initialized():
         return
     named = _named()

@@ -49,6 +49,10 @@ def command() -> int:
     """
     hidden.hide("torch")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it deplores the lack of torch
+    # Checkpoints are read, and exports checked, beside the device that is asked for.
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms and "cpu" not in platforms.split(","):
+        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
     # A shard that is cut while it is read ends the process by a signal: at least it says where.
     faulthandler.enable()
     return main()

@@ -20,6 +20,7 @@ from transformers import Wav2Vec2Config
 from flax_asr import audio, card, checkpoint, config, errors, inventory, torch_logits, vocabulary
 from flax_asr.bucket import copies, store
 from flax_asr.console import terminal
+from flax_asr.hosts import cluster
 from flax_asr.models import convert, wav2vec2, weights
 from flax_asr.record import lineage
 
@@ -54,6 +55,7 @@ def command(run: str, out: str, step: int | None = None) -> None:
     Raises:
         CheckpointError: there is no such run or step.
         ModelError: the folder holds something else, or does not pass its verification.
+        ConfigError: JAX cannot use its devices.
     """
     folder = copies.model(run, step) if store.is_remote(run) else Path(run)
     if not inventory.is_run(folder):
@@ -64,6 +66,7 @@ def command(run: str, out: str, step: int | None = None) -> None:
     foreign = target.exists() and not (target / lineage.FILE).is_file()
     if foreign and (target.is_file() or any(target.iterdir())):
         raise errors.ModelError(f"{out} holds something else: name a new folder.")
+    cluster.devices()
     saved = checkpoint.load_model(folder, step)
     done = write_folder(target, saved, inventory.meta_config(saved.meta), saved.meta.facts)
     terminal.show(f"step {saved.step} of {run} is in {out}: {done}")

@@ -60,6 +60,7 @@ def command(
     Raises:
         ModelError, CheckpointError, ConfigError: the model cannot be loaded or set up so.
     """
+    cluster.devices()
     loaded = loading.load(model)
     cfg = loading.configure(loaded, overrides)
     recogniser = Recogniser(loaded, cfg.train.mixed_precision, cfg.train.per_device_eval_batch_size)
@@ -96,7 +97,7 @@ class Recogniser:
 
     def __init__(self, loaded: loading.LoadedModel, mixed_precision: str, rows: int):
         self._model, self._rows = loaded, rows
-        self._devices = parallel.Devices(cluster.devices()[:1])
+        self._devices = parallel.Devices(jax.local_devices()[:1])
         flat, _ = step.split(loaded.params, lambda path: True)
         self._params = self._devices.replicate(flat)
         self._evaluate = parallel.evaluate(loaded.objective(mixed_precision), self._devices)

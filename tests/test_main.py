@@ -1,6 +1,7 @@
 """The command line: help, exit statuses, and one clear message for what the user can mend."""
 
 import io
+import os
 import pathlib
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import small_saved
 import flax_asr
 from flax_asr import __main__, config, errors
 from flax_asr.console import terminal
+from flax_asr.hosts import cluster
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = str(ROOT / "configs" / "cheap_cpu.yaml")
@@ -199,7 +201,7 @@ def test_a_preparation_that_is_stopped_is_status_75_and_goes_on(number, tmp_path
     ("failure", "said"),
     [
         (RuntimeError("Unable to initialize backend 'tpu': in use by pid 7.\nmore"), "pid 7."),
-        (AssertionError(), "there is no device called tpu."),
+        (AssertionError(), "this machine shows it no tpu."),
     ],
 )
 @pytest.mark.parametrize(
@@ -225,6 +227,29 @@ def test_a_device_that_cannot_be_used_is_one_message_and_status_2(
     assert message.startswith("flax-asr: JAX cannot use its devices: ")
     assert said in message
     assert "JAX_PLATFORMS is tpu" in message
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda,cpu", "tpu"])
+def test_another_device_than_is_asked_for_is_not_taken(asked, monkeypatch):
+    """JAX passes over CUDA where there is none and another kind will do."""
+    monkeypatch.setenv("JAX_PLATFORMS", asked)
+    with pytest.raises(errors.ConfigError, match=f"this machine shows it no {asked}"):
+        cluster.devices()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert cluster.devices() == jax.devices()
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"), [("cuda", "cuda,cpu"), ("tpu,cpu", "tpu,cpu"), ("cpu", "cpu"), ("", "")]
+)
+def test_the_host_s_own_processor_is_there_beside_the_device(asked, given, monkeypatch):
+    """Reading a checkpoint and checking an export need it."""
+    monkeypatch.setenv("JAX_PLATFORMS", asked)
+    seen = []
+    monkeypatch.setattr(__main__, "main", lambda: seen.append(os.environ["JAX_PLATFORMS"]) or 0)
+    monkeypatch.setattr(__main__.hidden, "hide", lambda name: None)
+    assert __main__.command() == 0
+    assert seen == [given]
 
 
 def test_a_stream_that_lacks_a_character_gets_an_escape(train_that, monkeypatch):

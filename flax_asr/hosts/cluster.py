@@ -17,6 +17,9 @@ JOINING_SECONDS = 300
 LOST_SECONDS = 100
 """After so long without a sign of life from a host JAX ends the others by itself."""
 
+# What JAX_PLATFORMS can ask for, and what such a device says that it is.
+_PLATFORMS = {"cuda": "gpu", "rocm": "gpu", "gpu": "gpu", "tpu": "tpu"}
+
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -41,17 +44,25 @@ def devices() -> list[jax.Device]:
     Raises:
         ConfigError: there is none of the kind that is asked for, or it is in use.
     """
+    asked = os.environ.get("JAX_PLATFORMS")
     try:
-        return jax.devices()
-    # An assertion is all that JAX says where it knows no device of the name.
+        found = jax.devices()
+    # An assertion is all that JAX says where only CUDA is asked for and there is no such device.
     except (RuntimeError, AssertionError) as error:
-        asked = os.environ.get("JAX_PLATFORMS")
-        why = str(error).strip().splitlines()[:1] or [f"there is no device called {asked}"]
-        raise errors.ConfigError(
-            f"JAX cannot use its devices: {why[0].rstrip('.')}. (JAX_PLATFORMS is"
-            f" {asked or 'not set'}; see which processes use the device, and what of jax is"
-            " installed.)"
-        ) from error
+        raise _no_device(asked, str(error)) from error
+    first = (asked or "").split(",")[0]
+    # Where a GPU is asked for and others may be taken, JAX goes on without a word.
+    if first in _PLATFORMS and found[0].platform != _PLATFORMS[first]:
+        raise _no_device(asked, "")
+    return found
+
+
+def _no_device(asked: str | None, why: str) -> errors.ConfigError:
+    first_line = why.strip().splitlines()[:1] or [f"this machine shows it no {asked}"]
+    return errors.ConfigError(
+        f"JAX cannot use its devices: {first_line[0].rstrip('.')}. (JAX_PLATFORMS is"
+        f" {asked or 'not set'}; see which processes use the device, and what of jax is installed.)"
+    )
 
 
 def _join() -> None:

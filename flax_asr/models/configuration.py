@@ -74,6 +74,8 @@ def override(config: "Wav2Vec2Config", changes: Mapping[str, Any]) -> None:
             raise errors.ConfigError(
                 f"model.config.{name} is not a field of transformers.Wav2Vec2Config.{hint}"
             )
+        if name == "ctc_loss_reduction" and value not in ("mean", "sum"):
+            raise errors.ConfigError(f"model.config.{name}: {value!r} is neither 'mean' nor 'sum'.")
         try:
             setattr(config, name, value)
         except (StrictDataclassError, TypeError, ValueError) as error:

@@ -23,6 +23,10 @@ _PROBABILITIES = (
     "hidden_dropout attention_dropout activation_dropout feat_proj_dropout final_dropout layerdrop"
     " mask_time_prob mask_feature_prob"
 ).split()
+_COUNTS = (
+    "hidden_size intermediate_size num_attention_heads num_conv_pos_embeddings"
+    " num_conv_pos_embedding_groups vocab_size mask_time_length mask_feature_length"
+).split()
 
 
 class EncoderOutput(NamedTuple):
@@ -78,9 +82,12 @@ def check(config: layers.Wav2Vec2Config) -> None:
         refuse("add_adapter", "asks for convolutions after the encoder, which are not supported")
     if config.adapter_attn_dim is not None:
         refuse("adapter_attn_dim", "asks for attention adapters (MMS), which are not supported")
-    for key in ("hidden_size", "num_attention_heads", "num_conv_pos_embedding_groups"):
+    for key in _COUNTS:
         if getattr(config, key) < 1:
             refuse(key, "is not positive")
+    for key in ("num_hidden_layers", "layer_norm_eps", "mask_time_min_masks"):
+        if getattr(config, key) < 0:
+            refuse(key, "is negative")
     for key in ("conv_dim", "conv_kernel", "conv_stride"):
         if any(size < 1 for size in getattr(config, key)):
             refuse(key, "has a size that is not positive")
@@ -90,9 +97,13 @@ def check(config: layers.Wav2Vec2Config) -> None:
         refuse("num_conv_pos_embedding_groups", f"does not divide hidden_size {config.hidden_size}")
     if not len(config.conv_dim) == len(config.conv_kernel) == len(config.conv_stride):
         refuse("conv_dim", "differs in length from conv_kernel or conv_stride")
+    if config.num_feat_extract_layers != len(config.conv_dim):
+        refuse("num_feat_extract_layers", f"is not the length of conv_dim {config.conv_dim}")
     for key in _PROBABILITIES:
         if not 0 <= getattr(config, key) <= 1:
             refuse(key, "is no probability: it must be between 0 and 1")
+    if config.mask_feature_prob > 0 and config.mask_feature_length > config.hidden_size:
+        refuse("mask_feature_length", f"is more than hidden_size {config.hidden_size}")
     activations.activation(config.hidden_act, "hidden_act")
     activations.activation(config.feat_extract_activation, "feat_extract_activation")
 

@@ -518,6 +518,8 @@ def test_overrides_that_are_no_fields_or_of_another_type_are_named(folder):
         pretrained.load(folder, config_overrides={"mask_time_prb": 0.1})
     with pytest.raises(errors.ConfigError, match=r"model\.config\.mask_time_prob: 'much'"):
         pretrained.load(folder, config_overrides={"mask_time_prob": "much"})
+    with pytest.raises(errors.ConfigError, match="ctc_loss_reduction: 'maen' is neither 'mean'"):
+        pretrained.load(folder, config_overrides={"ctc_loss_reduction": "maen"})
     with pytest.raises(TypeError, match="mask_time_prb"):
         FlaxWav2Vec2ForCTC.from_pretrained(folder, mask_time_prb=0.1)
 

@@ -704,6 +704,13 @@ def test_initial_parameters_have_pytorchs_names_shapes_and_spread(name):
         ("hidden_dropout", 10.0),
         ("layerdrop", -0.1),
         ("mask_time_prob", 65.0),
+        ("mask_time_length", 0),
+        ("mask_time_min_masks", -1),
+        ("num_hidden_layers", -1),
+        ("num_conv_pos_embeddings", 0),
+        ("num_feat_extract_layers", 5),
+        ("intermediate_size", 0),
+        ("layer_norm_eps", -1e-5),
     ],
 )
 def test_an_unsupported_configuration_is_refused_by_its_key(key, value):
@@ -712,6 +719,14 @@ def test_an_unsupported_configuration_is_refused_by_its_key(key, value):
     values, _ = batch()
     with pytest.raises(errors.ModelError, match=key):
         wav2vec2.Wav2Vec2ForCTCModule(config).init(jax.random.key(0), values)
+
+
+def test_channel_masks_that_no_channels_have_room_for_are_refused():
+    config = small_torch.config(mask_feature_length=10_000, mask_feature_prob=0.0)
+    wav2vec2.check(config)
+    object.__setattr__(config, "mask_feature_prob", 0.1)
+    with pytest.raises(errors.ModelError, match="mask_feature_length: 10000 is more than hidden"):
+        wav2vec2.check(config)
 
 
 @pytest.mark.parametrize(("attribute", "value"), [("remat_policy", "some"), ("attention", "flash")])

@@ -12,7 +12,7 @@ from flax_asr import config, errors, loading, options, origins
 
 CONFIG = {
     "model_type": "wav2vec2",
-    "vocab_size": 5,
+    "vocab_size": 7,
     "hidden_size": 16,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,

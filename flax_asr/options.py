@@ -33,6 +33,14 @@ TRAINER_NAMES = {
     "dataset_name": "data.source hf:NAME",
     "dataset_config_name": "data.source hf:NAME:CONFIG",
     "model_name_or_path": "model.pretrained",
+    "tokenizer_name_or_path": "text.vocabulary",
+    "cache_dir": "nothing: the hub's cache is where the variable HF_HOME says",
+    **dict.fromkeys(("token", "use_auth_token"), "nothing: `hf auth login`, or set HF_TOKEN"),
+    "trust_remote_code": "nothing: code of a model or a dataset is never run",
+    "eval_metrics": "nothing: loss, word and character error rate are always given",
+    "length_column_name": "nothing: lengths come from the audio",
+    "ctc_zero_infinity": "nothing: clips with no alignment are left out and named",
+    **dict.fromkeys(("no_cuda", "use_cpu"), "nothing: set JAX_PLATFORMS=cpu"),
     "freeze_feature_extractor": "model.freeze_feature_encoder",
     "max_duration_in_seconds": "data.max_seconds",
     "min_duration_in_seconds": "data.min_seconds",
@@ -48,9 +56,11 @@ TRAINER_NAMES = {
     "load_best_model_at_end": "nothing: the best checkpoint is the one tested and exported",
     "greater_is_better": "nothing: of every train.metric_for_best_model less is better",
     "optim": "nothing: the optimiser is AdamW",
-    "push_to_hub": "nothing: the folder export/ of a run is what `hf upload` takes",
-    "deepspeed": "train.zero_sharding",
-    "fsdp": "train.zero_sharding",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id"),
+        "nothing: the folder export/ of a run is what `hf upload` takes",
+    ),
+    **dict.fromkeys(("deepspeed", "fsdp"), "train.zero_sharding"),
     "logging_dir": "nothing: log.jsonl and tensorboard/ are in output_dir",
     "run_name": "output_dir",
     "overwrite_output_dir": "the option --restart of `flax-asr train`",
@@ -255,12 +265,23 @@ def unknown_name(name: str, kinds: Mapping[str, Any]) -> str:
     return f"there is no option {name}. `flax-asr train --help` lists all."
 
 
+def _is_inside_mapping(name: str, kinds: Mapping[str, Any]) -> bool:
+    return kinds.get(name.rpartition(".")[0]) == dict[str, Any]
+
+
 def parse(arguments: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
     """`--section.key value` or `--section.key=value` -> dotted names and YAML 1.2 values.
 
     Raises:
         ConfigError: an option that does not exist, lacks its value or is given twice.
     """
+    names = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
+    unknown = [
+        n for n in dict.fromkeys(names) if n not in kinds and not _is_inside_mapping(n, kinds)
+    ]
+    if unknown:
+        # All at once: a command line of another program has many.
+        raise errors.ConfigError("\n".join(unknown_name(name, kinds) for name in unknown))
     found: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -270,10 +291,7 @@ def parse(arguments: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
                 f"unexpected argument {word}: options are --section.key value."
             )
         name, equals, value = word[2:].partition("=")
-        parent = name.rpartition(".")[0]
-        inside_mapping = parent in kinds and kinds[parent] == dict[str, Any]
-        if name not in kinds and not inside_mapping:
-            raise errors.ConfigError(unknown_name(name, kinds))
+        inside_mapping = _is_inside_mapping(name, kinds)
         if not equals:
             if not rest or rest[0].startswith("--"):
                 wanted = "" if inside_mapping else _wanted(kinds[name])

@@ -287,3 +287,16 @@ def test_null_on_the_command_line_unsets_an_option(name):
     section, _, key = name.partition(".")
     cfg = config.build({section: {key: set_to}}, [f"--{name}=null"])
     assert getattr(getattr(cfg, section), key) is None
+
+
+def test_all_options_that_do_not_exist_are_named_at_once():
+    words = ["--model_name_or_path", "x", "--seed=1", "--fp16", "--length_column_name=input_length"]
+    with pytest.raises(errors.ConfigError) as caught:
+        config.build({}, words)
+    lines = str(caught.value).splitlines()
+    assert [line.split()[4].rstrip(":") for line in lines] == [
+        "model_name_or_path",
+        "fp16",
+        "length_column_name",
+    ]
+    assert "nothing: lengths come from the audio" in lines[2]

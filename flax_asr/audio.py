@@ -39,6 +39,13 @@ _CHANNELS = range(1, 33)
 _BLOCK_FRAMES = 2**17
 # The most samples that a byte of MP3 or Ogg can reasonably stand for (8 kbit/s at 48 kHz and less).
 _FRAMES_A_BYTE = 64
+# Formats of other programs: their mark, its place, their name.
+_FOREIGN = (
+    (b"ftyp", 4, "MP4 (M4A, AAC)"),
+    (b"\x1a\x45\xdf\xa3", 0, "Matroska (WebM)"),
+    (b"#!AMR", 0, "AMR"),
+    (b"\x30\x26\xb2\x75", 0, "ASF (WMA)"),
+)
 # A header's count may include the encoder's delay and padding.
 _MP3_SLACK_FRAMES = 3 * 1152
 # Channels whose mean is this much quieter than the first of them cancel each other.
@@ -102,9 +109,7 @@ def _decode(
             _check_length(sound, len(channels[0]), file)
     except soundfile.LibsndfileError as error:
         file.seek(0)
-        raise errors.AudioError(
-            "damaged", f"{error.error_string} It begins with {file.read(16)!r}"
-        ) from None
+        raise errors.AudioError("damaged", _undecoded(error.error_string, file.read(16))) from None
     except MemoryError:
         raise errors.AudioError("damaged", "decoding it takes more memory than there is") from None
     recorded = _uncancelled(*channels)
@@ -121,6 +126,16 @@ def _decode(
     if peak < SILENT_PEAK:
         raise errors.AudioError("silent", f"its loudest sample is {peak:.1e}")
     return mono
+
+
+def _undecoded(why: str, beginning: bytes) -> str:
+    for mark, place, name in _FOREIGN:
+        if beginning[place : place + len(mark)] == mark:
+            return (
+                f"it is {name}, which libsndfile does not read: convert it before, for example with"
+                " `ffmpeg -i FILE FILE.flac`"
+            )
+    return f"{why} It begins with {beginning!r}"
 
 
 def _check_header(sound: soundfile.SoundFile, longest: float) -> None:

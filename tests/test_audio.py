@@ -97,6 +97,20 @@ def test_what_is_no_audio_is_named(tmp_path):
     assert refusal(None) == "missing"
 
 
+@pytest.mark.parametrize(
+    ("beginning", "name"),
+    [
+        (b"\0\0\0\x1cftypM4A ", "MP4"),
+        (b"\x1a\x45\xdf\xa3\x9f", "Matroska"),
+        (b"#!AMR\n", "AMR"),
+        (b"\x30\x26\xb2\x75\x8e\x66", "ASF"),
+    ],
+)
+def test_recordings_of_a_form_that_is_not_read_are_called_by_it(beginning, name):
+    with pytest.raises(AudioError, match=f"damaged: it is {name}.*convert it before"):
+        audio.decode(beginning + bytes(1000))
+
+
 @pytest.mark.parametrize("kept", [0.9, 0.5, 0.3])
 def test_a_cut_file_is_noticed(kept):
     samples = tone(seconds=3)

@@ -292,7 +292,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise errors.ModelError(f"{folder} has no config.json: it is not a model's folder.")
+        export = folder / "export"
+        there = f" Its model is in {export}." if (export / path.name).is_file() else ""
+        raise errors.ModelError(f"{folder} has no config.json: it is not a model's folder.{there}")
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise errors.ModelError(f"{path}: refused, too large for a configuration.")
     return _parse_json(path, path.read_bytes())

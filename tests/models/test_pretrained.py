@@ -513,6 +513,12 @@ def test_folders_that_hold_no_wav2vec2_model_are_named(tmp_path):
             pretrained.load(tmp_path)
 
 
+def test_the_folder_of_a_run_leads_to_its_export(folder, tmp_path):
+    (tmp_path / "export").symlink_to(folder)
+    with pytest.raises(errors.ModelError, match=f"Its model is in {tmp_path / 'export'}"):
+        FlaxWav2Vec2ForCTC.from_pretrained(tmp_path)
+
+
 def test_overrides_that_are_no_fields_or_of_another_type_are_named(folder):
     with pytest.raises(errors.ConfigError, match=r"model\.config\.mask_time_prb.*mask_time_prob\?"):
         pretrained.load(folder, config_overrides={"mask_time_prb": 0.1})

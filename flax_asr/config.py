@@ -308,6 +308,9 @@ class Config:
 
     def __post_init__(self):
         options.at_least("seed", self.seed, 0)
+        for name, value in flat(self).items():
+            if value == "":
+                raise errors.ConfigError(f"{name} is empty: a variable of the shell, not set?")
 
     @property
     def normalization(self) -> str | tuple[str | dict[str, Any], ...] | None:

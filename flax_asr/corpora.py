@@ -85,6 +85,8 @@ def gather(
         ConfigError, DataError: nothing can be made of them.
     """
     data = cfg.data
+    if not data.train_splits:
+        raise errors.ConfigError("data.train_splits names no split: there is nothing to train on.")
     normalizer = compat.normalizer(cfg)
 
     def texts(names: Sequence[str]) -> list[str]:

@@ -13,7 +13,18 @@ import optax
 from jaxtyping import Int32, PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import compat, config, corpora, criterion, optim, origins, partition, step, vocabulary
+from flax_asr import (
+    compat,
+    config,
+    corpora,
+    criterion,
+    errors,
+    optim,
+    origins,
+    partition,
+    step,
+    vocabulary,
+)
 from flax_asr.data import augment, buckets, examples, loader
 from flax_asr.models import pretrained, wav2vec2
 
@@ -25,7 +36,17 @@ DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 def initial_model(
     cfg: config.Config, start: origins.Origin, data: corpora.Corpus
 ) -> tuple[origins.Origin, PyTree]:
-    """The origin with its final configuration, and the parameters to begin with."""
+    """The origin with its final configuration, and the parameters to begin with.
+
+    Raises:
+        ConfigError: more layers are to be trained than there are.
+        ModelError: the weights cannot be read.
+    """
+    layers = start.model_config.num_hidden_layers
+    if (cfg.model.trainable_layers or 0) > layers:
+        raise errors.ConfigError(
+            f"model.trainable_layers is {cfg.model.trainable_layers}: the encoder has {layers}."
+        )
     found = data.vocabulary
     kept = keeps_head(cfg, start, found)
     model_config = start.sized(found).model_config

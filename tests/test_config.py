@@ -300,3 +300,9 @@ def test_all_options_that_do_not_exist_are_named_at_once():
         "length_column_name",
     ]
     assert "nothing: lengths come from the audio" in lines[2]
+
+
+@pytest.mark.parametrize("name", ["output_dir", "data.prepared_dir", "model.pretrained"])
+def test_an_empty_place_is_not_the_current_folder(name):
+    with pytest.raises(errors.ConfigError, match=f"^{name} is empty"):
+        config.build({}, [f"--{name}", ""])

@@ -1,8 +1,9 @@
 """What a run is trained and scored on, before anything is trained."""
 
+import pytest
 import small_saved
 
-from flax_asr import config, corpora, origins
+from flax_asr import config, corpora, errors, experiment, origins
 
 
 def _warnings(tmp_path, train, scored):
@@ -28,3 +29,19 @@ def test_characters_that_training_does_not_have_are_warned_of(tmp_path):
     _, said = _warnings(tmp_path, ["abc", "cab"], ["abx", "yxb"])
     assert "2 characters of the test clips have no symbol" in said[-1]
     assert "in 3 places of 6" in said[-1]
+
+
+def test_nothing_to_train_on_is_said_as_such():
+    cfg = config.build({}, ["--data.language=eu", "--data.train_splits=[]"])
+    with pytest.raises(errors.ConfigError, match=r"data\.train_splits names no split"):
+        corpora.gather(cfg, origins.read(cfg.model), {})
+
+
+def test_more_layers_than_there_are_cannot_be_trained(tmp_path):
+    words = ["--data.language=eu", "--data.eval_splits=[]", "--data.test_splits=[]"]
+    cfg = config.build({}, [*words, "--model.trainable_layers=13"])
+    kept = {"train": small_saved.split(tmp_path / "train", ["abc"], seconds=(1.0, 2.0))}
+    start = origins.read(cfg.model)
+    corpus = corpora.gather(cfg, start, kept)
+    with pytest.raises(errors.ConfigError, match="trainable_layers is 13: the encoder has 12"):
+        experiment.initial_model(cfg, start, corpus)

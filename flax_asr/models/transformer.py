@@ -46,20 +46,22 @@ class _EncoderLayer(nn.Module):
         Float[Array, "batch heads frames frames"] | None,
     ]:
         config, epsilon = self.config, self.config.layer_norm_eps
-        norm = layers.layer_norm(self.dtype, "layer_norm", epsilon)
-        final_norm = layers.layer_norm(self.dtype, "final_layer_norm", epsilon)
         attend = attention.SelfAttention(
             config, self.dtype, self.deterministic, self.attention, name="attention"
         )
         feed_forward = _FeedForward(config, self.dtype, self.deterministic, name="feed_forward")
         dropout = layers.Dropout(config.hidden_dropout, self.deterministic)
 
-        before = config.do_stable_layer_norm
-        attended, weights = attend(norm(x) if before else x, frame_mask)
-        x = x + dropout(attended)
-        if before:
-            return x + feed_forward(final_norm(x)), weights
-        x = norm(x)
+        if config.do_stable_layer_norm:
+            normed, x = layers.norm_beside(self.dtype, "layer_norm", epsilon)(x)
+            attended, weights = attend(normed, frame_mask)
+            x = x + dropout(attended)
+            normed, x = layers.norm_beside(self.dtype, "final_layer_norm", epsilon)(x)
+            return x + feed_forward(normed), weights
+        norm = layers.layer_norm(self.dtype, "layer_norm", epsilon)
+        final_norm = layers.layer_norm(self.dtype, "final_layer_norm", epsilon)
+        attended, weights = attend(x, frame_mask)
+        x = norm(x + dropout(attended))
         return final_norm(x + feed_forward(x)), weights
 
 

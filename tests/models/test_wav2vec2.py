@@ -2,6 +2,7 @@
 
 import copy
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -762,3 +763,39 @@ def test_a_strided_convolution_equals_pytorchs():
         close(y, other.detach().numpy().transpose(0, 2, 1), 2e-6)
         close(x_gradient, tensor.grad.numpy().transpose(0, 2, 1), 2e-6)
         close(kernel_gradient, weight.grad.numpy().transpose(2, 1, 0), 2e-6)
+
+
+def test_the_norm_of_a_branch_has_the_gradients_of_layer_norm():
+    rng = np.random.default_rng(0)
+    x, scale, bias, *weights = (
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((2, 9, 64), 64, 64, (2, 9, 64), (2, 9, 64))
+    )
+    x = (x * 3 + 1).astype(jnp.bfloat16)
+    params = {"params": {"scale": scale, "bias": bias}}
+
+    def loss(norm, params, x):
+        normed, beside = norm(params, x)
+        return sum((a * w).sum() for a, w in zip((normed, beside), weights, strict=True))
+
+    def exact(params, x):
+        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False).apply(params, x), x
+
+    def ours(params, x):
+        made = layers.norm_beside(jnp.bfloat16, "norm", 1e-5)
+        return made.apply(params, x)
+
+    def parts(params, x):
+        made = layers.layer_norm(jnp.bfloat16, "norm")
+        return made.apply(params, x), x
+
+    def error(found, expected):
+        found, expected = (np.asarray(a, np.float32) for a in (found, expected))
+        return abs(found - expected).max() / abs(expected).max()
+
+    expected = jax.grad(loss, (1, 2))(exact, params, x.astype(jnp.float32))
+    found = jax.grad(loss, (1, 2))(ours, params, x)
+    usual = jax.grad(loss, (1, 2))(parts, params, x)
+    assert error(ours(params, x)[0], exact(params, x.astype(jnp.float32))[0]) < 2**-8
+    for f, u, e in zip(*map(jax.tree.leaves, (found, usual, expected)), strict=True):
+        assert error(f, e) <= max(error(u, e), 2**-8)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flax_asr.models import activations, layers
+from flax_asr.models import activations, first_layer, layers
 
 _LANES = 128
+_EPSILON = 1e-5
 
 
 def strided_convolution(
@@ -74,23 +75,20 @@ def _phases(audio: Float[Array, "batch times"], stride: int) -> list[Float[Array
     return [phase.reshape(audio.shape[0], -1) for phase in phases]
 
 
-class _Convolution(nn.Module):
+class _ConvolutionParameters(nn.Module):
     """Kernel and bias under the names they have in a checkpoint, initialised as in PyTorch.
 
-    With `centred` the mean over the features is taken from every frame, by way of the parameters.
-    Gives the frames and, of centred ones, the variance over their features: in float32.
+    With `centred` they come less their mean over the features, and so do the frames they make.
+    Without a bias it is zero.
     """
 
     config: layers.Wav2Vec2Config
-    dtype: layers.Dtype
     layer: int
     centred: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch times channels"]) -> tuple[Array, Array | None]:
-        taps, stride = self.config.conv_kernel[self.layer], self.config.conv_stride[self.layer]
-        features = self.config.conv_dim[self.layer]
-        channels = x.shape[-1]
+    def __call__(self, channels: int) -> tuple[Array, Array]:
+        taps, features = self.config.conv_kernel[self.layer], self.config.conv_dim[self.layer]
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         kernel = self.param("kernel", kaiming, (taps, channels, features))
         bias = jnp.zeros(features)
@@ -99,45 +97,32 @@ class _Convolution(nn.Module):
             bias = self.param("bias", init, (features,))
         if self.centred:
             kernel, bias = _less_mean(kernel), _less_mean(bias)
-        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-        y = strided_convolution(x, kernel, stride)
-        if self.config.conv_bias:
-            y = y + bias
-        if not self.centred:
-            return y, None
+        return kernel, bias
 
-        def from_frames(x, y, kernel, bias):
-            return jnp.mean(jnp.square(y.astype(jnp.float32)), axis=-1)
 
-        def from_samples(x, y, kernel, bias):
-            return mean_square(x[..., 0], kernel[:, 0], bias, stride)
-
-        if channels > 1:
-            return y, from_frames(x, y, kernel, bias)
-        return y, jax.lax.platform_dependent(
-            x, y, kernel, bias, tpu=from_samples, default=from_frames
-        )
+class _NormParameters(nn.Module):
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Array, Array]:
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        return scale, self.param("bias", nn.initializers.zeros, (channels,))
 
 
 def _less_mean(parameters: Float[Array, "... features"]) -> Float[Array, "... features"]:
     return parameters - jnp.mean(parameters, axis=-1, keepdims=True)
 
 
-class _CentredLayerNorm(nn.Module):
-    """LayerNorm over channels whose mean is zero and whose variance is known, in float32."""
+def _variance(x, y, kernel, bias, stride) -> Float[Array, "batch frames"]:
+    """Of centred frames `y` over their features."""
 
-    dtype: layers.Dtype
-    epsilon: float = 1e-5
+    def from_frames(x, y, kernel, bias):
+        return jnp.mean(jnp.square(y.astype(jnp.float32)), axis=-1)
 
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch frames channels"], variance: Float[Array, "batch frames"]
-    ) -> Array:
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        inverse = jax.lax.rsqrt(variance + self.epsilon)[..., None]
-        return (x.astype(jnp.float32) * (inverse * scale) + bias).astype(self.dtype)
+    def from_samples(x, y, kernel, bias):
+        return mean_square(x[..., 0], kernel[:, 0], bias, stride)
+
+    if x.shape[-1] > 1:
+        return from_frames(x, y, kernel, bias)
+    return jax.lax.platform_dependent(x, y, kernel, bias, tpu=from_samples, default=from_frames)
 
 
 class _InstanceNorm(nn.Module):
@@ -164,7 +149,8 @@ class _ConvLayer(nn.Module):
     In half precision the mean that a LayerNorm would take from each frame is taken from kernel and
     bias instead, where it costs nothing, and on TPU the variance of the first layer's frames comes
     from the samples: XLA for TPU computes that convolution once more for each statistic of its many
-    frames. The rounding of the kernel leaves a mean far below that of the frames.
+    frames. The rounding of the kernel leaves a mean far below that of the frames. In bfloat16 the
+    first layer is a kernel of its own there, where it is not trained.
     """
 
     config: layers.Wav2Vec2Config
@@ -173,19 +159,60 @@ class _ConvLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch times channels"]) -> Array:
-        normalised = self.config.feat_extract_norm == "layer"
-        centred = normalised and jnp.dtype(self.dtype) != jnp.float32
-        convolution = _Convolution(self.config, self.dtype, self.layer, centred, name="conv")
-        y, variance = convolution(x)
+        config, dtype = self.config, jnp.dtype(self.dtype)
+        stride, channels = config.conv_stride[self.layer], x.shape[-1]
+        normalised = config.feat_extract_norm == "layer"
+        centred = normalised and dtype != jnp.float32
+        parameters = _ConvolutionParameters(config, self.layer, centred, name="conv")
+        kernel, bias = parameters(channels)
+        x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
+
+        def convolved(x, kernel, bias):
+            y = strided_convolution(x, kernel, stride)
+            return y + bias if config.conv_bias else y
+
+        activation = activations.activation(
+            config.feat_extract_activation, "feat_extract_activation"
+        )
         # PyTorch keeps its default epsilon here, whatever config.layer_norm_eps is
-        if centred:
-            y = _CentredLayerNorm(self.dtype, name="layer_norm")(y, variance)
-        elif normalised:
-            y = layers.layer_norm(self.dtype, "layer_norm")(y)
-        elif self.layer == 0:
-            y = _InstanceNorm(self.dtype, name="layer_norm")(y)
-        name = self.config.feat_extract_activation
-        return activations.activation(name, "feat_extract_activation")(y)
+        if not centred:
+            y = convolved(x, kernel, bias)
+            if normalised:
+                y = layers.layer_norm(dtype, "layer_norm")(y)
+            elif self.layer == 0:
+                y = _InstanceNorm(dtype, name="layer_norm")(y)
+            return activation(y)
+
+        def plain(x, kernel, bias, scale, shift):
+            y = convolved(x, kernel, bias)
+            inverse = jax.lax.rsqrt(_variance(x, y, kernel, bias, stride) + _EPSILON)[..., None]
+            y = y.astype(jnp.float32) * (inverse * scale) + shift
+            return activation(y.astype(dtype))
+
+        arrays = (x, kernel, bias, *_NormParameters(name="layer_norm")(kernel.shape[-1]))
+        taps, _, features = kernel.shape
+        if (
+            channels == 1
+            and dtype == jnp.bfloat16
+            and activation is activations.gelu
+            and first_layer.suits(x.shape[0], taps, features)
+        ):
+            return _without_gradient(plain, stride)(*arrays)
+        return plain(*arrays)
+
+
+def _without_gradient(plain, stride):
+    """`plain`, by the kernel on TPU where nothing is differentiated."""
+
+    def by_kernel(x, kernel, bias, scale, shift):
+        return first_layer.frames(x[..., 0], kernel[:, 0], bias, scale, shift, stride, _EPSILON)
+
+    @jax.custom_vjp
+    def layer(*arrays):
+        return jax.lax.platform_dependent(*arrays, tpu=by_kernel, default=plain)
+
+    layer.defvjp(lambda *arrays: jax.vjp(plain, *arrays), lambda pull, gradient: pull(gradient))
+    return layer
 
 
 class _ConvLayers(nn.Module):

@@ -88,6 +88,7 @@ def _call(kernel, heads, lengths, *arrays):
     if hidden % width:
         width = hidden
     queries = min(frames, QUERIES)
+    whole_lanes = pl.cdiv(frames, LANES) * LANES
     by_query = pl.BlockSpec((1, queries, width), lambda b, h, q, lengths: (b, q, h))
     whole = pl.BlockSpec((1, frames, width), lambda b, h, q, lengths: (b, 0, h))
     like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
@@ -117,7 +118,8 @@ def _call(kernel, heads, lengths, *arrays):
                 vmem_limit_bytes=_vmem_bytes(frames, queries, width, like.dtype.itemsize),
             ),
             cost_estimate=pl.CostEstimate(
-                flops=products * 2 * batch * frames * frames * hidden,
+                # The matrix unit takes whole lanes of one of the two.
+                flops=products * 2 * batch * frames * whole_lanes * hidden,
                 transcendentals=batch * heads * frames * frames,
                 bytes_accessed=(len(arrays) + len(out_specs)) * arrays[0].nbytes,
             ),

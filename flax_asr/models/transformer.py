@@ -9,8 +9,9 @@ from flax_asr.models import activations, attention, layers, positional
 
 HiddenStates = tuple[Float[Array, "batch frames hidden"], ...]
 Attentions = tuple[Float[Array, "batch heads frames frames"], ...]
-ROW_MULTIPLE = 16
-"""For the kernel on TPU, frames are padded to a multiple of this: whole tiles of bfloat16."""
+ROW_MULTIPLE = 8
+"""For the kernel on TPU, frames are padded to a multiple of this: whole tiles, so that clips lie
+one behind the other without a gap."""
 
 
 class _FeedForward(nn.Module):

@@ -50,6 +50,7 @@ def score(
     tokens: Sequence[int] | None = None,
     predictions: Path | None = None,
     padded: bool = False,
+    rewrite: Callable[[str], str] | None = None,
 ) -> scoring.Scores:
     """Scores every example once.
 
@@ -67,6 +68,8 @@ def score(
         padded: score as the scripts of 2022 did as well: the frames up to the longest clip of the
             batch are read for every clip, every space counts, unknown characters of the reference
             are "[UNK]" there, which the model can say.
+        rewrite: what is done to the model's text before it is compared, where it was trained on
+            transcripts of other rules: capitals or marks would be errors that nobody hears.
     """
     spaced = not text.writes_without_spaces(language)
     counts = scoring.Counts.empty(len(data))
@@ -85,6 +88,10 @@ def score(
                 frames = ids[place, : frame_lengths[place]]
                 labels = alignment.greedy_collapse(frames, writes.blank)
                 reference, hypothesis = data.references[row], writes.decode(labels, _NO_CHARACTER)
+                written = writes.decode(labels)
+                if rewrite is not None:
+                    hypothesis = rewrite(hypothesis)
+                    written = hypothesis.replace(_NO_CHARACTER, "[UNK]")
                 if writes.only_capitals:
                     reference, hypothesis = reference.lower(), hypothesis.lower()
                 characters = metrics.character_errors(reference, hypothesis, spaced)
@@ -103,13 +110,13 @@ def score(
                     line = {
                         "id": data.ids[row],
                         "reference": data.references[row],
-                        "hypothesis": writes.decode(labels),
+                        "hypothesis": written,
                         "errors": characters.errors,
                         "units": characters.units,
                     }
                     lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             bar.advance(int(real.sum()))
-    rule = scoring.rule(normalization, spaced, padded)
+    rule = scoring.rule(normalization, spaced, padded, rewrite is not None and not padded)
     return scoring.summary(counts, data, spaced, padded, rule, seed)
 
 
@@ -184,6 +191,7 @@ def _score_splits(
     loaded = loading.load(model)
     cfg = _resolved(loaded, overrides)
     normalize = text.normalizer(cfg.normalization)
+    as_trained = loaded.writes_by(normalize) or not normalize.steps
     hosts.work_ahead(
         prepare.prepared_folder(cfg),
         lambda: prepare.prepare(cfg),
@@ -223,6 +231,7 @@ def _score_splits(
                 normalization=normalize.spec,
                 seed=cfg.seed,
                 tokens=shapes.tokens,
+                rewrite=None if as_trained else normalize,
             )
             written = folder / f"predictions-{name}.jsonl"
             scores = scored(

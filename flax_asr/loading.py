@@ -17,6 +17,7 @@ from flax_asr import (
     experiment,
     inventory,
     origins,
+    text,
     vocabulary,
 )
 from flax_asr.bucket import copies, store
@@ -60,6 +61,11 @@ class LoadedModel:
         mask every frame attends to it.
         """
         return self.use_attention_mask and self.config.feat_extract_norm == "layer"
+
+    def writes_by(self, normalizer: text.Normalizer) -> bool:
+        """Whether it was trained on transcripts of this rule, as far as it says."""
+        own = self.settings.get("text", {}).get("normalization")
+        return own is not None and text.normalizer(own).steps == normalizer.steps
 
     def objective(self, mixed_precision: str) -> criterion.Objective:
         """The model as `step.evaluate` takes it."""

@@ -150,7 +150,7 @@ class Counts:
         )
 
 
-def rule(normalization: Any, spaced: bool, padded: bool = False) -> str:
+def rule(normalization: Any, spaced: bool, padded: bool = False, rewritten: bool = False) -> str:
     """How a score came about, in one line: two scores with the same line can be compared."""
     steps = ", ".join(
         step if isinstance(step, str) else ": ".join(map(str, next(iter(step.items()))))
@@ -161,7 +161,9 @@ def rule(normalization: Any, spaced: bool, padded: bool = False) -> str:
             "greedy, " + ("padded frames too" if padded else "real frames only"),
             "CER over code points, spaces " + ("counted" if spaced or padded else "not counted"),
             "an unknown character is " + ('written "[UNK]"' if padded else "one error"),
-            f"normalisation: {steps or 'none'}",
+            "normalisation"
+            + (", also of what the model writes" if rewritten else "")
+            + f": {steps or 'none'}",
         ]
     )
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jiwer
@@ -10,7 +11,7 @@ import pytest
 import small_saved
 import soundfile
 
-from flax_asr import config, errors, evaluate, experiment, loading, parallel, vocabulary
+from flax_asr import config, errors, evaluate, experiment, loading, parallel, text, vocabulary
 from flax_asr.data import buckets, examples
 from flax_asr.models import wav2vec2
 from flax_asr.record import lineage
@@ -279,6 +280,56 @@ def test_an_interrupted_pass_leaves_the_old_predictions(data, shapes, saved, tmp
     with pytest.raises(KeyboardInterrupt):
         _score(forward, data, shapes, predictions=path)
     assert path.read_text() == "old"
+
+
+def test_what_a_model_of_other_rules_writes_is_normalised_before_it_is_compared(
+    saved, shapes, tmp_path
+):
+    split = small_saved.split(tmp_path, ["ab"])
+    theirs = vocabulary.Vocabulary(("<pad>", "a", "A", "b", ",", "[UNK]"), blank=0, unknown=5)
+    data = examples.build(
+        [split],
+        normalize=str.lower,
+        vocabulary=theirs,
+        frame_lengths=functools.partial(wav2vec2.frame_lengths, saved.model_config),
+    )
+
+    def forward(batch):
+        ids = np.zeros((len(batch.weights), 99), np.int32)
+        ids[:, :4] = 2, 3, 5, 4  # "Ab[UNK],"
+        return np.ones(len(ids)), ids, np.full(len(ids), 9)
+
+    plan = buckets.EvalPlan(data.samples, shapes.samples, 4)
+    steps = ["lower", "strip_punctuation"]
+    found = {}
+    for rewrite in (None, text.normalizer(steps)):
+        file = tmp_path / "predictions.jsonl"
+        options = {"language": "en", "normalization": steps, "seed": 1, "predictions": file}
+        scores = evaluate.score(forward, data, plan, theirs, rewrite=rewrite, **options)
+        line = json.loads(file.read_text())
+        found[rewrite is None] = scores.cer.counts.errors, line["hypothesis"], scores.rule
+    # The capital and the comma are no errors, the unknown character is one.
+    assert found[True][:2] == (3, "Ab[UNK],")
+    assert found[False][:2] == (1, "ab[UNK]")
+    assert "normalisation, also of what the model writes: lower" in found[False][2]
+    assert "normalisation: lower" in found[True][2]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_foreign_model_s_text_is_normalised_and_our_own_is_as_it_is(
+    exported, release, known, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    shutil.copytree(exported, model)
+    options = [f"--data.source={release}", "--data.num_workers=1", "--data.num_buckets=1"]
+    if not known:
+        (model / "flax_asr.json").unlink()
+        options += ["--data.language=eu", "--text.normalization=[lower, spaces]"]
+    evaluate.command(str(model), options, "-")
+    rule = json.loads(capsys.readouterr().out)["rule"]
+    assert ("normalisation: lower, spaces" in rule) == known
+    assert ("normalisation, also of what the model writes: lower, spaces" in rule) != known
 
 
 def _loaded(saved, **settings) -> loading.LoadedModel:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     # At run time it is imported where it is used: transformers imports torch where it can.
     from transformers import Wav2Vec2Config
 
-_WITHOUT_EFFECT = frozenset("force_download resume_download trust_remote_code".split())
+_WITHOUT_EFFECT = frozenset(
+    "force_download resume_download trust_remote_code _from_auto _from_pipeline".split()
+)
 """Of transformers' `from_pretrained`: a model's code is never run, the cache is always checked."""
 
 
@@ -244,13 +246,14 @@ class _PretrainedModel:
             seed: of a fresh head.
             options: fields of the configuration to change; others go to the class, as
                 `input_shape` does. `force_download`, `resume_download` and `trust_remote_code`
-                are accepted, without effect.
+                are accepted, without effect; `use_auth_token` is the old name of `token`.
 
         Raises:
             ModelError: not found, damaged, or not a wav2vec 2.0 model.
         """
         del from_pt
         options = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
+        token = options.pop("use_auth_token", token)
         folder, _ = hub.resolve(
             pretrained_model_name_or_path, revision, cache_dir, local_files_only, token
         )

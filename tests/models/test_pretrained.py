@@ -189,7 +189,11 @@ def test_calls_of_old_scripts_are_taken_and_uploads_are_refused(model, tmp_path)
         tmp_path, params=model.params, push_to_hub=False, max_shard_size="10GB", token=None
     )
     back = FlaxWav2Vec2ForCTC.from_pretrained(
-        tmp_path, force_download=False, resume_download=None, trust_remote_code=True
+        tmp_path,
+        force_download=False,
+        resume_download=None,
+        trust_remote_code=True,
+        use_auth_token=None,
     )
     assert _equal(back.params, model.params)
     with pytest.raises(errors.ModelError, match=f"hf upload NAME {tmp_path / 'new'}"):

@@ -179,11 +179,13 @@ class Wav2Vec2Module(nn.Module):
         """
         config = self.config
         check(config)
+        platform = self.platform or jax.default_backend()
         features = feature_encoder.FeatureEncoder(
             config,
             self.dtype,
             self.remat_policy,
             freeze_feature_encoder,
+            platform,
             name="feature_extractor",
         )(input_values)
         frame_mask = None
@@ -201,7 +203,7 @@ class Wav2Vec2Module(nn.Module):
 
         kind = attention.choose(
             self.attention,
-            self.platform or jax.default_backend(),
+            platform,
             config,
             self.dtype,
             x.shape[1],

@@ -85,7 +85,9 @@ class Source:
         found = next((name for name in names_of(split) if name in self.readers), None)
         if found is None:
             raise errors.DataError(
-                f"{self.name}: no split {split!r}; it has {', '.join(self.splits())}"
+                f"{self.name}: no split {split!r}; it has {', '.join(self.splits())}."
+                " data.train_splits, data.eval_splits and data.test_splits say which are used; []"
+                " is none"
             )
         return self._clips(found)
 

@@ -15,7 +15,7 @@ from flax_asr import errors
 from flax_asr.sources import clips, tables
 
 # What of a folder is no recording.
-_TABLES = frozenset((".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt"))
+_TABLES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 _TAIL_BYTES = 16 * 2**20
 
 
@@ -185,19 +185,27 @@ def fingerprint(name: str) -> str:
     folder = pathlib.Path(name.partition(":")[0]).expanduser()
     if not folder.is_dir():
         return f"hf:{name}"
+    # No object for every file: there may be a million recordings among them.
+    tables_there = sorted(
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if name.endswith(_TABLES) and not name.startswith((".", "cache-"))
+    )
     found = [
-        (path.relative_to(folder).as_posix(), path.stat().st_size, _tail(path))
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in _TABLES and not path.name.startswith((".", "cache-"))
+        (os.path.relpath(file, folder), *_size_and_tail(file))
+        for file in tables_there
+        if os.path.isfile(file)
     ]
     return hashlib.sha256(json.dumps(found).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _tail(file: pathlib.Path) -> str:
-    """A hash of a file's end: all of a small table, the statistics of a parquet file."""
+def _size_and_tail(file: str) -> tuple[int, str]:
+    """Bytes, and a hash of the end: all of a small table, the statistics of a parquet file."""
     with open(file, "rb") as stream:
-        stream.seek(max(0, file.stat().st_size - _TAIL_BYTES))
-        return hashlib.sha256(stream.read()).hexdigest()
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _TAIL_BYTES))
+        return size, hashlib.sha256(stream.read()).hexdigest()
 
 
 def _hub_clips(name: str, split: str, table: Any, column: str) -> Iterator[clips.Clip]:

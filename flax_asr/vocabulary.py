@@ -145,7 +145,10 @@ class Vocabulary:
         labels = np.array([self._ids.get(piece, unknown) for piece in pieces], np.int32)
         if (labels < 0).any():
             strange = sorted({piece for piece in pieces if piece not in self._ids})
-            raise errors.DataError(f"these characters have no token: {' '.join(strange[:20])!r}")
+            raise errors.DataError(
+                f"these characters have no token: {' '.join(strange[:20])!r}; nor is there one"
+                " for unknown characters: change text.normalization, or take another model"
+            )
         return labels
 
     def decode(

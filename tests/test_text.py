@@ -452,3 +452,9 @@ def test_a_character_without_token_is_unknown_or_refused():
     assert vocabulary.encode("aЖ b").tolist() == [2, 1, 1, 3]
     with pytest.raises(DataError, match="Ж"):
         Vocabulary(("<pad>", "a"), blank=0).encode("aЖ")
+
+
+def test_characters_without_any_token_are_refused_with_what_to_do():
+    vocabulary = Vocabulary(("[PAD]", "a"), blank=0)
+    with pytest.raises(errors.DataError, match=r"no token: 'b c'; nor .* text\.normalization"):
+        vocabulary.encode("abcb")

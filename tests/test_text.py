@@ -456,5 +456,5 @@ def test_a_character_without_token_is_unknown_or_refused():
 
 def test_characters_without_any_token_are_refused_with_what_to_do():
     vocabulary = Vocabulary(("[PAD]", "a"), blank=0)
-    with pytest.raises(errors.DataError, match=r"no token: 'b c'; nor .* text\.normalization"):
+    with pytest.raises(DataError, match=r"no token: 'b c'; nor .* text\.normalization"):
         vocabulary.encode("abcb")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flax_asr
-from flax_asr import checkpoint, config, hyperparameters, inventory, scoring, text
+from flax_asr import checkpoint, config, hyperparameters, inventory, run_folder, scoring, text
 from flax_asr.console import terminal
 from flax_asr.record import curves, lineage, runlog
 
@@ -43,9 +43,9 @@ _UNSPACED_REASON = (
 def write(run: Path, saved: checkpoint.SavedModel) -> Path:
     """Writes RUN/README.md for the checkpoint that is exported; returns its path."""
     content = render(run.name, saved, runlog.read(run), has_curves=(run / curves.FILE).is_file())
-    unfinished = run / ".README.md.unfinished"
+    unfinished = run / f".{run_folder.CARD}.unfinished"
     unfinished.write_text(content, encoding="utf-8")
-    return unfinished.replace(run / "README.md")
+    return unfinished.replace(run / run_folder.CARD)
 
 
 def render(
@@ -53,7 +53,8 @@ def render(
     saved: checkpoint.SavedModel,
     history: Sequence[Mapping[str, Any]],
     *,
-    has_curves: bool,
+    has_curves: bool = False,
+    is_export: bool = False,
 ) -> str:
     """The card as text.
 
@@ -62,7 +63,9 @@ def render(
         saved: the checkpoint that is described.
         history: the events of log.jsonl.
         has_curves: whether the picture lies beside the card.
+        is_export: whether the weights do, in the export that the card is part of.
     """
+    weights = "It" if is_export else "The folder `export`"
     cfg = inventory.meta_config(saved.meta)
     scores = _scores(saved, history)
     sections = [
@@ -72,8 +75,8 @@ def render(
         _section("Model description", _description(saved)),
         _section(
             "Intended uses & limitations",
-            "Transcribes recordings of one speaker, 16 kHz. The folder `export` is read by"
-            ' `transformers` (`pipeline("automatic-speech-recognition", model=...)`).',
+            f"Transcribes recordings of one speaker, 16 kHz. {weights} is read by `transformers`"
+            ' (`pipeline("automatic-speech-recognition", model=...)`).',
         ),
         _section("Training and evaluation data", _data(saved, cfg)),
         "## Training procedure",

@@ -17,12 +17,22 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, card, checkpoint, config, errors, inventory, torch_logits, vocabulary
+from flax_asr import (
+    audio,
+    card,
+    checkpoint,
+    config,
+    errors,
+    inventory,
+    run_folder,
+    torch_logits,
+    vocabulary,
+)
 from flax_asr.bucket import copies, store
 from flax_asr.console import terminal
 from flax_asr.hosts import cluster
 from flax_asr.models import convert, wav2vec2, weights
-from flax_asr.record import lineage
+from flax_asr.record import lineage, runlog
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +78,28 @@ def command(run: str, out: str, step: int | None = None) -> None:
         raise errors.ModelError(f"{out} holds something else: name a new folder.")
     cluster.devices()
     saved = checkpoint.load_model(folder, step)
-    done = write_folder(target, saved, inventory.meta_config(saved.meta), saved.meta.facts)
+    name = run.rstrip("/").rpartition("/")[2] if store.is_remote(run) else folder.resolve().name
+    described = card.render(name, saved, runlog.read(folder), is_export=True)
+    run_config = inventory.meta_config(saved.meta)
+    done = write_folder(target, saved, run_config, saved.meta.facts, described)
     terminal.show(f"step {saved.step} of {run} is in {out}: {done}")
 
 
 def write_folder(
-    folder: Path, saved: checkpoint.SavedModel, run: config.Config, facts: Mapping[str, Any]
+    folder: Path,
+    saved: checkpoint.SavedModel,
+    run: config.Config,
+    facts: Mapping[str, Any],
+    described: str | None = None,
 ) -> Verification:
     """Writes the folder beside its place, verifies it there, and puts it in its place.
+
+    Args:
+        folder: its place.
+        saved: the checkpoint.
+        run: the configuration of its run.
+        facts: of the run.
+        described: the model card, which the hub shows of the folder.
 
     Raises:
         ModelError: it cannot be written, or does not say what the checkpoint says.
@@ -90,6 +114,8 @@ def write_folder(
         saved.vocabulary.write(unfinished)
         _write_json(unfinished / "preprocessor_config.json", _preprocessor(saved.meta))
         _write_json(unfinished / lineage.FILE, _facts(saved, run, facts))
+        if described is not None:
+            (unfinished / run_folder.CARD).write_text(described, encoding="utf-8")
         done = _verify(unfinished, saved, model_config)
         _replace(unfinished, folder)
     except OSError as error:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from flax_asr import card, checkpoint, config, errors, export, resume, run_folder
 from flax_asr.hosts import multihost
-from flax_asr.record import curves
+from flax_asr.record import curves, runlog
 
 
 def best(folder: Path, hosts: multihost.Hosts, mirrored: resume.Mirrored) -> checkpoint.SavedModel:
@@ -26,7 +26,8 @@ def write(folder: Path, saved: checkpoint.SavedModel, cfg: config.Config, update
     Raises:
         CheckpointError: they cannot be written.
     """
-    export.write_folder(folder / run_folder.EXPORT, saved, cfg, saved.meta.facts)
+    described = card.render(folder.name, saved, runlog.read(folder), is_export=True)
+    export.write_folder(folder / run_folder.EXPORT, saved, cfg, saved.meta.facts, described)
     try:
         curves.draw(folder)
         card.write(folder, saved)

@@ -27,6 +27,7 @@ RUN_FILES = {
     "curves.png",
     "predictions-eval.jsonl",
     "predictions-test.jsonl",
+    "export/README.md",
     "export/config.json",
     "export/model.safetensors",
     "export/vocab.json",
@@ -105,6 +106,21 @@ def test_the_card_has_the_scores(whole):
     tested = runlog.read(whole)[-1]
     assert f"{tested['test_cer']:.4f}" in card
     assert "curves.png" in card
+    exported = (whole / "export" / "README.md").read_text()
+    assert f"{tested['test_cer']:.4f}" in exported
+    assert exported.startswith("---\n")
+    assert "# whole\n" in exported
+    assert "The folder" not in exported
+    assert "curves.png" not in exported
+
+
+def test_an_export_of_an_earlier_checkpoint_has_a_card_without_the_test_scores(whole, tmp_path):
+    best = checkpoint.load_model(whole).step
+    other = next(step for step in inventory.steps(whole) if step != best)
+    assert __main__.main(["export", str(whole), str(tmp_path / "out"), "--step", str(other)]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- This checkpoint: after {other} updates" in card
+    assert "results on the test set" not in card
 
 
 def test_the_export_says_the_same_in_pytorch(place, whole):

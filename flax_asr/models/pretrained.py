@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from flax_asr.data import buckets
 from flax_asr.models import configuration, convert, hub, wav2vec2, weights
 
 if TYPE_CHECKING:
@@ -86,11 +87,7 @@ def fresh(config: "Wav2Vec2Config", seed: int, *, head: bool = True) -> Tree:
 
 def shortest(config: "Wav2Vec2Config") -> tuple[int, int]:
     """The shape of one row of the fewest samples that give a frame."""
-    samples = 1
-    layers = zip(config.conv_kernel, config.conv_stride, strict=True)
-    for taps, stride in reversed(list(layers)):
-        samples = (samples - 1) * stride + taps
-    return (1, samples)
+    return (1, buckets.smallest_samples(1, config.conv_kernel, config.conv_stride))
 
 
 def random(module: nn.Module, key: Array, input_shape: tuple[int, ...]) -> Tree:

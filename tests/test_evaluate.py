@@ -212,6 +212,17 @@ def test_an_unknown_symbol_is_one_error_and_is_written_out(saved, shapes, tmp_pa
     assert (scores.padded.cer.counts.errors, scores.padded.cer.counts.units) == (0, 7)
 
 
+def _saying(*symbols: int):
+    """A forward pass in which every clip says these symbols."""
+
+    def forward(batch):
+        ids = np.zeros((len(batch.weights), 99), np.int32)
+        ids[:, : len(symbols)] = symbols
+        return np.ones(len(ids)), ids, np.full(len(ids), 9)
+
+    return forward
+
+
 def test_a_model_that_has_capitals_only_is_compared_without_case(saved, shapes, tmp_path):
     split = small_saved.split(tmp_path, ["ab"])
     capitals = vocabulary.Vocabulary(("<pad>", "A", "B"), blank=0)
@@ -222,11 +233,7 @@ def test_a_model_that_has_capitals_only_is_compared_without_case(saved, shapes, 
         frame_lengths=functools.partial(wav2vec2.frame_lengths, saved.model_config),
     )
 
-    def forward(batch):
-        ids = np.zeros((len(batch.weights), 99), np.int32)
-        ids[:, :2] = 1, 2
-        return np.ones(len(ids)), ids, np.full(len(ids), 9)
-
+    forward = _saying(1, 2)
     plan = buckets.EvalPlan(data.samples, shapes.samples, 4)
     scores = evaluate.score(
         forward, data, plan, capitals, language="en", normalization=["lower"], seed=1
@@ -294,11 +301,7 @@ def test_what_a_model_of_other_rules_writes_is_normalised_before_it_is_compared(
         frame_lengths=functools.partial(wav2vec2.frame_lengths, saved.model_config),
     )
 
-    def forward(batch):
-        ids = np.zeros((len(batch.weights), 99), np.int32)
-        ids[:, :4] = 2, 3, 5, 4  # "Ab[UNK],"
-        return np.ones(len(ids)), ids, np.full(len(ids), 9)
-
+    forward = _saying(2, 3, 5, 4)  # "Ab[UNK],"
     plan = buckets.EvalPlan(data.samples, shapes.samples, 4)
     steps = ["lower", "strip_punctuation"]
     found = {}

@@ -291,6 +291,15 @@ def test_updates_of_the_head_alone_have_a_cost_of_their_own():
     assert seen.programs == 3
 
 
+def test_a_run_may_end_before_the_encoder_is_trained():
+    cfg = tiny(data={"num_buckets": 1}, model={"config": TINY, "freeze_encoder_steps": 100})
+    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
+    accumulate, update = programs(work)
+    head = dataclasses.replace(accumulate, function="accumulate_head")
+    seen = outlook.Outlook.of(cfg, work, [head, update], V5E, device_count=2)
+    assert seen.hours == pytest.approx(100 * 5.0 / 3600)
+
+
 def test_the_gradient_of_the_head_alone_is_a_forward_pass_and_one_product():
     work = workload.of(tiny(), 2)
     model_config = work.objective.config

@@ -160,7 +160,8 @@ class Outlook:
     ) -> "Outlook":
         """Everything from the compiled programs; other shapes cost in proportion to FLOPs."""
         times = _Times(cfg, work, programs, described, device_count)
-        learn = times.largest("update_from") or times.largest("accumulate")
+        kinds = ("update_from", "accumulate", "accumulate_head")
+        learn = next(program for kind in kinds if (program := times.largest(kind)))
         held = _held_bytes(work, programs)
         fixed = sum(held.values()) - held["batch and activations"]
         a_row = (learn.peak_bytes - learn.code_bytes - fixed + held["programs"]) / learn.rows

@@ -1,12 +1,13 @@
 """What the TPU compiler expects of one train step of XLS-R 300M on a v5e chip, or of another.
 
     python benchmarks/tpu_plan.py [--layers 24] [--rows 8] [--seconds 10]
-        [--checkpointing] [--attention xla] [--micro-batches 1] [--json FILE]
+        [--checkpointing] [--attention xla] [--dropout 0.1] [--micro-batches 1] [--json FILE]
     python benchmarks/tpu_plan.py --encoder xls-r-1b --topology v5e:2x4 --zero-sharding
         --checkpointing --rows 4
 
 The work is that of the deleted Hugging Face Flax class's baseline: 8 clips of 10 s, bf16, 4000
-symbols, 40 labels, feature encoder frozen, no dropout, no SpecAugment, no rematerialisation. Needs
+symbols, 40 labels, feature encoder frozen, no dropout (with --dropout, in every place of the
+layers: attention weights, activations, residuals), no SpecAugment, no rematerialisation. Needs
 libtpu (`pip install '.[tpu]'`), no TPU; takes minutes of every core.
 """
 
@@ -23,11 +24,13 @@ BASELINE_ENCODER = "xls-r-300m"
 BASELINE_CYCLES = 174.5e6  # the deleted class with optax.ctc_loss, the whole step, same compiler
 BASELINE_BYTES = 8.1e9
 BASELINE_COMPILE_SECONDS = 173
+DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout")
 SYMBOLS, TOKENS, SAMPLE_RATE_HZ = 4000, 40, 16_000
 
 
 def configuration(arguments: argparse.Namespace, devices: int) -> config.Config:
     model_config = {**train_step.QUIET, "vocab_size": SYMBOLS}
+    model_config |= dict.fromkeys(DROPOUTS, arguments.dropout)
     if arguments.layers is not None:
         model_config["num_hidden_layers"] = arguments.layers
     return config.build(
@@ -67,6 +70,7 @@ def main():
     parser.add_argument("--zero-sharding", action="store_true")
     parser.add_argument("--micro-batches", type=int, default=1, help="of an update")
     parser.add_argument("--attention", default="auto", help="xla: without our attention kernel")
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--json", metavar="FILE", help="also write one object a program there")
     arguments = parser.parse_args()
 

@@ -138,7 +138,7 @@ class ModelConfig:
         reset_head: start a fresh head although the vocabulary is the same.
         attention: which form of attention computes: `xla` is the plain one, `pallas` a kernel for
             TPU, `cudnn` a kernel for NVIDIA GPUs in fp16 and bf16; `auto` picks by machine and
-            precision. With attention dropout the plain one computes.
+            precision. With attention dropout cuDNN's gives way to the plain one.
         remat_policy: what gradient checkpointing keeps; `full` recomputes whole layers, the others
             are jax's checkpoint policies of these names.
     """

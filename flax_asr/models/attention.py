@@ -27,8 +27,8 @@ def choose(
 ) -> str:
     """The form that computes: "xla", "pallas" or "cudnn".
 
-    The plain form is the only one with attention dropout, and the only one whose weights can be
-    seen: where either is wanted it computes, whatever `kind` says.
+    Only the plain form's weights can be seen, and cuDNN's form has no dropout of them: where that
+    is wanted the plain form computes, whatever `kind` says.
 
     Args:
         kind: one of KINDS.
@@ -50,12 +50,12 @@ def choose(
     }
     if hindrances.get(kind):
         raise errors.ModelError(f"model.attention: {kind!r} {hindrances[kind]}; 'auto' is right")
-    if keep_weights or (config.attention_dropout > 0.0 and not deterministic):
+    if kind == "auto":
+        kind = "pallas" if platform == "tpu" else "cudnn"
+    drops = config.attention_dropout > 0.0 and not deterministic
+    if hindrances.get(kind) or keep_weights or (drops and kind == "cudnn"):
         return "xla"
-    if kind != "auto":
-        return kind
-    preferred = "pallas" if platform == "tpu" else "cudnn"
-    return "xla" if hindrances[preferred] else preferred
+    return kind
 
 
 def _pallas_hindrance(platform: str, dtype: layers.Dtype, frames: int) -> str | None:
@@ -63,8 +63,9 @@ def _pallas_hindrance(platform: str, dtype: layers.Dtype, frames: int) -> str | 
         return f"runs on TPU (and, slowly, on CPU), not on {platform}"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"computes in float32 and bfloat16, not in {jnp.dtype(dtype)}"
-    if frames > short_attention.LONGEST_FRAMES:
-        return f"takes at most {short_attention.LONGEST_FRAMES} frames a clip, not {frames}"
+    longest = short_attention.LONGEST_FRAMES[jnp.dtype(dtype).itemsize]
+    if frames > longest:
+        return f"takes at most {longest} frames a clip in {jnp.dtype(dtype)}, not {frames}"
     return None
 
 
@@ -124,8 +125,12 @@ class SelfAttention(nn.Module):
             strict=True,
         )
         weights = None
+        dropout = layers.Dropout(self.config.attention_dropout, self.deterministic)
         if self.kind == "pallas":
-            mixed = short_attention.attend(products, biases, _lengths(x, frame_mask), heads)
+            words = dropout.words() if dropout.is_on else None
+            mixed = short_attention.attend(
+                products, biases, _lengths(x, frame_mask), heads, words, dropout.rate
+            )
         else:
             query, key, value = (
                 product + bias.astype(self.dtype)
@@ -133,7 +138,6 @@ class SelfAttention(nn.Module):
             )
             query = query * jnp.asarray((hidden // heads) ** -0.5, self.dtype)
             if self.kind == "xla":
-                dropout = layers.Dropout(self.config.attention_dropout, self.deterministic)
                 mixed, weights = plain(query, key, value, frame_mask, heads, dropout)
             else:
                 mixed = cudnn(query, key, value, frame_mask, heads)

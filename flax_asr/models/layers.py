@@ -6,7 +6,7 @@ backend's default; means and variances are float32.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -151,28 +151,58 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dropped_levels = round(self.rate * 2**32)
-        if self.deterministic or dropped_levels <= 0:
+        if not self.is_on:
             return x
-        if dropped_levels >= 2**32:
-            return jnp.zeros_like(x)
-        words = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
-        kept = hashed_places(words, x.shape) >= jnp.uint32(dropped_levels)
-        scale = jnp.asarray(2**32 / (2**32 - dropped_levels), x.dtype)
-        return jnp.where(kept, x * scale, jnp.zeros_like(x))
+        is_kept = kept(flat_places(x.shape), self.words(), self.rate)
+        return jnp.where(
+            is_kept, x * jnp.asarray(kept_scale(self.rate), x.dtype), jnp.zeros_like(x)
+        )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is dropped."""
+        return not self.deterministic and _dropped_levels(self.rate) > 0
+
+    def words(self) -> jax.Array:
+        """The two key words of a call: uint32 [2]."""
+        return jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
 
 
-def hashed_places(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """32 well-mixed bits for each place of an array, from two key words.
+_LEVELS = 2**32  # of the hash of a place; what lies below the rate's share of them is dropped
+
+
+def _dropped_levels(rate: float) -> int:
+    return round(rate * _LEVELS)
+
+
+def kept(places: jax.Array, words: Iterable[jax.Array], rate: float) -> jax.Array:
+    """Which elements dropout keeps, by the numbers of their places and the key words of a call."""
+    if _dropped_levels(rate) >= _LEVELS:
+        return jnp.zeros(places.shape, bool)
+    return hashed(places, words) >= jnp.uint32(_dropped_levels(rate))
+
+
+def kept_scale(rate: float) -> float:
+    """What the elements that dropout keeps are multiplied by."""
+    return _LEVELS / max(_LEVELS - _dropped_levels(rate), 1)
+
+
+def flat_places(shape: tuple[int, ...]) -> jax.Array:
+    """The number of each element of an array, in C order, modulo 2**32: uint32 [shape]."""
+    places = jnp.zeros(shape, jnp.uint32)
+    step = 1
+    for axis in reversed(range(len(shape))):
+        places += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step % _LEVELS)
+        step *= shape[axis]
+    return places
+
+
+def hashed(places: jax.Array, words: Iterable[jax.Array]) -> jax.Array:
+    """32 well-mixed bits for each place, from key words.
 
     Source: two rounds of the finaliser of MurmurHash3 (A. Appleby, public domain), with a key word
     before each; every input bit changes every output bit with probability one half.
     """
-    places = jnp.zeros(shape, jnp.uint32)
-    step = 1
-    for axis in reversed(range(len(shape))):
-        places += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step % 2**32)
-        step *= shape[axis]
     for word in words:
         places ^= word
         places = (places ^ (places >> 16)) * jnp.uint32(0x85EBCA6B)

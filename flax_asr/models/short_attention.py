@@ -9,37 +9,48 @@ Arrays stay [batch, frames, hidden], as the projections around leave them. A blo
 whole heads that fill whole lanes (two heads of 64 channels, eight of 80), or all channels. A head
 is not cut out of its lanes: its neighbours are set to zero in one factor of each product, which
 costs nothing, as the matrix unit is as wide as the lanes.
+
+Dropout of the weights is that of the plain form to the bit: a hash of the place in the whole array
+[batch, heads, queries, keys], made anew by the backward pass.
 """
 
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from flax_asr.models import layers
 
 LANES = 128
 _SUBLANES = 8
 QUERIES = 512
-"""Queries that a program takes at once: scores of 512 x 1024 frames are 2 MiB in float32."""
-LONGEST_FRAMES = 2048
-"""Beyond, scores take too much of the memory on the chip; 41 seconds of audio."""
+"""Queries that a program takes at once, at the most."""
+_SCORE_BYTES = 10 * 2**20
+"""What all score matrices of a program may take: fewer queries at once where clips are long."""
+LONGEST_FRAMES = {2: 2048, 4: 1024}
+"""By the bytes of an element. Beyond, a block takes too much of the memory on the chip; 41 and 20
+seconds of audio."""
 
+_HASH_FLOPS = 24 * 16
+"""For the bound of a score with dropout: its vector operations by the schedule that the compiler
+makes, and how many of the half-filled matrix unit's take as long as one of them."""
 _HIDDEN_SCORE = -1e30  # of a padding frame; finite, so that a clip without frames gives no NaN
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5))
 def attend(
     products: tuple[Float[Array, "batch frames hidden"], ...],
     biases: tuple[Float[Array, " hidden"], ...],
     lengths: Int[Array, " batch"],
     heads: int,
+    words: UInt32[Array, "2"] | None = None,
+    dropout: float = 0.0,
 ) -> Float[Array, "batch frames hidden"]:
     """softmax(query key^T / sqrt(channels)) value, over the first `lengths` frames of each clip.
 
@@ -52,32 +63,36 @@ def attend(
         biases: of query, key and value.
         lengths: real frames of each clip.
         heads: into how many the hidden channels are divided.
+        words: the key words of the dropout of the softmax's weights; None: there is none.
+        dropout: its rate.
 
     Oracles: the plain form in attention.py and PyTorch, tests/models/test_attention.py.
     """
-    return _forward(products, biases, lengths, heads)[0]
+    return _forward(products, biases, lengths, heads, words, dropout)[0]
 
 
-def _forward(products, biases, lengths, heads):
+def _forward(products, biases, lengths, heads, words, dropout):
     dtype, head_size = products[0].dtype, products[0].shape[-1] // heads
     query, key, value = (x + b.astype(dtype) for x, b in zip(products, biases, strict=True))
     query = query * jnp.asarray(head_size**-0.5, dtype)
-    (mixed,) = _call(_forward_kernel, heads, lengths, query, key, value)
-    return mixed, (query, key, value, lengths, biases)
+    (mixed,) = _call(_forward_kernel, heads, lengths, words, dropout, query, key, value)
+    return mixed, (query, key, value, lengths, words, biases)
 
 
-def _backward(heads, residuals, gradient):
-    query, key, value, lengths, biases = residuals
-    *gradients, sums = _call(_backward_kernel, heads, lengths, query, key, value, gradient)
+def _backward(heads, dropout, residuals, gradient):
+    query, key, value, lengths, words, biases = residuals
+    *gradients, sums = _call(
+        _backward_kernel, heads, lengths, words, dropout, query, key, value, gradient
+    )
     sums = sums.sum(axis=0)
     bias_gradients = tuple(sums[i].astype(bias.dtype) for i, bias in enumerate(biases))
-    return tuple(gradients), bias_gradients, None
+    return tuple(gradients), bias_gradients, None, None
 
 
 attend.defvjp(_forward, _backward)
 
 
-def _call(kernel, heads, lengths, *arrays):
+def _call(kernel, heads, lengths, words, dropout, *arrays):
     """Runs a kernel over (clips, blocks of heads, blocks of queries).
 
     Query, output and their gradients are cut by query, the others are whole.
@@ -87,26 +102,34 @@ def _call(kernel, heads, lengths, *arrays):
     width = math.lcm(head_size, LANES)
     if hidden % width:
         width = hidden
-    queries = min(frames, QUERIES)
+    bytes_a_score = _bytes_a_score(width, head_size, arrays[0].dtype.itemsize)
+    queries = _queries(frames, bytes_a_score)
     whole_lanes = pl.cdiv(frames, LANES) * LANES
-    by_query = pl.BlockSpec((1, queries, width), lambda b, h, q, lengths: (b, q, h))
-    whole = pl.BlockSpec((1, frames, width), lambda b, h, q, lengths: (b, 0, h))
+    by_query = pl.BlockSpec((1, queries, width), lambda b, h, q, *scalars: (b, q, h))
+    whole = pl.BlockSpec((1, frames, width), lambda b, h, q, *scalars: (b, 0, h))
     like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
     if kernel is _forward_kernel:
         products, in_specs, out_specs = 2, [by_query, whole, whole], [by_query]
         results, scratch = [like], []
     else:
-        sums = pl.BlockSpec((1, 3, width), lambda b, h, q, lengths: (b, 0, h))
+        sums = pl.BlockSpec((1, 3, width), lambda b, h, q, *scalars: (b, 0, h))
         products, in_specs = 5, [by_query, whole, whole, by_query]
         out_specs = [by_query, whole, whole, sums]
         results = [like, like, like, jax.ShapeDtypeStruct((batch, 3, hidden), jnp.float32)]
         scratch = [pltpu.VMEM((rows, width), jnp.float32) for rows in (_SUBLANES, frames, frames)]
+    scalars = [lengths.astype(jnp.int32)] if words is None else [lengths.astype(jnp.int32), words]
+    scores = batch * heads * frames * whole_lanes
+    hashing = 0 if words is None else _HASH_FLOPS * scores
+
+    def body(*references):
+        here = _Program(head_size, heads, frames, dropout, *references[: len(scalars)])
+        kernel(here, *references[len(scalars) :])
 
     def run(*operands, interpret):
         return pl.pallas_call(
-            functools.partial(kernel, head_size),
+            body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
+                num_scalar_prefetch=len(scalars),
                 grid=(batch, hidden // width, pl.cdiv(frames, queries)),
                 in_specs=in_specs,
                 out_specs=out_specs,
@@ -115,11 +138,13 @@ def _call(kernel, heads, lengths, *arrays):
             out_shape=results,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=_vmem_bytes(frames, queries, width, like.dtype.itemsize),
+                vmem_limit_bytes=_vmem_bytes(
+                    frames, queries, width, like.dtype.itemsize, bytes_a_score
+                ),
             ),
             cost_estimate=pl.CostEstimate(
                 # The matrix unit takes whole lanes of one of the two.
-                flops=products * 2 * batch * frames * whole_lanes * hidden,
+                flops=products * 2 * scores * head_size + hashing,
                 transcendentals=batch * heads * frames * frames,
                 bytes_accessed=(len(arrays) + len(out_specs)) * arrays[0].nbytes,
             ),
@@ -128,17 +153,76 @@ def _call(kernel, heads, lengths, *arrays):
         )(*operands)
 
     return jax.lax.platform_dependent(
-        lengths.astype(jnp.int32),
+        *scalars,
         *arrays,
         cpu=functools.partial(run, interpret=True),
         default=functools.partial(run, interpret=False),
     )
 
 
-def _vmem_bytes(frames, queries, width, itemsize):
-    """Blocks twice, as the next ones arrive meanwhile; sums; five score matrices of a head."""
+def _queries(frames: int, bytes_a_score: int) -> int:
+    """Queries that a program takes at once: all of a short clip, else whole tiles of them."""
+    fitting = _SCORE_BYTES // (bytes_a_score * frames) // LANES * LANES
+    return min(frames, QUERIES, max(fitting, LANES))
+
+
+def _bytes_a_score(width: int, head_size: int, itemsize: int) -> int:
+    """What the compiler keeps on the chip of a score: float32 matrices, some of every head."""
+    return 4 * (2 + width // head_size) * itemsize // 2
+
+
+def _vmem_bytes(frames, queries, width, itemsize, bytes_a_score):
+    """Blocks twice, as the next ones arrive meanwhile; sums, and parts of float32; scores."""
     blocks = (3 * queries + 4 * frames) * width * itemsize * 2
-    return 4 * 2**20 + blocks + 2 * frames * width * 4 + 5 * queries * frames * 4
+    sums = 4 * frames * width * itemsize
+    return 4 * 2**20 + blocks + sums + bytes_a_score * queries * frames
+
+
+class _Program(NamedTuple):
+    """What one of the kernel's programs is about.
+
+    Attributes:
+        head_size, heads, frames: of the whole arrays.
+        dropout: its rate.
+        lengths: real frames of every clip.
+        words: key words of the dropout; None: there is none.
+    """
+
+    head_size: int
+    heads: int
+    frames: int
+    dropout: float
+    lengths: Any
+    words: Any = None
+
+    @property
+    def length(self):
+        """Real frames of this clip."""
+        return self.lengths[pl.program_id(0)]
+
+    def dropped(self, weights, head: "_Head", query_axis: int):
+        """Weights, or their gradients, of this block of queries after dropout, but for its scale.
+
+        Queries lie along `query_axis`, keys along the other.
+        """
+        if self.words is None:
+            return weights
+        clip, first_head = pl.program_id(0), pl.program_id(1) * (head.width // self.head_size)
+        of_head = clip * self.heads + first_head + head.first // self.head_size
+        queries = weights.shape[query_axis]
+        of_block = (of_head * self.frames + pl.program_id(2) * queries) * self.frames
+        query, key = (
+            jax.lax.broadcasted_iota(jnp.uint32, weights.shape, axis)
+            for axis in (query_axis, 1 - query_axis)
+        )
+        places = of_block.astype(jnp.uint32) + query * jnp.uint32(self.frames) + key
+        is_kept = layers.kept(places, (self.words[0], self.words[1]), self.dropout)
+        return jnp.where(is_kept, weights, 0.0)
+
+    @property
+    def scale(self) -> float:
+        """What `dropped` leaves to be multiplied with."""
+        return 1.0 if self.words is None else layers.kept_scale(self.dropout)
 
 
 class _Head(NamedTuple):
@@ -147,6 +231,7 @@ class _Head(NamedTuple):
     window: slice
     first: int
     last: int
+    width: int  # of the block
 
     def only(self, x):
         """The window of `x`, with zeros in other heads' channels."""
@@ -159,7 +244,7 @@ def _heads(width: int, head_size: int) -> Iterator[_Head]:
     for first in range(0, width, head_size):
         last = first + head_size
         end = min(width, -(-last // LANES) * LANES)
-        yield _Head(slice(first // LANES * LANES, end), first, last)
+        yield _Head(slice(first // LANES * LANES, end), first, last, width)
 
 
 def _product(a, b, contracted):
@@ -172,24 +257,23 @@ def _product(a, b, contracted):
     )
 
 
-def _forward_kernel(head_size, lengths, query, key, value, output):
+def _forward_kernel(here, query, key, value, output):
     queries, keys, values = query[0], key[0], value[0]
-    length = lengths[pl.program_id(0)]
     mixed = jnp.zeros(queries.shape, jnp.float32)
-    for head in _heads(queries.shape[-1], head_size):
+    for head in _heads(queries.shape[-1], here.head_size):
         scores = _product(head.only(queries), keys[:, head.window], ((1,), (1,)))
         frame = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        scores = jnp.where(frame < length, scores, _HIDDEN_SCORE)
+        scores = jnp.where(frame < here.length, scores, _HIDDEN_SCORE)
         weights = jnp.exp(scores - scores.max(axis=1, keepdims=True))
         total = weights.sum(axis=1, keepdims=True)
-        sums = _product(weights.astype(values.dtype), values[:, head.window], ((1,), (0,)))
-        mixed = _add(mixed, head, sums / total)
+        weights = here.dropped(weights, head, query_axis=0).astype(values.dtype)
+        sums = _product(weights, values[:, head.window], ((1,), (0,)))
+        mixed = _add(mixed, head, sums * here.scale / total)
     output[0] = mixed.astype(output.dtype)
 
 
 def _backward_kernel(
-    head_size,
-    lengths,
+    here,
     query,
     key,
     value,
@@ -205,7 +289,6 @@ def _backward_kernel(
     """Scores stand with keys in rows here: their sums over keys go down the rows, which is cheap,
     and only one of the five products has to turn a matrix around."""
     block = pl.program_id(2)
-    length = lengths[pl.program_id(0)]
     keys, values = key[0], value[0]
     # The last block of queries may reach beyond the frames, where anything can stand.
     row = jax.lax.broadcasted_iota(jnp.int32, query.shape[1:], 0) + block * query.shape[1]
@@ -220,23 +303,23 @@ def _backward_kernel(
         value_sums[...] = jnp.zeros_like(value_sums)
 
     moved = jnp.zeros(queries.shape, jnp.float32)
-    for head in _heads(queries.shape[-1], head_size):
+    for head in _heads(queries.shape[-1], here.head_size):
         own_queries, own_outputs = head.only(queries), head.only(outputs)
         scores = _product(keys[:, head.window], own_queries, ((1,), (1,)))
         frame = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-        scores = jnp.where(frame < length, scores, _HIDDEN_SCORE)
+        scores = jnp.where(frame < here.length, scores, _HIDDEN_SCORE)
         weights = jnp.exp(scores - scores.max(axis=0, keepdims=True))
         weights = weights / weights.sum(axis=0, keepdims=True)
         by_weight = _product(values[:, head.window], own_outputs, ((1,), (1,)))
+        by_weight = here.dropped(by_weight, head, query_axis=1) * here.scale
         by_score = weights * (by_weight - (weights * by_weight).sum(axis=0, keepdims=True))
-        by_score = jnp.where(frame < length, by_score, 0.0).astype(keys.dtype)
-        value_sums[:, head.window] += _product(
-            weights.astype(keys.dtype), own_outputs, ((1,), (0,))
-        )
+        by_score = jnp.where(frame < here.length, by_score, 0.0).astype(keys.dtype)
+        weights = (here.dropped(weights, head, query_axis=1) * here.scale).astype(keys.dtype)
+        value_sums[:, head.window] += _product(weights, own_outputs, ((1,), (0,)))
         key_sums[:, head.window] += _product(by_score, own_queries, ((1,), (0,)))
         turned = _product(by_score, keys[:, head.window], ((0,), (0,)))
         moved = _add(moved, head, turned)
-    moved = moved * head_size**-0.5
+    moved = moved * here.head_size**-0.5
     query_gradient[0] = moved.astype(query_gradient.dtype)
     query_sum[:1] += moved.sum(axis=0, keepdims=True)
 

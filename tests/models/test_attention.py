@@ -1,6 +1,7 @@
 """The forms of attention against each other and against PyTorch; which one computes where."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.export
@@ -10,8 +11,10 @@ import pytest
 import small_torch
 import torch
 
-from flax_asr import errors
-from flax_asr.models import attention, convert, short_attention, transformer, wav2vec2
+from flax_asr import errors, plan
+from flax_asr.data import buckets
+from flax_asr.estimate import chips
+from flax_asr.models import attention, convert, layers, short_attention, transformer, wav2vec2
 
 # heads, channels of a head, frames, queries that the kernel takes at once
 SIZES = [
@@ -40,9 +43,10 @@ def arrays(heads, head, frames, dtype=np.float32, batch=3):
     return [*products, *biases, upstream], np.array([frames, frames // 2, 1])
 
 
-def kernel(lengths, heads):
+def kernel(lengths, heads, *dropout):
     """`attend` with its arguments in a row."""
-    return lambda *six: short_attention.attend(six[:3], six[3:], jnp.asarray(lengths), heads)
+    lengths = jnp.asarray(lengths)
+    return lambda *six: short_attention.attend(six[:3], six[3:], lengths, heads, *dropout)
 
 
 def plain(lengths, heads, form=attention.plain):
@@ -93,6 +97,30 @@ def test_the_kernel_equals_the_plain_form_and_pytorchs(heads, head, frames, quer
     mixed = mixed.transpose(1, 2).reshape(3, frames, -1)
     mixed.backward(torch.tensor(np.asarray(operands[-1])))
     close(ours, [mixed.detach(), *(x.grad for x in inputs)], 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head", "frames", "queries", "rate"),
+    [*((*size, 0.3) for size in SIZES), (*SIZES[-1], 1.0)],
+)
+def test_the_kernel_drops_the_weights_that_the_plain_form_drops(
+    heads, head, frames, queries, rate, monkeypatch
+):
+    monkeypatch.setattr(short_attention, "QUERIES", queries)
+    operands, lengths = arrays(heads, head, frames)
+    words = jnp.array([7, 0xF0000001], jnp.uint32)
+
+    def dropped(weights):
+        kept = layers.kept(layers.flat_places(weights.shape), words, rate)
+        return jnp.where(kept, weights * layers.kept_scale(rate), 0.0)
+
+    form = functools.partial(attention.plain, dropout=dropped)
+    forms = (kernel(lengths, heads, words, rate), plain(lengths, heads, form))
+    both = jax.jit(lambda *operands: [with_gradients(form, operands) for form in forms])
+    ours, theirs = both(*operands)
+    close(ours, theirs, 2e-5)
+    quiet = kernel(lengths, heads)(*operands[:-1])
+    assert np.abs(ours[0] - quiet).max() > 0.1
 
 
 def test_the_kernel_in_bfloat16_is_as_near_the_truth_as_the_plain_form():
@@ -178,21 +206,37 @@ def test_the_model_with_the_kernel_gives_pytorchs_logits_and_the_plain_gradients
     )
 
 
-def test_the_plain_form_computes_where_attention_dropout_or_the_weights_are_wanted():
+def with_dropout(module, params, values, mask, **options):
+    return module.apply(
+        {"params": params}, values, mask, rngs={"dropout": jax.random.key(0)}, **options
+    )
+
+
+def test_the_plain_form_computes_where_the_weights_are_wanted():
     _, module, params, values, mask = model(attention_dropout=0.3)
     kernel = module.clone(attention="pallas")
-
-    def logits(module, **options):
-        return module.apply(
-            {"params": params}, values, mask, rngs={"dropout": jax.random.key(0)}, **options
-        )
-
-    for options in ({"deterministic": False}, {"output_attentions": True}):
-        ours, plain = logits(kernel, **options), logits(module, **options)
-        jax.tree.map(np.testing.assert_array_equal, ours, plain)
+    ours, plain = (
+        with_dropout(m, params, values, mask, output_attentions=True) for m in (kernel, module)
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, plain)
     assert len(ours.attentions) == 2
-    quiet = logits(kernel).logits
-    assert np.abs(quiet - logits(kernel, deterministic=False).logits).max() > 1e-3
+
+
+def test_the_model_with_the_kernel_drops_attention_weights_in_training_only():
+    _, module, params, values, mask = model(attention_dropout=0.3)
+    kernel = module.clone(attention="pallas")
+    busy = with_dropout(kernel, params, values, mask, deterministic=False).logits
+    assert np.abs(busy - with_dropout(kernel, params, values, mask).logits).max() > 1e-3
+    # 1200 samples and more make whole tiles of frames, so that both forms see equal places
+    samples = buckets.smallest_samples(16, module.config.conv_kernel, module.config.conv_stride)
+    values = np.random.default_rng(0).normal(size=(2, samples)).astype(np.float32)
+    mask = np.arange(samples) < np.array([[samples], [samples // 2]])
+    ours, plain = (
+        with_dropout(m, params, values, mask, deterministic=False).logits for m in (kernel, module)
+    )
+    frames = wav2vec2.frame_lengths(module.config, mask.sum(-1))
+    real = np.arange(ours.shape[1]) < frames[:, None]
+    np.testing.assert_allclose(ours[real], plain[real], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("head", [64, 80])
@@ -217,15 +261,69 @@ def test_what_is_compiled_for_tpu_by_default_has_the_kernel_of_every_layer(head)
     assert "tpu_custom_call" not in text("cpu")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize(
+    ("topology", "heads", "hidden", "frames", "dtype", "rate"),
+    [
+        ("v5e:1x1", 16, 1024, 504, jnp.bfloat16, 0.0),
+        ("v5e:1x1", 16, 1024, 2048, jnp.bfloat16, 0.1),
+        ("v5e:1x1", 16, 1024, 1008, jnp.float32, 0.0),
+        ("v5e:1x1", 16, 1280, 2048, jnp.bfloat16, 0.1),
+        ("v5e:1x1", 16, 1280, 1024, jnp.float32, 0.1),
+        ("v5e:1x1", 12, 768, 1024, jnp.float32, 0.1),
+        ("v4:2x2x1", 16, 1024, 2048, jnp.bfloat16, 0.1),
+        ("v4:2x2x1", 16, 1024, 1008, jnp.float32, 0.0),
+        ("v5p:2x2x1", 16, 1280, 2048, jnp.bfloat16, 0.1),
+        ("v6e:2x4", 16, 1280, 1024, jnp.float32, 0.1),
+    ],
+)
+def test_the_real_tpu_compiler_has_room_for_long_clips(
+    topology, heads, hidden, frames, dtype, rate
+):
+    device = plan.describe(chips.parse(topology)).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def shape(size, dtype):
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
+
+    def gradients(products, biases, lengths, words, upstream):
+        def attend(*three):
+            dropout = (words, rate) if rate else ()
+            return short_attention.attend(three, biases, lengths, heads, *dropout)
+
+        return jax.vjp(attend, *products)[1](upstream)
+
+    array = shape((2, frames, hidden), dtype)
+    scalars = (shape((2,), jnp.int32), shape((2,), jnp.uint32))
+    biases = (shape((hidden,), jnp.float32),) * 3
+    traced = jax.jit(gradients).trace((array,) * 3, biases, *scalars, array)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+
+
 # Which form computes
 
 
-def chosen(kind="auto", platform="tpu", dtype=jnp.bfloat16, frames=499, **options):
+def chosen(
+    kind="auto",
+    platform="tpu",
+    dtype=jnp.bfloat16,
+    frames=499,
+    deterministic=True,
+    keep_weights=False,
+    **options,
+):
     config = small_torch.config(
         **{"hidden_size": 128, "num_attention_heads": 2, "attention_dropout": 0.1, **options}
     )
     return attention.choose(
-        kind, platform, config, dtype, frames, deterministic=True, keep_weights=False
+        kind,
+        platform,
+        config,
+        dtype,
+        frames,
+        deterministic=deterministic,
+        keep_weights=keep_weights,
     )
 
 
@@ -233,13 +331,25 @@ def test_auto_takes_the_quickest_form_that_is_right():
     assert chosen() == "pallas"
     assert chosen(dtype=jnp.float32) == "pallas"
     assert chosen(dtype=jnp.float16) == "xla"
-    assert chosen(frames=short_attention.LONGEST_FRAMES + 1) == "xla"
+    assert chosen(frames=2048) == "pallas"
+    assert chosen(frames=2049) == "xla"
+    assert chosen(frames=1024, dtype=jnp.float32) == "pallas"
+    assert chosen(frames=1025, dtype=jnp.float32) == "xla"
     assert chosen(platform="cpu") == "xla"
     assert chosen(platform="gpu") == "cudnn"
     assert chosen(platform="cuda", dtype=jnp.float32) == "xla"
     assert chosen(platform="rocm") == "xla"
     assert chosen(platform="gpu", num_attention_heads=32) == "xla"
     assert chosen("xla") == "xla"
+    assert chosen(keep_weights=True) == "xla"
+
+
+def test_dropout_of_the_weights_is_in_the_kernel_and_not_in_cudnns():
+    for kind in ("auto", "pallas"):
+        assert chosen(kind, deterministic=False) == "pallas"
+    for kind in ("auto", "cudnn"):
+        assert chosen(kind, platform="gpu", deterministic=False) == "xla"
+        assert chosen(kind, platform="gpu", deterministic=False, attention_dropout=0.0) == "cudnn"
 
 
 @pytest.mark.parametrize(

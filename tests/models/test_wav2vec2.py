@@ -511,7 +511,7 @@ def test_dropout_keeps_the_expectation_and_drops_the_share(rate):
 def test_what_is_dropped_is_independent_of_place_and_key():
     shape = (512, 512)
     words = [jnp.array(pair, jnp.uint32) for pair in ((0, 0), (0, 1), (1, 0), (7, 123456))]
-    drawn = [np.asarray(layers.hashed_places(pair, shape)) for pair in words]
+    drawn = [np.asarray(layers.hashed(layers.flat_places(shape), pair)) for pair in words]
     bits = [((d[..., None] >> np.arange(32, dtype=np.uint32)) & 1) * 2.0 - 1 for d in drawn]
     bound = 5 / np.sqrt(shape[0] * shape[1])  # five standard deviations of a fair coin's mean
     for i, one in enumerate(bits):

@@ -69,11 +69,7 @@ class Assembly:
         self.augmentation = experiment.augmentation(
             cfg, start.model_config, self.corpus.train, self.train_shapes
         )
-        self.eval_shapes = (
-            experiment.shapes(cfg, start.model_config, scored)
-            if scored
-            else experiment.Shapes((), ())
-        )
+        self.eval_shapes = experiment.scoring_shapes(cfg, start.model_config, scored)
         self.semantics = compat.of(cfg)
         self.plan = experiment.train_plan(
             cfg,

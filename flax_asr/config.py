@@ -69,7 +69,7 @@ class DataConfig:
         text_column: the column of the transcript, where it is not `sentence`.
         min_seconds: shorter clips are left out.
         max_seconds: longer clips are left out.
-        num_buckets: the most shapes that batches may have.
+        num_buckets: the most shapes of training batches; those that are scored have half as many.
         num_workers: decoding processes; by default one for each core.
         max_train_clips: use only so many training clips, drawn once from the seed.
         max_eval_clips: use only so many clips of every other split.

@@ -214,7 +214,7 @@ def _score_splits(
         found |= {"weights": multihost.digest(loaded.params), "--legacy": legacy}
         hosts.agree("data, model or options", run_folder.same_on_all_hosts(cfg) | found)
     devices = parallel.Devices()
-    shapes = experiment.shapes(cfg, loaded.config, list(sets.values()))
+    shapes = experiment.scoring_shapes(cfg, loaded.config, list(sets.values()))
     forward = compiled(loaded, cfg, shapes, devices)
     hosts.wait()
     folder = loaded.run or Path()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -174,13 +175,40 @@ def shapes(
     sets: Sequence[examples.Examples],
     fastest: float = 1.0,
 ) -> Shapes:
-    """At most `num_buckets` shapes that serve all of these sets.
+    """At most `num_buckets` shapes for training on all of these sets.
 
     Augmentation makes no clip longer than they are, and none shorter than by `fastest`.
     """
+    return _shapes(cfg.data.num_buckets, model_config, sets, fastest)
+
+
+def scoring_shapes(
+    cfg: config.Config, model_config: Wav2Vec2Config, sets: Sequence[examples.Examples]
+) -> Shapes:
+    """At most `scoring_buckets` shapes for scoring all of these sets; none for no sets."""
+    if not sets:
+        return Shapes((), ())
+    return _shapes(scoring_buckets(cfg.data.num_buckets), model_config, sets)
+
+
+def scoring_buckets(num_buckets: int) -> int:
+    """Half as many as for training.
+
+    Clips are scored a few times where they are trained on for many epochs: what is saved in
+    compilation is worth more than the padding.
+    """
+    return math.ceil(num_buckets / 2)
+
+
+def _shapes(
+    count: int,
+    model_config: Wav2Vec2Config,
+    sets: Sequence[examples.Examples],
+    fastest: float = 1.0,
+) -> Shapes:
     samples = buckets.choose_shapes(
         np.concatenate([data.samples for data in sets]),
-        cfg.data.num_buckets,
+        count,
         frame_samples=_frame_samples(model_config),
     )
     widths = [loader.label_widths(data, samples, fastest=fastest) for data in sets]

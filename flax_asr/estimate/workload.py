@@ -207,9 +207,7 @@ def _measured(cfg, start, corpus: corpora.Corpus, device_count: int) -> dict[str
     train_shapes = experiment.shapes(
         cfg, start.model_config, [corpus.train], cfg.data.augment.fastest
     )
-    eval_shapes = experiment.Shapes((), ())
-    if scored:
-        eval_shapes = experiment.shapes(cfg, start.model_config, list(scored.values()))
+    eval_shapes = experiment.scoring_shapes(cfg, start.model_config, list(scored.values()))
     rows = device_count * train.per_device_train_batch_size
     plan = experiment.train_plan(cfg, corpus.train.samples, train_shapes.samples, rows)
     epoch = plan.updates_per_epoch
@@ -240,13 +238,17 @@ def _guessed(cfg: config.Config, start: origins.Origin) -> dict[str, Any]:
     data, train = cfg.data, cfg.train
     shapes = even_shapes(data.max_seconds, data.num_buckets, start.model_config)
     symbols, reason = _symbols(cfg, start)
-    scored = data.eval_splits or data.test_splits
+    eval_shapes = experiment.Shapes((), ())
+    if data.eval_splits or data.test_splits:
+        eval_shapes = even_shapes(
+            data.max_seconds, experiment.scoring_buckets(data.num_buckets), start.model_config
+        )
     seconds = float(np.mean(shapes.samples)) / audio.SAMPLE_RATE_HZ
     return {
         "symbols": symbols,
         "train_shapes": shapes,
         "train_portions": (1 / len(shapes.samples),) * len(shapes.samples),
-        "eval_shapes": shapes if scored else experiment.Shapes((), ()),
+        "eval_shapes": eval_shapes,
         "scored_groups": None,
         "audio_seconds": seconds * train.global_batch_size,
         "updates": train.max_steps,

@@ -72,6 +72,10 @@ def _kind(character: str) -> str:
     return "digit" if category[0] == "N" else "letter"
 
 
+def _takes_a_mark(character: str) -> bool:
+    return _kind(character) in ("letter", "digit") or character in _JOINERS
+
+
 def _strip_punctuation(text: str, keep: str | None) -> str:
     """A run of marks becomes a space inside a word, and nothing beside one."""
     kept = set(keep or "") | set(_JOINERS)
@@ -79,8 +83,9 @@ def _strip_punctuation(text: str, keep: str | None) -> str:
     start = 0
     while start < len(text):
         if _kind(text[start]) not in ("mark", "invisible"):
-            orphan = unicodedata.category(text[start]) in ("Mn", "Me")
-            if not orphan or (result and _kind(result[-1]) in ("letter", "digit")):
+            combines = unicodedata.category(text[start]) in ("Mn", "Me")
+            # A joiner that stands here joins a letter to this mark: Bengali "r" with a "y" below.
+            if not combines or (result and _takes_a_mark(result[-1])):
                 result.append(text[start])
             start += 1
             continue

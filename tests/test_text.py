@@ -78,6 +78,9 @@ def test_each_language_is_written_its_own_way(language):
         ("vi", "Ðà Nẵng — Đà Nẵng", "đà nẵng đà nẵng"),
         ("ur", "كيا یہ کِتاب ہے؟ یه", "کیا یہ کتاب ہے یہ"),
         ("ckb", "ئه\u200cمه\u200c كوردي — ئەمە کوردی", "ئەمە کوردی ئەمە کوردی"),
+        # A joiner between a letter and the mark that it combines with.
+        ("bn", "র\u200d্যাব, ক\u200dি র\u200d! \u200d্", "র\u200d্যাব ক\u200dি র"),
+        ("kn", "ರ\u200d್ಯಾಂಕ್", "ರ\u200d್ಯಾಂಕ್"),
         ("ml", "അവന്\u200d, അവൻ; അവര്\u200d", "അവൻ അവൻ അവർ"),
         # Letters of more than one part.
         (
@@ -147,6 +150,7 @@ pieces = st.text(max_size=6) | st.sampled_from(
         "你 好",
         "Σ",
         "ا َ",
+        "র\u200d্য",
     ]
 )
 

@@ -142,17 +142,17 @@ def _from_hugging_face(model: str, place: str) -> LoadedModel:
     wav2vec2.check(origin.model_config)
     _check_sampling_rate(origin.folder)
     if origin.vocabulary is None:
-        raise errors.ModelError(
-            f"{model} has no vocab.json: it is an encoder that cannot write yet. Train it, with"
-            f" --model.pretrained {model}, or name a wav2vec2 model with a CTC head."
-        )
+        raise _cannot_write(model, "vocab.json")
+    tensors = weights.read(origin.folder)
+    if not convert.has_head(tensors):
+        raise _cannot_write(model, "CTC head")
     if origin.model_config.vocab_size != origin.vocabulary.size:
         raise errors.ModelError(
             f"{model}: by config.json the head has {origin.model_config.vocab_size} symbols, but"
             f" vocab.json {origin.vocabulary.size} with all that the tokenizer adds: the files do"
             " not belong together."
         )
-    params = convert.params_from_torch(weights.read(origin.folder), origin.model_config, head=True)
+    params = convert.params_from_torch(tensors, origin.model_config, head=True)
     facts = _read_facts(origin.folder)
     settings: dict[str, Any] = {
         "output_dir": str(_place(place, origin.folder)),
@@ -172,6 +172,13 @@ def _from_hugging_face(model: str, place: str) -> LoadedModel:
         facts=facts or dict(origin.facts),
         name=model,
         revision=origin.facts["revision"],
+    )
+
+
+def _cannot_write(model: str, lacking: str) -> errors.ModelError:
+    return errors.ModelError(
+        f"{model} has no {lacking}: it is an encoder that cannot write yet. Train it, with"
+        f" --model.pretrained {model}, or name a wav2vec2 model with a CTC head."
     )
 
 

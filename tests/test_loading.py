@@ -11,6 +11,7 @@ import small_saved
 import transformers
 
 from flax_asr import checkpoint, config, errors, loading
+from flax_asr.models import weights
 from flax_asr.record import lineage
 
 
@@ -118,6 +119,18 @@ def test_another_sampling_rate_is_refused(exported):
 def test_an_encoder_without_a_vocabulary_is_refused(exported):
     (exported / "vocab.json").unlink()
     with pytest.raises(errors.ModelError, match=r"no vocab\.json"):
+        loading.load(str(exported))
+
+
+def test_an_encoder_with_a_vocabulary_is_refused_for_its_lack_of_a_head(exported):
+    # as facebook/wav2vec2-base lies on the hub
+    tensors = {
+        name: np.array(tensor)
+        for name, tensor in weights.read(exported).items()
+        if not name.startswith("lm_head.")
+    }
+    weights.write(exported, tensors)
+    with pytest.raises(errors.ModelError, match=r"no CTC head: .* cannot write yet\. Train it"):
         loading.load(str(exported))
 
 

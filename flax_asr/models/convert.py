@@ -36,6 +36,17 @@ OLD_WEIGHT_NORM = {
 # What Wav2Vec2ForPreTraining has beside the encoder; fine-tuning has no use for it.
 PRETRAINING_ONLY = ("quantizer.", "project_q.", "project_hid.")
 
+# What classifiers have beside the encoder (Wav2Vec2ForSequenceClassification, ...ForXVector and
+# ...ForAudioFrameClassification), whose names all begin with PREFIX there.
+CLASSIFIERS_ONLY = (
+    "classifier.",
+    "projector.",
+    "layer_weights",
+    "tdnn.",
+    "feature_extractor.",
+    "objective.",
+)
+
 _logger = logging.getLogger("flax_asr")
 
 
@@ -152,7 +163,7 @@ def _canonical_name(name: str, *, prefixed: bool) -> str:
 def _canonical(tensors: Mapping[str, np.ndarray], *, head: bool) -> dict[str, np.ndarray]:
     """The tensors that a model with or without `head` has a use for, under ForCTC's names."""
     prefixed = any(name.startswith(PREFIX) for name in tensors)
-    unwanted = PRETRAINING_ONLY if head else (*PRETRAINING_ONLY, "lm_head.")
+    unwanted = (*PRETRAINING_ONLY, *CLASSIFIERS_ONLY, *(() if head else ("lm_head.",)))
     result = {}
     for name, tensor in tensors.items():
         canonical = _canonical_name(name, prefixed=prefixed)
@@ -210,10 +221,10 @@ def params_from_torch(
 ) -> Tree:
     """Our parameter tree, float32, from a Hugging Face checkpoint's tensors.
 
-    Takes the names of Wav2Vec2Model, Wav2Vec2ForCTC and Wav2Vec2ForPreTraining, either spelling of
-    the weight norm, and any float type. Without `head` a stored head is dropped; what only
-    pre-training uses is dropped always. A missing `masked_spec_embed` starts fresh, and the log
-    says so.
+    Takes the names of Wav2Vec2Model, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining and of transformers'
+    classifiers, either spelling of the weight norm, and any float type. Without `head` a stored
+    head is dropped; what only pre-training or classifying uses is dropped always. A missing
+    `masked_spec_embed` starts fresh, and the log says so.
 
     Raises:
         ModelError: a tensor is missing, left over, of another shape, or not of floats.

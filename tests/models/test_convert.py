@@ -152,6 +152,23 @@ def test_pretraining_checkpoints_of_transformers_load_as_encoders():
         convert.params_from_torch(tensors, config, head=True)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Wav2Vec2ForSequenceClassification",
+        "Wav2Vec2ForAudioFrameClassification",
+        "Wav2Vec2ForXVector",
+    ],
+)
+def test_classifiers_of_transformers_load_as_encoders(name):
+    config = small_torch.config(use_weighted_layer_sum=True, num_labels=3)
+    tensors = _tensors(name, config)
+    assert {"layer_weights", "classifier.weight"} <= tensors.keys()
+    params = _flat(convert.params_from_torch(tensors, config, head=False))
+    assert not convert.has_head(tensors)
+    assert params.keys() == {"/".join(path) for path in convert.shapes(config, head=False)}
+
+
 def test_a_head_beside_an_unprefixed_encoder_is_taken():
     config = small_torch.config()
     tensors = {key.removeprefix("wav2vec2."): value for key, value in _tensors().items()}

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -173,8 +174,9 @@ def command(
         json_file: one object a split, one a line; "-" is standard output.
         legacy: also score as the scripts of 2022 did.
 
-    Reference and hypothesis of every clip go to `predictions-SPLIT.jsonl` in the run's folder, of
-    other models in the present one.
+    Reference and hypothesis of every clip go to `predictions-SPLIT.jsonl` in the run's folder (of
+    a checkpoint that is named, to `predictions-SPLIT-step-N.jsonl` there); of other models, and of
+    runs whose folder cannot be written, to the present one.
     """
     cluster.join()
     with multihost.Hosts() as hosts:
@@ -217,7 +219,10 @@ def _score_splits(
     shapes = experiment.scoring_shapes(cfg, loaded.config, list(sets.values()))
     forward = compiled(loaded, cfg, shapes, devices)
     hosts.wait()
-    folder = loaded.run or Path()
+    writable = loaded.run is not None and os.access(loaded.run, os.W_OK)
+    folder = loaded.run if writable else Path()
+    # The file without a step belongs to the best checkpoint.
+    named = "" if loaded.step is None else f"-step-{loaded.step}"
     rows = devices.count * cfg.train.per_device_eval_batch_size
     people = results.people(json_file) if hosts.is_first else io.StringIO()
     with results.writer(json_file if hosts.is_first else None) as write:
@@ -233,12 +238,13 @@ def _score_splits(
                 tokens=shapes.tokens,
                 rewrite=None if as_trained else normalize,
             )
-            written = folder / f"predictions-{name}.jsonl"
+            written = folder / f"predictions-{name}{named}.jsonl"
             scores = scored(
                 plan=buckets.EvalPlan(data.samples, shapes.samples, rows), predictions=written
             )
             caveats = f"  {_caveats(loaded, data)}{written}"
-            terminal.show("\n".join((scores.describe(name), scores.table(), caveats)), people)
+            lines = filter(None, (scores.describe(name), scores.table(), caveats))
+            terminal.show("\n".join(lines), people)
             line = {"split": name, **scores.as_metrics("eval")}
             for what in ("clips", "release", "hash", "rule"):
                 line[what] = line.pop(f"eval_{what}")

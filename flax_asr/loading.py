@@ -40,6 +40,7 @@ class LoadedModel:
         name: as the user gave it.
         revision: the commit of a hub model.
         run: the run folder that it comes from, if any on this machine.
+        step: the checkpoint of the run, where one was named instead of the best one.
     """
 
     config: Wav2Vec2Config
@@ -52,6 +53,7 @@ class LoadedModel:
     name: str
     revision: str | None = None
     run: Path | None = None
+    step: int | None = None
 
     @property
     def ignores_padding(self) -> bool:
@@ -134,6 +136,7 @@ def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedMo
         facts=saved.meta.facts | {"step": saved.step},
         name=model,
         run=None if remote else run,
+        step=step_number,
     )
 
 

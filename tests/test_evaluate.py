@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 
 import jax
@@ -11,7 +12,17 @@ import pytest
 import small_saved
 import soundfile
 
-from flax_asr import config, errors, evaluate, experiment, loading, parallel, text, vocabulary
+from flax_asr import (
+    checkpoint,
+    config,
+    errors,
+    evaluate,
+    experiment,
+    loading,
+    parallel,
+    text,
+    vocabulary,
+)
 from flax_asr.data import buckets, examples
 from flax_asr.models import wav2vec2
 from flax_asr.record import lineage
@@ -427,6 +438,37 @@ def test_the_command_scores_without_normalisation_where_there_is_to_be_none(
     lines = (tmp_path / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()
     found = {json.loads(line)["reference"] for line in lines}
     assert found == {sentence.upper() for sentence in SENTENCES}
+
+
+@pytest.fixture
+def run(saved, tmp_path, monkeypatch):
+    """A run folder in the present one, with the predictions of its best checkpoint."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "30").mkdir(parents=True)
+    config.save(config.Config(output_dir="elsewhere"), folder / "config.yaml")
+    (folder / "predictions-test.jsonl").write_text("of the best one")
+    monkeypatch.setattr(checkpoint, "load_model", lambda folder, step=None: saved)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_a_named_checkpoint_leaves_the_predictions_of_the_best_one_alone(run, release, capsys):
+    evaluate.command(str(run / "checkpoints" / "30"), [f"--data.source={release}"], None)
+    assert (run / "predictions-test.jsonl").read_text() == "of the best one"
+    written = run / "predictions-test-step-30.jsonl"
+    assert len(written.read_text(encoding="utf-8").splitlines()) == len(SENTENCES)
+    assert str(written) in capsys.readouterr().out
+    evaluate.command(str(run), [f"--data.source={release}"], None)
+    assert (run / "predictions-test.jsonl").read_bytes() == written.read_bytes()
+
+
+def test_a_run_that_only_others_may_write_can_be_scored(run, release, capsys, monkeypatch):
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run and may(path, mode))
+    evaluate.command(str(run), [f"--data.source={release}"], None)
+    assert (run / "predictions-test.jsonl").read_text() == "of the best one"
+    written = run.parent / "predictions-test.jsonl"
+    assert len(written.read_text(encoding="utf-8").splitlines()) == len(SENTENCES)
 
 
 def test_a_model_of_unknown_language_must_be_told_it(exported, release, tmp_path):

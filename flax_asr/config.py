@@ -114,7 +114,8 @@ class TextConfig:
     Attributes:
         normalization: a language code or a list of steps; by default data.language's rules.
         min_count: rarer characters of the training text become [UNK].
-        vocabulary: a vocab.json to use instead of the training text's characters.
+        vocabulary: a vocab.json to use instead of the training text's characters, or a model (hub
+            id, folder, run) whose vocabulary it is.
     """
 
     normalization: str | tuple[str | dict[str, Any], ...] | None = None

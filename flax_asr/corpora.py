@@ -137,7 +137,7 @@ def _vocabulary(
     """
     data, semantics = cfg.data, compat.of(cfg)
     if cfg.text.vocabulary is not None:
-        found = vocabulary.Vocabulary.from_folder(cfg.text.vocabulary)
+        found = origins.symbols(cfg.text.vocabulary)
         _check_vocabulary(cfg.text.vocabulary, found, texts(data.train_splits))
         return found
     found = vocabulary.Vocabulary.from_transcripts(

@@ -49,7 +49,7 @@ def initial_model(
             f"model.trainable_layers is {cfg.model.trainable_layers}: the encoder has {layers}."
         )
     found = data.vocabulary
-    kept = keeps_head(cfg, start, found)
+    kept, stored = keeps_head(cfg, start, found), False
     model_config = start.sized(found).model_config
     if start.folder is None:
         params = pretrained.fresh(model_config, cfg.seed)
@@ -62,11 +62,12 @@ def initial_model(
             seed=cfg.seed,
         )
         model_config, params = loaded.config, loaded.params
-        kept = not loaded.fresh_head
+        kept, stored = not loaded.fresh_head, loaded.stored_head
     head = "kept" if kept else f"fresh, {found.size} symbols"
-    why = (
-        "" if kept or start.vocabulary is None else f": {_why_fresh(cfg, start.vocabulary, found)}"
-    )
+    why = ""
+    # An encoder may have a vocabulary, as facebook/wav2vec2-base does, and no head.
+    if stored and not kept and start.vocabulary is not None:
+        why = f": {_why_fresh(cfg, start.vocabulary, found)}"
     logger.info("weights from %s; head %s%s", start.folder or "random numbers", head, why)
     return (
         dataclasses.replace(start, model_config=model_config, facts={**start.facts, "head": head}),

@@ -62,13 +62,24 @@ def read(model: config.ModelConfig) -> Origin:
     return _described(model_config, folder, facts)
 
 
-def _pretrained_folder(name: str) -> tuple[Path, str | None]:
+def symbols(place: str) -> vocabulary.Vocabulary:
+    """The vocabulary that `text.vocabulary` names: a vocab.json, or that of a model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if place.endswith(".json") or Path(place).is_file():
+        return vocabulary.Vocabulary.from_folder(place)
+    return vocabulary.Vocabulary.from_folder(_pretrained_folder(place, with_weights=False)[0])
+
+
+def _pretrained_folder(name: str, with_weights: bool = True) -> tuple[Path, str | None]:
     """A model's folder and its commit on the hub; of a run, its export."""
     if store.is_remote(name):
         name = str(copies.pretrained(name))
     run = Path(name)
     if not inventory.is_run(run):
-        return hub.resolve(name)
+        return hub.resolve(name, with_weights=with_weights)
     if not (run / "export" / "config.json").is_file():
         raise errors.ModelError(
             f"{run} is a run that has not finished: export it first with"

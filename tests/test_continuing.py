@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import flax.traverse_util
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import small_saved
 from huggingface_hub import ModelCard
 
-from flax_asr import card, config, corpora, errors, experiment, origins
+from flax_asr import card, config, corpora, errors, experiment, inventory, origins
+from flax_asr.models import hub, weights
 from flax_asr.record import lineage
 
 LETTERS = "".join(small_saved.VOCABULARY.characters)
@@ -102,6 +104,48 @@ def test_a_vocabulary_that_does_not_fit_the_head_is_said(splits, exported, tmp_p
     assert "text.vocabulary" in said
     # Of what the transcripts say, these have no symbol: g h.
     assert "has no symbol for 2 characters" in said
+
+
+def test_an_encoder_with_a_vocabulary_and_no_head_is_not_said_to_have_one(
+    splits, exported, tmp_path, caplog
+):
+    # as facebook/wav2vec2-base lies on the hub
+    folder = shutil.copytree(exported, tmp_path / "encoder")
+    encoder = {
+        name: np.array(tensor)
+        for name, tensor in weights.read(folder).items()
+        if not name.startswith("lm_head.")
+    }
+    weights.write(folder, encoder)
+    for said, more in (("other", ()), ("same", (f"--text.vocabulary={folder}",))):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            start, _, _ = _started(splits, folder, said, *more)
+        assert start.facts["head"] == "fresh, 11 symbols"
+        assert "the model has no head" in caplog.text
+        assert "its head writes" not in caplog.text
+
+
+def test_a_run_s_vocabulary_is_that_of_its_export(splits, exported, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    shutil.copytree(exported, run / "export")
+    (run / "config.yaml").write_text("seed: 1\n")
+    assert inventory.is_run(run)
+    start, _, _ = _started(splits, run, "fewer", f"--text.vocabulary={run}")
+    assert start.facts["head"] == "kept"
+
+
+def test_the_vocabulary_of_a_hub_model_is_taken_without_its_weights(monkeypatch, exported):
+    asked = []
+
+    def resolve(name, with_weights=True):
+        asked.append((name, with_weights))
+        return exported, "0123abc"
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    assert origins.symbols("someone/model") == small_saved.VOCABULARY
+    assert asked == [("someone/model", False)]
 
 
 def test_a_vocabulary_of_another_language_is_refused(splits, exported, tmp_path):

@@ -25,7 +25,6 @@ from flax_asr import (
     partition,
     programs,
     step,
-    vocabulary,
 )
 from flax_asr.data import buckets, loader, prepare
 from flax_asr.estimate import flops
@@ -287,7 +286,7 @@ def even_shapes(
 
 def _symbols(cfg: config.Config, start: origins.Origin) -> tuple[int, str]:
     if cfg.text.vocabulary is not None:
-        return vocabulary.Vocabulary.from_folder(cfg.text.vocabulary).size, "text.vocabulary"
+        return origins.symbols(cfg.text.vocabulary).size, "text.vocabulary"
     if "vocab_size" in cfg.model.config:
         return cfg.model.config["vocab_size"], "model.config.vocab_size"
     if start.vocabulary is not None:

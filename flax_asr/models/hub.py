@@ -7,11 +7,11 @@ from flax_asr import errors
 from flax_asr.models import weights
 
 
-def _wanted(names: list[str]) -> list[str]:
+def _wanted(names: list[str], with_weights: bool) -> list[str]:
     """The files of a hub repository to download: no code, no folders, one format of weights."""
     top = [name for name in names if "/" not in name]
     wanted = [name for name in top if name.endswith(".json") or name == "vocab.txt"]
-    for name in weights.FILES:
+    for name in weights.FILES if with_weights else ():
         if name in top:
             stem, _, suffix = name.removesuffix(".index.json").rpartition(".")
             shards = (stem + "-", "." + suffix) if name.endswith(".index.json") else None
@@ -38,11 +38,13 @@ def resolve(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    with_weights: bool = True,
 ) -> tuple[Path, str | None]:
     """The folder of a model and, for one of the Hugging Face hub, the commit that it is at.
 
-    A folder is taken as it is. A hub id is downloaded into the hub's cache: the JSON files and the
-    weights in one format, never code. When the hub cannot be reached the cache is used.
+    A folder is taken as it is. A hub id is downloaded into the hub's cache: the JSON files and,
+    where they are wanted, the weights in one format, never code. When the hub cannot be reached
+    the cache is used.
 
     Raises:
         ModelError: not a folder, and not found on the hub, gated, offline or not in the cache.
@@ -69,7 +71,9 @@ def resolve(
                     revision=revision,
                     cache_dir=cache_dir,
                     token=token,
-                    allow_patterns=_wanted([file.rfilename for file in info.siblings or ()]),
+                    allow_patterns=_wanted(
+                        [file.rfilename for file in info.siblings or ()], with_weights
+                    ),
                 )
                 return Path(snapshot), Path(snapshot).name
             except hub.GatedRepoError as error:

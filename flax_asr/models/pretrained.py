@@ -30,13 +30,14 @@ _logger = logging.getLogger("flax_asr")
 class Pretrained(NamedTuple):
     """A model to train or to run.
 
-    `params` are float32 numpy arrays; `fresh_head` says that the head is random; `revision` is the
-    commit of a model of the hub, None for a folder.
+    `params` are float32 numpy arrays; `fresh_head` says that the head is random, `stored_head` that
+    the weights have one; `revision` is the commit of a model of the hub, None for a folder.
     """
 
     config: "Wav2Vec2Config"
     params: Tree
     fresh_head: bool
+    stored_head: bool
     revision: str | None
 
 
@@ -73,9 +74,10 @@ def load(
         config.vocab_size = head_vocab_size
     wav2vec2.check(config)
     tensors = weights.read(folder)
-    keep = head_vocab_size is None and convert.has_head(tensors)
+    stored = convert.has_head(tensors)
+    keep = head_vocab_size is None and stored
     params = with_head(tensors, config, seed, keep=keep, source=folder_or_id)
-    return Pretrained(config, params, fresh_head=not keep, revision=commit)
+    return Pretrained(config, params, not keep, stored, revision=commit)
 
 
 def fresh(config: "Wav2Vec2Config", seed: int, *, head: bool = True) -> Tree:

@@ -108,6 +108,14 @@ def test_one_weight_format_and_no_code_is_downloaded(server, tmp_path, offered, 
     assert not any("evil" in path for path in server.asked)
 
 
+def test_weights_come_only_where_they_are_wanted(server, tmp_path):
+    server.files["model.safetensors"] = b"weights"
+    folder, _ = hub.resolve("someone/model", cache_dir=tmp_path, with_weights=False)
+    assert _downloaded(folder) == {"config.json", "vocab.json"}
+    assert hub.resolve("someone/model", cache_dir=tmp_path)[0] == folder
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
 def test_what_was_downloaded_once_is_found_without_the_hub(server, tmp_path):
     server.files["model.safetensors"] = b"weights"
     first = hub.resolve("someone/model", cache_dir=tmp_path)

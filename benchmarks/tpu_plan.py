@@ -1,7 +1,8 @@
 """What the TPU compiler expects of one train step of XLS-R 300M on a v5e chip, or of another.
 
     python benchmarks/tpu_plan.py [--layers 24] [--rows 8] [--seconds 10]
-        [--checkpointing] [--attention xla] [--dropout 0.1] [--micro-batches 1] [--json FILE]
+        [--checkpointing] [--attention xla] [--dropout 0.1] [--layerdrop 0.1]
+        [--micro-batches 1] [--json FILE]
     python benchmarks/tpu_plan.py --encoder xls-r-1b --topology v5e:2x4 --zero-sharding
         --checkpointing --rows 4
 
@@ -31,6 +32,7 @@ SYMBOLS, TOKENS, SAMPLE_RATE_HZ = 4000, 40, 16_000
 def configuration(arguments: argparse.Namespace, devices: int) -> config.Config:
     model_config = {**train_step.QUIET, "vocab_size": SYMBOLS}
     model_config |= dict.fromkeys(DROPOUTS, arguments.dropout)
+    model_config["layerdrop"] = arguments.layerdrop
     if arguments.layers is not None:
         model_config["num_hidden_layers"] = arguments.layers
     return config.build(
@@ -71,6 +73,7 @@ def main():
     parser.add_argument("--micro-batches", type=int, default=1, help="of an update")
     parser.add_argument("--attention", default="auto", help="xla: without our attention kernel")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--layerdrop", type=float, default=0.0)
     parser.add_argument("--json", metavar="FILE", help="also write one object a program there")
     arguments = parser.parse_args()
 

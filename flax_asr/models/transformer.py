@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from flax_asr.models import activations, attention, layers, positional
+from flax_asr.models import activations, attention, layerdrop, layers, positional
 
 HiddenStates = tuple[Float[Array, "batch frames hidden"], ...]
 Attentions = tuple[Float[Array, "batch heads frames frames"], ...]
@@ -74,6 +74,7 @@ class _Layers(nn.Module):
     deterministic: bool
     remat_policy: str
     attention: str
+    platform: str
     first: int
 
     @nn.compact
@@ -88,26 +89,28 @@ class _Layers(nn.Module):
         dropping = config.layerdrop > 0.0 and not self.deterministic and not self.is_initializing()
         hidden_states, attentions = [x], []
         for index in range(self.first, config.num_hidden_layers):
-            layer = layer_class(
-                config, self.dtype, self.deterministic, self.attention, name=str(index)
-            )
 
-            def run(layer: nn.Module, x: Array) -> tuple[Array, ...]:
-                y, weights = layer(x, frame_mask)
-                return (y, weights) if keep_attentions else (y,)
-
-            def skip(layer: nn.Module, x: Array) -> tuple[Array, ...]:
-                shape = (x.shape[0], config.num_attention_heads, x.shape[1], x.shape[1])
-                return (x, jnp.zeros(shape, self.dtype)) if keep_attentions else (x,)
+            def made(layer_class: type[nn.Module], name: str = str(index)) -> nn.Module:
+                return layer_class(
+                    config, self.dtype, self.deterministic, self.attention, name=name
+                )
 
             if dropping:
-                # not `where`: a left-out layer that overflows would still give NaN gradients
-                kept = jax.random.uniform(self.make_rng("dropout")) >= config.layerdrop
-                x, *weights = nn.cond(kept, run, skip, layer, x)
+                x, weights = layerdrop.apply(
+                    layer_class,
+                    made,
+                    jax.random.uniform(self.make_rng("dropout")) >= config.layerdrop,
+                    x,
+                    frame_mask,
+                    heads=config.num_attention_heads,
+                    keep_attentions=keep_attentions,
+                    platform=self.platform,
+                )
             else:
-                x, *weights = run(layer, x)
+                x, weights = made(layer_class)(x, frame_mask)
             hidden_states.append(x)
-            attentions.extend(weights)
+            if keep_attentions:
+                attentions.append(weights)
         return tuple(hidden_states), tuple(attentions)
 
 
@@ -117,6 +120,7 @@ class Encoder(nn.Module):
     Attributes:
         config, dtype, deterministic, remat_policy: as of `Wav2Vec2Module`.
         attention: the form, as `attention.choose` gives it.
+        platform: what it is compiled for.
         lower_layers: how many layers the input has passed, so that it is that one of
             `EncoderOutput.hidden_states`; None for projected features.
     """
@@ -126,6 +130,7 @@ class Encoder(nn.Module):
     deterministic: bool
     remat_policy: str
     attention: str
+    platform: str
     lower_layers: int | None = None
 
     @nn.compact
@@ -151,6 +156,7 @@ class Encoder(nn.Module):
             self.deterministic,
             self.remat_policy,
             self.attention,
+            self.platform,
             self.lower_layers or 0,
             name="layers",
         )

@@ -74,9 +74,10 @@ class _Upper(nn.Module):
         hidden_state: Float[Array, "batch frames hidden"],
         frame_mask: Bool[Array, "batch frames"],
     ) -> Float[Array, "batch frames hidden"]:
+        platform = self.platform or jax.default_backend()
         kind = attention.choose(
             self.attention,
-            self.platform or jax.default_backend(),
+            platform,
             self.config,
             self.dtype,
             hidden_state.shape[1],
@@ -89,6 +90,7 @@ class _Upper(nn.Module):
             self.deterministic,
             self.remat_policy,
             kind,
+            platform,
             self.lower_layers,
             name="encoder",
         )

@@ -211,7 +211,7 @@ class Wav2Vec2Module(nn.Module):
             keep_weights=output_attentions,
         )
         encoder = transformer.Encoder(
-            config, self.dtype, deterministic, self.remat_policy, kind, name="encoder"
+            config, self.dtype, deterministic, self.remat_policy, kind, platform, name="encoder"
         )
         hidden_states, attentions = encoder(x, frame_mask, output_attentions)
         return EncoderOutput(

@@ -532,9 +532,10 @@ def test_dropout_of_everything_and_of_nothing():
     assert layers.Dropout(0.5, True).apply({}, x) is x
 
 
-@pytest.mark.parametrize("name", ["xls-r", "base"])
-def test_layerdrop_of_one_is_a_model_without_layers(name):
+@pytest.mark.parametrize(("name", "platform"), [("xls-r", "cpu"), ("base", "cpu"), ("base", "tpu")])
+def test_layerdrop_of_one_is_a_model_without_layers(name, platform):
     _, module, params = pair(name)
+    module = module.clone(platform=platform, attention="xla")
     without_randomness(module.config)
     values, mask = batch()
     rngs = {"dropout": jax.random.key(0)}
@@ -553,9 +554,12 @@ def test_layerdrop_of_one_is_a_model_without_layers(name):
     assert not any(weights.any() for weights in dropped.attentions)
 
 
-@pytest.mark.parametrize("remat_policy", ["none", "full"])
-def test_a_dropped_layer_that_overflows_leaves_the_gradients_finite(remat_policy):
+@pytest.mark.parametrize(
+    ("remat_policy", "platform"), [("none", "cpu"), ("full", "cpu"), ("full", "tpu")]
+)
+def test_a_dropped_layer_that_overflows_leaves_the_gradients_finite(remat_policy, platform):
     _, module, params = pair("xls-r")
+    module = module.clone(platform=platform, attention="xla")
     without_randomness(module.config)
     values, mask = batch()
     broken = params["params"]["wav2vec2"]["encoder"]["layers"]["1"]["feed_forward"]
@@ -576,6 +580,42 @@ def test_a_dropped_layer_that_overflows_leaves_the_gradients_finite(remat_policy
 
     assert not finite(0.0)
     assert finite(1.0)
+
+
+def test_both_forms_of_layerdrop_leave_out_the_same_layers_and_have_the_same_gradients():
+    _, module, params = pair("xls-r")
+    without_randomness(module.config)
+    module = changed(module, layerdrop=0.5).clone(attention="xla")
+    values, mask = batch(400, 300)
+
+    @jax.jit
+    def both(key):
+        def loss(params, module):
+            out = module.apply(
+                params,
+                values,
+                mask,
+                deterministic=False,
+                rngs={"dropout": key},
+                output_attentions=True,
+            )
+            return jnp.square(out.logits).sum(), out.attentions
+
+        return [
+            jax.grad(loss, has_aux=True)(params, module.clone(platform=platform))
+            for platform in ("tpu", "cpu")
+        ]
+
+    seen = set()
+    for seed in range(6):
+        (ours, weights), (theirs, expected) = both(jax.random.key(seed))
+        seen.add(tuple(bool(layer.any()) for layer in weights))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), weights, expected)
+        theirs = flat(theirs)
+        for key, gradient in flat(ours).items():
+            if "k_proj/bias" not in key:  # zero but for rounding
+                close(gradient, theirs[key], 1e-5, key)
+    assert len(seen) >= 3
 
 
 # The frozen feature encoder, rematerialisation

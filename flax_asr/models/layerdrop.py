@@ -1,0 +1,76 @@
+"""Layerdrop: a layer that is left out now and then while training.
+
+Source: Fan et al. 2020, "Reducing transformer depth on demand with structured dropout".
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def apply(
+    layer_class: type[nn.Module],
+    made: Callable[[type[nn.Module]], nn.Module],
+    kept: Bool[Array, ""],
+    x: Float[Array, "batch frames hidden"],
+    frame_mask: Bool[Array, "batch frames"] | None,
+    *,
+    heads: int,
+    keep_attentions: bool,
+    platform: str,
+) -> tuple[Float[Array, "batch frames hidden"], Float[Array, "batch heads frames frames"] | None]:
+    """What the layer makes of `x` and its attention weights, or `x` itself and zeros.
+
+    A layer that is left out has gradients of zero, whatever overflows in it.
+
+    Args:
+        layer_class: called with (x, frame_mask), gives both.
+        made: makes the layer of that class, or of one that stands in for it.
+        kept: whether the layer is there this time.
+        x: what it would take.
+        frame_mask: true for real frames.
+        heads: of its attention.
+        keep_attentions: whether the weights are wanted; else they are None.
+        platform: "tpu": the layer is computed, and then chosen or not. A branch would spare the
+            work, but XLA fuses nothing over its borders and fills all that the backward pass may
+            want with zeros, which there takes longer than the layer. Elsewhere: a branch.
+    """
+    if platform == "tpu":
+        y, weights = made(_taught_where(kept, layer_class))(_taught(kept, x), frame_mask)
+        return jnp.where(kept, y, x), jnp.where(kept, weights, 0) if keep_attentions else None
+
+    def run(layer: nn.Module, x: Array) -> tuple[Array, ...]:
+        y, weights = layer(x, frame_mask)
+        return (y, weights) if keep_attentions else (y,)
+
+    def skip(layer: nn.Module, x: Array) -> tuple[Array, ...]:
+        shape = (x.shape[0], heads, x.shape[1], x.shape[1])
+        return (x, jnp.zeros(shape, x.dtype)) if keep_attentions else (x,)
+
+    y, *weights = nn.cond(kept, run, skip, made(layer_class), x)
+    return y, weights[0] if keep_attentions else None
+
+
+def _taught_where(kept: Bool[Array, ""], layer_class: type[nn.Module]) -> type[nn.Module]:
+    """The layer, whose parameters get a gradient where it is kept, and else zero."""
+
+    def parameters(tree):
+        return jax.tree.map(lambda leaf: _taught(kept, leaf), tree)
+
+    return nn.map_variables(layer_class, "params", parameters)
+
+
+@jax.custom_vjp
+def _taught(kept, x):
+    """`x`, whose gradient is zero where it is not kept: chosen, as 0 times infinity is NaN."""
+    return x
+
+
+# lax.select: XLA shares jnp.where with the optimiser's, and files its time under this one's name.
+_taught.defvjp(
+    lambda kept, x: (x, kept),
+    lambda kept, gradient: (None, jax.lax.select(kept, gradient, jnp.zeros_like(gradient))),
+)

@@ -100,6 +100,14 @@ class DataConfig:
         options.at_least("data.num_buckets", self.num_buckets, 1)
         for name in ("num_workers", "max_train_clips", "max_eval_clips"):
             options.at_least(f"data.{name}", getattr(self, name), 1)
+        for name in ("train_splits", "eval_splits", "test_splits"):
+            for split in getattr(self, name):
+                # It names a folder of the prepared data, and a file of predictions.
+                if not split or split in (".", "..") or "/" in split or "\0" in split:
+                    raise errors.ConfigError(
+                        f"data.{name}: {split!r} cannot be the name of a folder: call the split"
+                        " otherwise in the table."
+                    )
         if self.max_seconds <= self.min_seconds:
             raise errors.ConfigError(
                 f"data.max_seconds is {self.max_seconds}: it must be larger than"

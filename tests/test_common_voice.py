@@ -280,6 +280,12 @@ def test_a_missing_split_is_refused_with_those_that_are_there(release):
         open_source(str(release), language="zh-HK").read("valid")
 
 
+@pytest.mark.parametrize("split", ["train+dev", "train[:10%]"])
+def test_splits_as_datasets_slices_them_are_answered_with_ours(release, split):
+    with pytest.raises(DataError, match=r"it has train, .*written a,b; data\.max_train_clips"):
+        open_source(str(release), language="zh-HK").read(split)
+
+
 def test_what_is_no_source_is_refused_with_what_would_be(release, tmp_path):
     with pytest.raises(DataError, match=r"nothing is there\. It may be"):
         read(tmp_path / "absent")
@@ -393,6 +399,18 @@ def test_a_manifest_without_splits_is_train(tmp_path):
     assert [clip.audio for clip in source.read("train")] == [f"{tmp_path}/x/a.wav"]
     with pytest.raises(DataError, match="no split 'dev'; it has train"):
         source.read("dev")
+
+
+def test_a_transcript_that_is_no_text_is_refused_by_row(tmp_path):
+    file = tmp_path / "digits.jsonl"
+    said = ["7", 7, None, True, ["7"], float("nan")]
+    lines = [json.dumps({"path": f"{n}.wav", "sentence": s}) for n, s in enumerate(said)]
+    file.write_text("\n".join(lines))
+    found = list(open_source(str(file), language="en").read("train"))
+    assert [clip.sentence for clip in found] == ["7", "", "", "", "", ""]
+    assert [clip.refused != "" for clip in found] == [False, True, False, True, True, False]
+    assert found[1].refused == "its transcript is 7: int, where text is due"
+    assert found[1].audio is None
 
 
 def test_a_split_may_be_a_number(tmp_path):

@@ -131,6 +131,8 @@ def test_fields_of_the_model_configuration_are_options_too():
         ("train: {gradient_checkpointing: no}", "gradient_checkpointing is 'no'"),
         ("train: {global_batch_size: 32, gradient_accumulation_steps: 4}", "exclude each other"),
         ("data: {min_seconds: 3, max_seconds: 2}", "data.max_seconds is 2"),
+        ("data: {train_splits: [train/clean]}", "data.train_splits: 'train/clean' cannot be"),
+        ("data: {eval_splits: [..]}", "data.eval_splits: '..' cannot be the name of a folder"),
         ("data: [1, 2]", "data is a section"),
         ("data: {eval_splits: null}", "data.eval_splits is None: a list such as [train,dev]"),
         ("seed: 1\nseed: 2", "duplicate key"),

@@ -84,10 +84,17 @@ class Source:
         """
         found = next((name for name in names_of(split) if name in self.readers), None)
         if found is None:
+            # `datasets` writes several splits, and parts of one, in one name.
+            hint = ""
+            if re.search(r"[+\[]", split):
+                hint = (
+                    ". Several splits are written a,b; data.max_train_clips and"
+                    " data.max_eval_clips take a part of one"
+                )
             raise errors.DataError(
                 f"{self.name}: no split {split!r}; it has {', '.join(self.splits())}."
                 " data.train_splits, data.eval_splits and data.test_splits say which are used; []"
-                " is none"
+                f" is none{hint}"
             )
         return self._clips(found)
 
@@ -101,7 +108,7 @@ class Source:
 
 
 def from_row(row: Mapping[str, Any], id: str, column: str, **audio: Any) -> Clip:
-    """A record from a row's columns; a sentence that is no text becomes an empty one."""
+    """A record from a row's columns, refused where its sentence is a number or a list, say."""
     sentence = row.get(column)
     facts = {}
     for fact, columns in FACTS.items():
@@ -109,7 +116,13 @@ def from_row(row: Mapping[str, Any], id: str, column: str, **audio: Any) -> Clip
         facts[fact] = next((str(value) for value in values if value not in (None, "")), "")
     if tables.EXTRA in row:
         audio = {"refused": str(row[tables.EXTRA])}
-    return Clip(id, sentence if isinstance(sentence, str) else "", **audio, **facts)
+    elif not isinstance(sentence, str):
+        # What pandas writes where there is none is a number that does not equal itself.
+        if sentence is not None and sentence == sentence and not audio.get("refused"):
+            kind = type(sentence).__name__
+            audio = {"refused": f"its transcript is {sentence!r:.40}: {kind}, where text is due"}
+        sentence = ""
+    return Clip(id, sentence, **audio, **facts)
 
 
 def is_inside(name: str) -> bool:

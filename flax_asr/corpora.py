@@ -42,11 +42,12 @@ class Corpus:
                 )
             lacking = self.vocabulary.lacks(data.references)
             if lacking:
+                heard = set().union(*self.train.references)
+                why = "" if heard & lacking.keys() else ", as training does not have them"
                 yield (
-                    f"{len(lacking)} characters of the {name} clips have no symbol, as training"
-                    f" does not have them; in {lacking.total()} places of"
-                    f" {sum(map(len, data.references))}, each of which is an error:"
-                    f" {text.shown(lacking)}"
+                    f"{len(lacking)} characters of the {name} clips have no symbol{why}; in"
+                    f" {lacking.total()} places of {sum(map(len, data.references))}, each of which"
+                    f" is an error: {text.shown(lacking)}"
                 )
 
     def splits(self) -> list[shards.PreparedSplit]:

@@ -6,8 +6,8 @@ import small_saved
 from flax_asr import config, corpora, errors, experiment, origins
 
 
-def _warnings(tmp_path, train, scored):
-    cfg = config.build({}, ["--data.language=eu", "--data.eval_splits=[]"])
+def _warnings(tmp_path, train, scored, *more):
+    cfg = config.build({}, ["--data.language=eu", "--data.eval_splits=[]", *more])
     kept = {
         "train": small_saved.split(tmp_path / "train", train, seconds=(1.0, 2.0)),
         "test": small_saved.split(tmp_path / "test", scored, seconds=(1.0, 2.0)),
@@ -27,8 +27,15 @@ def test_scored_clips_that_are_trained_on_are_warned_of(tmp_path):
 
 def test_characters_that_training_does_not_have_are_warned_of(tmp_path):
     _, said = _warnings(tmp_path, ["abc", "cab"], ["abx", "yxb"])
-    assert "2 characters of the test clips have no symbol" in said[-1]
+    assert "2 characters of the test clips have no symbol, as training does not" in said[-1]
     assert "in 3 places of 6" in said[-1]
+
+
+def test_characters_that_only_the_vocabulary_lacks_are_not_said_to_lack_in_training(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3, "c": 4}')
+    more = f"--text.vocabulary={tmp_path / 'vocab.json'}"
+    _, said = _warnings(tmp_path, ["abcd", "cab"], ["abd", "dcb"], more)
+    assert "1 characters of the test clips have no symbol; in 2 places of 6" in said[-1]
 
 
 def test_nothing_to_train_on_is_said_as_such():

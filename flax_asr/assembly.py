@@ -122,8 +122,10 @@ class Assembly:
 
     def warnings(self) -> Iterator[str]:
         """What is allowed and probably not meant."""
-        cfg = self.cfg
+        cfg, group_norm = self.cfg, self.start.model_config.feat_extract_norm == "group"
         for finding in (
+            # Padding that costs time only is left to `doctor`.
+            *(findings.batches(cfg, self.plan.padding, group_norm) if group_norm else ()),
             *findings.schedule(cfg, self.updates, self.fresh_head),
             *findings.precision(cfg.train.mixed_precision, self.devices.platform),
             *findings.language_rule(cfg, self.corpus.normalizer.is_default),

@@ -120,7 +120,8 @@ class TextConfig:
     """How transcripts become labels.
 
     Attributes:
-        normalization: a language code or a list of steps; by default data.language's rules.
+        normalization: a language code or a list of steps, which may begin with such a code (or with
+            `default`) and extend it; by default data.language's rules.
         min_count: rarer characters of the training text become [UNK].
         vocabulary: a vocab.json to use instead of the training text's characters, or a model (hub
             id, folder, run) whose vocabulary it is.

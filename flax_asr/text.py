@@ -47,6 +47,9 @@ _SPACES = re.compile(r"\s+")
 # there, so "!-;" is a range: digits, apostrophes and most of ASCII's marks go as well.
 _HF_4_17 = re.compile('[,?.!-;:"“%‘”\ufffd—’…–]')
 _JOINERS = "\u200c\u200d"
+_LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+_DEFAULT = "default"
+"""What a list calls the steps of a language that has no rule of its own."""
 
 
 def _lower(text: str, language: str | None) -> str:
@@ -255,19 +258,22 @@ def normalizer(spec: str | Sequence[str | Mapping]) -> Normalizer:
     """The normaliser for a language code, a step's name, or a list of steps.
 
     A list may begin with (or hold) the code of a language that has a rule, and so extend it:
-    `[zh-HK, {remove: "々"}]`. An empty list changes nothing.
+    `[zh-HK, {remove: "々"}]`; `default` are the steps of those that have none. An empty list
+    changes nothing.
 
     Raises:
         errors.ConfigError: an unknown step or a wrong argument.
     """
     if isinstance(spec, str):
-        if spec not in _STEPS and re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", spec):
+        if spec not in _STEPS and _LANGUAGE.fullmatch(spec):
             steps = tuple(_step(item) for item in languages.rule(spec))
             return Normalizer(steps, is_default=not languages.has_rule(spec))
         return Normalizer((_step(spec, "data.language or text.normalization"),))
     steps = []
     for item in spec:
-        if isinstance(item, str) and item not in _STEPS and languages.has_rule(item):
+        if item == _DEFAULT:
+            steps.extend(_step(inner) for inner in languages.DEFAULT)
+        elif isinstance(item, str) and item not in _STEPS and languages.has_rule(item):
             steps.extend(_step(inner) for inner in languages.rule(item))
         else:
             steps.append(_step(item))
@@ -285,8 +291,12 @@ def _step(item: str | Mapping, option: str = "text.normalization") -> Step:
     else:
         name, argument = item, None
     if name not in _STEPS:
-        near = difflib.get_close_matches(str(name).lower(), [*_STEPS, *languages.RULES], 1, 0.5)
+        is_language = _LANGUAGE.fullmatch(str(name))
+        known = [*_STEPS, *(() if is_language else languages.RULES)]
+        near = difflib.get_close_matches(str(name).lower(), known, 1, 0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
+        if is_language:
+            hint += f"The steps of a language that has no rule of its own are called {_DEFAULT!r}. "
         raise errors.ConfigError(
             f"{option}: there is no step or language {name!r}; {hint}"
             f"Steps: {', '.join(_STEPS)}; or a language code such as zh-HK"

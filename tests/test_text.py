@@ -226,9 +226,21 @@ def test_a_list_extends_a_language_and_survives_a_configuration_file():
     assert normalizer([])("Any Thing") == "Any Thing"
 
 
+def test_a_list_extends_the_rule_of_languages_that_have_none():
+    rule = normalizer(["default", {"remove": "x"}])
+    assert rule.steps == (*normalizer("cy").steps, *normalizer([{"remove": "x"}]).steps)
+    assert rule("Mae'n X, da!") == "mae'n  da"
+    assert normalizer(json.loads(json.dumps(rule.spec))) == rule
+    assert not rule.is_default
+    with pytest.raises(ConfigError, match="no step or language 'default'"):  # which is none
+        normalizer("default")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        (["cy", {"remove": "x"}], "no step or language 'cy'; The steps .* called 'default'"),
+        (["nfd"], "did you mean 'nfc'"),
         ("nfkcc", "did you mean 'nfkc'"),
         (["lower", "strip_punctation"], "did you mean 'strip_punctuation'"),
         ("english", "no step or language 'english'"),

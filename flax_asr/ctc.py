@@ -11,7 +11,8 @@ leave every path where it is: clips of all lengths then start and end together. 
 takes the place of the scan (ctc_kernel.py).
 
 Only the columns of the blank and of the clip's own labels take part; the rest of the vocabulary
-enters through one logsumexp a frame, and no normalised copy of the logits is kept.
+enters through one logsumexp a frame, and no normalised copy of the logits is kept. On TPU
+a kernel reads the logits once for both (ctc_columns.py).
 
 Source: Graves et al. 2006, "Connectionist temporal classification", equations 5-16.
 """
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_asr import ctc_kernel
+from flax_asr import ctc_columns, ctc_kernel
 
 _FEW_SYMBOLS = 64
 """With so many, a matrix product over all of them is quicker than a gather and a scatter."""
@@ -176,14 +177,13 @@ def _problem(blank, logits, logit_lengths, labels, label_lengths) -> _Problem:
     # column of a frame is the blank's or a usable label's; with it at 0, sums over paths stay
     # small and lose few bits.
     columns = jnp.pad(jnp.where(usable, labels, blank), ((0, 0), (1, 0)), constant_values=blank)
-    scores = _take(logits, columns).astype(dtype)
+    scores, log_norms = _columns_and_norms(logits, columns, dtype)
     offsets = _finite(scores.max(1))
     usable = jnp.pad(usable, ((0, 0), (1, 0)), constant_values=True)
     scores = jnp.where(usable[..., None], scores - offsets[:, None], -jnp.inf)
     free_blank = jnp.where(jnp.arange(columns.shape[1]) == 0, 0, -jnp.inf)
     scores = jnp.where(frame_mask[:, None], scores, free_blank[:, None])
 
-    log_norms = _log_sum_exp(logits.astype(dtype))
     return _Problem(
         log_norms=log_norms,
         frame_mask=frame_mask,
@@ -232,6 +232,19 @@ def _total(problem, blanks, label_lengths):
     ends = jnp.arange(blanks.shape[1]) == label_lengths[:, None]
     # Rounding may lift a certain transcript just above probability 1.
     return jnp.maximum(problem.cost - jnp.where(ends, blanks, -jnp.inf).max(-1), 0)
+
+
+def _columns_and_norms(logits, columns, dtype):
+    """(Vocabulary entries of every frame [batch columns frames], logsumexp [batch frames])."""
+
+    def plain(logits, columns):
+        return _take(logits, columns).astype(dtype), _log_sum_exp(logits.astype(dtype))
+
+    if not ctc_columns.suits(logits):
+        return plain(logits, columns)
+    return jax.lax.platform_dependent(
+        logits, columns, tpu=ctc_columns.columns_and_norms, default=plain
+    )
 
 
 def _take(logits, columns):

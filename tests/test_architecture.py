@@ -20,7 +20,8 @@ LAYERS = (
     "audio sources common_voice record.curves data scoring inventory",
     "diagnosis.survey diagnosis.findings diagnosis.consultation diagnosis.host"
     " diagnosis.spectrograms torch_logits",
-    "ctc ctc_kernel optim models partition estimate.flops estimate.forecast record.learning",
+    "ctc ctc_columns ctc_kernel optim models partition estimate.flops estimate.forecast"
+    " record.learning",
     "criterion",
     "step",
     "hosts parallel checkpoint run_folder bucket.copies record.window hyperparameters card"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 
-from flax_asr import ctc, ctc_kernel
+from flax_asr import ctc, ctc_columns, ctc_kernel
 
 
 @functools.cache
@@ -446,8 +446,28 @@ def test_the_kernel_for_tpu_goes_the_way_of_the_scan(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
 
 
-def test_what_is_compiled_for_tpu_has_the_kernel_and_no_loop():
-    logits, labels = jax.ShapeDtypeStruct((2, 30, 7), jnp.float32), jnp.ones((2, 4), jnp.int32)
+@pytest.mark.parametrize(
+    ("frames", "vocab", "tokens"), [(40, 7, 4), (300, 128, 130), (130, 300, 0), (1, 1000, 3)]
+)
+def test_the_kernel_for_tpu_takes_the_same_columns_and_norms(frames, vocab, tokens):
+    rng = np.random.default_rng(frames)
+    logits = rng.normal(size=(3, frames, vocab)).astype(np.float32) * 30
+    columns = rng.integers(0, vocab, (3, tokens + 1))
+    logits[0, 0, columns[0, 0]] = -np.inf
+    logits[1, 0] = -np.inf
+    logits[2, 0, vocab // 2] = np.nan
+    logits[2, frames // 2, 0] = np.inf
+    kernel = functools.partial(ctc_columns.columns_and_norms, interpret=True)
+    chosen, norms = jax.jit(kernel)(logits, columns)
+    np.testing.assert_array_equal(chosen, ctc._take(logits, columns))
+    expected = ctc._log_sum_exp(jnp.asarray(logits))
+    assert np.isfinite(expected).sum() == expected.size - (2 if frames == 1 else 3)
+    np.testing.assert_allclose(norms, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("vocab", "kernels"), [(7, 2), (20_000, 1)])
+def test_what_is_compiled_for_tpu_has_the_kernels_and_no_loop(vocab, kernels):
+    logits, labels = jax.ShapeDtypeStruct((2, 30, vocab), jnp.float32), jnp.ones((2, 4), jnp.int32)
 
     def gradient(logits):
         return jax.grad(
@@ -458,6 +478,6 @@ def test_what_is_compiled_for_tpu_has_the_kernel_and_no_loop():
         p: jax.export.export(jax.jit(gradient), platforms=[p])(logits) for p in ("tpu", "cpu")
     }
     text = {platform: program.mlir_module() for platform, program in exported.items()}
-    assert text["tpu"].count("custom_call @tpu_custom_call") == 1
+    assert text["tpu"].count("custom_call @tpu_custom_call") == kernels
     assert "stablehlo.while" not in text["tpu"]
     assert "tpu_custom_call" not in text["cpu"]

@@ -10,7 +10,7 @@ Models", section 5.1.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -158,11 +158,15 @@ def gathered(own: Arrays, axes: Axes) -> Arrays:
 def norm(own: Arrays, axes: Axes, fresh: bool = False) -> Float[Array, ""]:
     """The norm of the whole arrays, from `slices`.
 
-    With `fresh` the arrays are computed in the same program: if this is the only device, each is
-    squared where it is computed, and none has to be read for it.
+    With `fresh` the arrays are computed in the same program: if this is the only device, each
+    matrix is squared where it is computed, and need not be read for it. A vector is too short for
+    a pass of its own.
     """
     if fresh and jax.lax.axis_size(AXIS) == 1:
-        return jnp.sqrt(sum(jnp.sum(jnp.square(array)) for array in own.values()))
+        vectors = {path: array for path, array in own.items() if array.ndim < 2}
+        matrices = _without(own, vectors)
+        squares = sum(jnp.sum(jnp.square(array)) for array in matrices.values())
+        return jnp.sqrt(squares + _squares(vectors))
     if not axes:
         return jnp.sqrt(_squares(own))
     cut_squares = _squares({path: own[path] for path in axes})
@@ -170,16 +174,20 @@ def norm(own: Arrays, axes: Axes, fresh: bool = False) -> Float[Array, ""]:
 
 
 def _squares(arrays: Arrays) -> Float[Array, ""]:
-    """The sum of all squares; several arrays of a shape at once, as a TPU reads one too slowly."""
+    """The sum of all squares; several arrays of a shape at once, as a TPU reads one too slowly.
+
+    Of vectors all, as each takes less time than it takes to start a pass.
+    """
     by_shape: dict[tuple[int, ...], list[Array]] = {}
     for array in arrays.values():
         by_shape.setdefault(array.shape, []).append(array)
     return sum(
-        jnp.sum(sum(jnp.square(array) for array in alike[first : first + _READ_AT_ONCE]))
-        for alike in by_shape.values()
-        for first in range(0, len(alike), _READ_AT_ONCE)
+        jnp.sum(sum(jnp.square(array) for array in alike[first : first + at_once]))
+        for shape, alike in by_shape.items()
+        for at_once in [_READ_AT_ONCE if len(shape) > 1 else len(alike)]
+        for first in range(0, len(alike), at_once)
     )
 
 
-def _without(arrays: Arrays, axes: Axes) -> Arrays:
-    return {path: array for path, array in arrays.items() if path not in axes}
+def _without(arrays: Arrays, others: Iterable[str]) -> Arrays:
+    return {path: array for path, array in arrays.items() if path not in others}

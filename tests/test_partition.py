@@ -141,3 +141,15 @@ def test_losses_of_a_model_are_the_same_with_moments_cut():
         losses[zero] = [trainer.update(batch).loss for batch in batches]
     assert losses[True][-1] < losses[True][0]
     np.testing.assert_allclose(losses[True], losses[False], rtol=1e-6)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_norm_is_that_of_all_numbers_in_one_row(fresh):
+    rng = np.random.default_rng(0)
+    sizes = [(), (3, 4), (5,), (2, 3, 4), *[(7,)] * 11]
+    arrays = {str(n): rng.normal(size=(1, *size)) for n, size in enumerate(sizes)}
+    found = jax.vmap(
+        lambda own: partition.norm(own, {}, fresh), axis_name=partition.AXIS, axis_size=1
+    )({name: array.astype(np.float32) for name, array in arrays.items()})
+    expected = np.linalg.norm(np.concatenate([array.ravel() for array in arrays.values()]))
+    np.testing.assert_allclose(found, [expected], rtol=1e-6)

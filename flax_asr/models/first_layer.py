@@ -106,10 +106,11 @@ def _under_taps(audio, taps, stride, count) -> Float[Array, "tiles rows lanes"]:
             (((0, 2), (0, 1)), ((), ())),
             preferred_element_type=audio.dtype,
         ).reshape(tiles, stride, LANES)
-        rows.append(chosen[:, : min(stride, taps - turn * stride)])
-    rows.append(jnp.ones((tiles, 1, LANES), audio.dtype))
-    rows.append(jnp.zeros((tiles, _TAPS - taps - 1, LANES), audio.dtype))
-    return jnp.concatenate(rows, axis=1)
+        rows.append(chosen[:, : min(stride, taps - turn * stride)].swapaxes(0, 1))
+    rows.append(jnp.ones((1, tiles, LANES), audio.dtype))
+    rows.append(jnp.zeros((_TAPS - taps - 1, tiles, LANES), audio.dtype))
+    # Row by row: XLA for TPU would first copy every array to an order in which rows come last.
+    return jax.lax.optimization_barrier(jnp.concatenate(rows)).swapaxes(0, 1)
 
 
 def _kernel(epsilon, samples, weights, scale, shift, output):

@@ -32,15 +32,34 @@ def precision(dtype: Dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def dense(config: Wav2Vec2Config, features: int, dtype: Dtype, name: str) -> nn.Dense:
+def dense(
+    config: Wav2Vec2Config, features: int, dtype: Dtype, name: str
+) -> Callable[[jax.Array], jax.Array]:
     """A linear layer, initialised as transformers does: normal weights, zero bias."""
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        precision=precision(dtype),
-        kernel_init=nn.initializers.normal(config.initializer_range),
-        name=name,
-    )
+    project = Projection(config, features, dtype, name=name)
+
+    def apply(x: jax.Array) -> jax.Array:
+        product, bias = project(x)
+        with jax.named_scope(name):
+            return plus_bias(product, bias)
+
+    return apply
+
+
+def plus_bias(product: jax.Array, bias: jax.Array) -> jax.Array:
+    """Their sum in the product's dtype.
+
+    A TPU takes a pass of its own for each bias that is rounded first, so that there it is not.
+    """
+    return jax.lax.platform_dependent(product, bias, tpu=_exact_sum, default=_rounded_sum)
+
+
+def _rounded_sum(product, bias):
+    return product + bias.astype(product.dtype)
+
+
+def _exact_sum(product, bias):
+    return (product.astype(bias.dtype) + bias).astype(product.dtype)
 
 
 class Projection(nn.Module):

@@ -92,16 +92,19 @@ def direct_convolution(
 # The form for TPU. There the convolution takes less than half the time when the weight lies in
 # memory as [tap, group, input, output], which is how XLA takes it: in any other order it is copied
 # once more. Without the barriers XLA moves the transposition into the convolution, and the weight
-# stays as it was.
+# stays as it was; without those around frames and weight it lays out the weight for both passes as
+# the program starts, long before there are frames, and writes it to memory to wait for them.
 
 
 def _by_tap(x, weight, groups):
     taps = weight.shape[-1]
+    x, weight = jax.lax.optimization_barrier((x, weight))
     return _tap_first(x, _first_taps(weight, groups), before=taps // 2)
 
 
 def _by_tap_gradient(x, weight, gradient, groups):
     hidden, width, taps = weight.shape
+    gradient, x, weight = jax.lax.optimization_barrier((gradient, x, weight))
     turned = weight[..., ::-1].reshape(groups, -1, width, taps).transpose(3, 0, 1, 2)
     turned = jax.lax.optimization_barrier(turned)
     x_gradient = _tap_first(gradient, turned, before=(taps - 1) // 2)

@@ -28,7 +28,6 @@ from jaxtyping import Array, Float, Int, UInt32
 from flax_asr.models import layers
 
 LANES = 128
-_SUBLANES = 8
 QUERIES = 512
 """Queries that a program takes at once, at the most."""
 _SCORE_BYTES = 10 * 2**20
@@ -73,7 +72,7 @@ def attend(
 
 def _forward(products, biases, lengths, heads, words, dropout):
     dtype, head_size = products[0].dtype, products[0].shape[-1] // heads
-    query, key, value = (x + b.astype(dtype) for x, b in zip(products, biases, strict=True))
+    query, key, value = (layers.plus_bias(x, b) for x, b in zip(products, biases, strict=True))
     query = query * jnp.asarray(head_size**-0.5, dtype)
     (mixed,) = _call(_forward_kernel, heads, lengths, words, dropout, query, key, value)
     return mixed, (query, key, value, lengths, words, biases)
@@ -81,21 +80,21 @@ def _forward(products, biases, lengths, heads, words, dropout):
 
 def _backward(heads, dropout, residuals, gradient):
     query, key, value, lengths, words, biases = residuals
-    *gradients, sums = _call(
-        _backward_kernel, heads, lengths, words, dropout, query, key, value, gradient
-    )
-    sums = sums.sum(axis=0)
-    bias_gradients = tuple(sums[i].astype(bias.dtype) for i, bias in enumerate(biases))
-    return tuple(gradients), bias_gradients, None, None
+    found = _call(_backward_kernel, heads, lengths, words, dropout, query, key, value, gradient)
+    # Without the barrier XLA for TPU moves [1, hidden] on to AdamW, which then takes two passes.
+    sums = jax.lax.optimization_barrier([total[0] for total in found[3:]])
+    sums = tuple(total.astype(bias.dtype) for total, bias in zip(sums, biases, strict=True))
+    return tuple(found[:3]), sums, None, None
 
 
 attend.defvjp(_forward, _backward)
 
 
 def _call(kernel, heads, lengths, words, dropout, *arrays):
-    """Runs a kernel over (clips, blocks of heads, blocks of queries).
+    """Runs a kernel over (blocks of heads, clips, blocks of queries).
 
-    Query, output and their gradients are cut by query, the others are whole.
+    Query, output and their gradients are cut by query, the others are whole. Clips come one after
+    another, so that the biases' gradients of a block of heads stay on the chip.
     """
     batch, frames, hidden = arrays[0].shape
     head_size = hidden // heads
@@ -105,18 +104,18 @@ def _call(kernel, heads, lengths, words, dropout, *arrays):
     bytes_a_score = _bytes_a_score(width, head_size, arrays[0].dtype.itemsize)
     queries = _queries(frames, bytes_a_score)
     whole_lanes = pl.cdiv(frames, LANES) * LANES
-    by_query = pl.BlockSpec((1, queries, width), lambda b, h, q, *scalars: (b, q, h))
-    whole = pl.BlockSpec((1, frames, width), lambda b, h, q, *scalars: (b, 0, h))
+    by_query = pl.BlockSpec((1, queries, width), lambda h, b, q, *scalars: (b, q, h))
+    whole = pl.BlockSpec((1, frames, width), lambda h, b, q, *scalars: (b, 0, h))
     like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
     if kernel is _forward_kernel:
         products, in_specs, out_specs = 2, [by_query, whole, whole], [by_query]
         results, scratch = [like], []
     else:
-        sums = pl.BlockSpec((1, 3, width), lambda b, h, q, *scalars: (b, 0, h))
+        total = pl.BlockSpec((1, width), lambda h, b, q, *scalars: (0, h))
         products, in_specs = 5, [by_query, whole, whole, by_query]
-        out_specs = [by_query, whole, whole, sums]
-        results = [like, like, like, jax.ShapeDtypeStruct((batch, 3, hidden), jnp.float32)]
-        scratch = [pltpu.VMEM((rows, width), jnp.float32) for rows in (_SUBLANES, frames, frames)]
+        out_specs = [by_query, whole, whole, total, total, total]
+        results = [like] * 3 + [jax.ShapeDtypeStruct((1, hidden), jnp.float32)] * 3
+        scratch = [pltpu.VMEM((frames, width), jnp.float32) for _ in range(2)]
     scalars = [lengths.astype(jnp.int32)] if words is None else [lengths.astype(jnp.int32), words]
     scores = batch * heads * frames * whole_lanes
     hashing = 0 if words is None else _HASH_FLOPS * scores
@@ -130,14 +129,14 @@ def _call(kernel, heads, lengths, words, dropout, *arrays):
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
-                grid=(batch, hidden // width, pl.cdiv(frames, queries)),
+                grid=(hidden // width, batch, pl.cdiv(frames, queries)),
                 in_specs=in_specs,
                 out_specs=out_specs,
                 scratch_shapes=scratch,
             ),
             out_shape=results,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
                 vmem_limit_bytes=_vmem_bytes(
                     frames, queries, width, like.dtype.itemsize, bytes_a_score
                 ),
@@ -146,7 +145,7 @@ def _call(kernel, heads, lengths, words, dropout, *arrays):
                 # The matrix unit takes whole lanes of one of the two.
                 flops=products * 2 * scores * head_size + hashing,
                 transcendentals=batch * heads * frames * frames,
-                bytes_accessed=(len(arrays) + len(out_specs)) * arrays[0].nbytes,
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *results)),
             ),
             interpret=interpret,
             name=kernel.__name__.strip("_"),
@@ -198,7 +197,7 @@ class _Program(NamedTuple):
     @property
     def length(self):
         """Real frames of this clip."""
-        return self.lengths[pl.program_id(0)]
+        return self.lengths[pl.program_id(1)]
 
     def dropped(self, weights, head: "_Head", query_axis: int):
         """Weights, or their gradients, of this block of queries after dropout, but for its scale.
@@ -207,7 +206,7 @@ class _Program(NamedTuple):
         """
         if self.words is None:
             return weights
-        clip, first_head = pl.program_id(0), pl.program_id(1) * (head.width // self.head_size)
+        clip, first_head = pl.program_id(1), pl.program_id(0) * (head.width // self.head_size)
         of_head = clip * self.heads + first_head + head.first // self.head_size
         queries = weights.shape[query_axis]
         of_block = (of_head * self.frames + pl.program_id(2) * queries) * self.frames
@@ -281,8 +280,9 @@ def _backward_kernel(
     query_gradient,
     key_gradient,
     value_gradient,
-    bias_gradients,
-    query_sum,
+    query_bias_gradient,
+    key_bias_gradient,
+    value_bias_gradient,
     key_sums,
     value_sums,
 ):
@@ -296,9 +296,15 @@ def _backward_kernel(
     queries = jnp.where(is_real, query[0], jnp.zeros_like(query[0]))
     outputs = jnp.where(is_real, gradient[0], jnp.zeros_like(gradient[0]))
 
+    def add_up(bias_gradient, rows, is_first):
+        # Not by `pl.when`, which would keep the compiler from mixing what is before and behind.
+        before = jnp.where(is_first, 0.0, bias_gradient[...])
+        bias_gradient[...] = before + rows.sum(axis=0, keepdims=True)
+
+    first_clip = pl.program_id(1) == 0
+
     @pl.when(block == 0)
     def _():
-        query_sum[...] = jnp.zeros_like(query_sum)
         key_sums[...] = jnp.zeros_like(key_sums)
         value_sums[...] = jnp.zeros_like(value_sums)
 
@@ -321,15 +327,14 @@ def _backward_kernel(
         moved = _add(moved, head, turned)
     moved = moved * here.head_size**-0.5
     query_gradient[0] = moved.astype(query_gradient.dtype)
-    query_sum[:1] += moved.sum(axis=0, keepdims=True)
+    add_up(query_bias_gradient, moved, first_clip & (block == 0))
 
     @pl.when(block == pl.num_programs(2) - 1)
     def _():
         key_gradient[0] = key_sums[...].astype(key_gradient.dtype)
         value_gradient[0] = value_sums[...].astype(value_gradient.dtype)
-        bias_gradients[0, 0:1] = query_sum[:1]
-        bias_gradients[0, 1:2] = key_sums[...].sum(axis=0, keepdims=True)
-        bias_gradients[0, 2:3] = value_sums[...].sum(axis=0, keepdims=True)
+        add_up(key_bias_gradient, key_sums[...], first_clip)
+        add_up(value_bias_gradient, value_sums[...], first_clip)
 
 
 def _add(total, head, part):

@@ -140,8 +140,10 @@ class Encoder(nn.Module):
         frame_mask: Bool[Array, "batch frames"] | None,
         keep_attentions: bool,
     ) -> tuple[HiddenStates, Attentions]:
-        config = self.config
+        config, frames = self.config, x.shape[1]
         norm = layers.layer_norm(self.dtype, "layer_norm", config.layer_norm_eps)
+        if self.attention == "pallas":
+            x, frame_mask = _in_whole_tiles(x, frame_mask)
         if self.lower_layers is None:
             if frame_mask is not None:
                 x = jnp.where(frame_mask[:, :, None], x, jnp.zeros_like(x))
@@ -160,9 +162,6 @@ class Encoder(nn.Module):
             self.lower_layers or 0,
             name="layers",
         )
-        frames = x.shape[1]
-        if self.attention == "pallas":
-            x, frame_mask = _in_whole_tiles(x, frame_mask)
         hidden_states, attentions = stack(x, frame_mask, keep_attentions)
         hidden_states = tuple(states[:, :frames] for states in hidden_states)
         if config.do_stable_layer_norm and self.lower_layers != config.num_hidden_layers:

@@ -805,6 +805,25 @@ def test_a_strided_convolution_equals_pytorchs():
         close(kernel_gradient, weight.grad.numpy().transpose(2, 1, 0), 2e-6)
 
 
+def test_a_bias_is_rounded_before_it_is_added_but_not_on_tpu():
+    rng = np.random.default_rng(0)
+    product = jnp.asarray(rng.normal(size=(3, 5, 64)), jnp.bfloat16)
+    bias = jnp.asarray(rng.normal(size=64), jnp.float32)
+    rounded = product + bias.astype(jnp.bfloat16)
+    exact = np.asarray(product, np.float64) + np.asarray(bias, np.float64)
+    np.testing.assert_array_equal(layers.plus_bias(product, bias), rounded)
+    np.testing.assert_array_equal(layers._exact_sum(product, bias), exact.astype(jnp.bfloat16))
+    assert (exact.astype(jnp.bfloat16) != rounded).any()
+
+    def added(platform):
+        lowered = jax.jit(layers.plus_bias).trace(product, bias)
+        text = lowered.lower(lowering_platforms=(platform,)).as_text()
+        return [line.split("x")[-1] for line in text.splitlines() if "stablehlo.add" in line]
+
+    assert added("cpu") == added("cuda") == ["bf16>"]
+    assert added("tpu") == ["f32>"]
+
+
 def test_the_norm_of_a_branch_has_the_gradients_of_layer_norm():
     rng = np.random.default_rng(0)
     x, scale, bias, *weights = (

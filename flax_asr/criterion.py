@@ -62,7 +62,10 @@ class Objective:
 def forward(
     objective: Objective, params: PyTree, batch: Batch | CachedBatch, key: Any
 ) -> tuple[Float[Array, " batch"], Float[Array, "batch frames vocab"], Int[Array, " batch"]]:
-    """Losses, logits and real frames of a batch; with a key, dropout and masks as in training."""
+    """Losses, logits and real frames of a batch.
+
+    With a key, dropout and masks as in training, and perhaps a few logits of padding at the end.
+    """
     config = objective.config
     frame_lengths = wav2vec2.frame_lengths(config, batch.sample_lengths)
     through = _through_upper if isinstance(batch, CachedBatch) else _through_all
@@ -153,6 +156,7 @@ def _through_all(objective, params, batch: Batch, frame_lengths, key):
         mask_time_indices=time_mask,
         mask_feature_indices=feature_mask,
         deterministic=key is None,
+        keep_padding=key is not None,
         rngs=rngs,
     ).logits
 

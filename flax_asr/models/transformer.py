@@ -136,9 +136,10 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch frames hidden"],
-        frame_mask: Bool[Array, "batch frames"] | None,
+        x: Float[Array, "batch unpadded hidden"],
+        frame_mask: Bool[Array, "batch unpadded"] | None,
         keep_attentions: bool,
+        keep_padding: bool = False,
     ) -> tuple[HiddenStates, Attentions]:
         config, frames = self.config, x.shape[1]
         norm = layers.layer_norm(self.dtype, "layer_norm", config.layer_norm_eps)
@@ -163,7 +164,8 @@ class Encoder(nn.Module):
             name="layers",
         )
         hidden_states, attentions = stack(x, frame_mask, keep_attentions)
-        hidden_states = tuple(states[:, :frames] for states in hidden_states)
+        if not keep_padding:
+            hidden_states = tuple(states[:, :frames] for states in hidden_states)
         if config.do_stable_layer_norm and self.lower_layers != config.num_hidden_layers:
             hidden_states = (*hidden_states[:-1], norm(hidden_states[-1]))
         return hidden_states, attentions

@@ -34,11 +34,12 @@ class EncoderOutput(NamedTuple):
 
     `hidden_states` are the embeddings and the output of every layer, the last one after the final
     layer norm where the architecture has one; `attentions` are the weights before dropout, zero
-    for a layer that layerdrop left out. Each is None unless asked for.
+    for a layer that layerdrop left out. Each is None unless asked for. With `keep_padding` there
+    can be more frames than of `extract_features`.
     """
 
     last_hidden_state: Float[Array, "batch frames hidden"]
-    extract_features: Float[Array, "batch frames channels"]
+    extract_features: Float[Array, "batch unpadded channels"]
     hidden_states: transformer.HiddenStates | None
     attentions: transformer.Attentions | None
 
@@ -160,6 +161,7 @@ class Wav2Vec2Module(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         freeze_feature_encoder: bool = False,
+        keep_padding: bool = False,
     ) -> EncoderOutput:
         """Encodes a padded batch.
 
@@ -173,6 +175,8 @@ class Wav2Vec2Module(nn.Module):
             output_attentions: return every layer's attention weights.
             output_hidden_states: return the embeddings and every layer's output.
             freeze_feature_encoder: no gradient for the feature encoder.
+            keep_padding: leave frames of padding at the end, where the form of attention adds some
+                (`transformer.ROW_MULTIPLE`), instead of cutting them off, which takes passes.
 
         Raises:
             ModelError: the configuration or an attribute asks for what is not implemented.
@@ -213,7 +217,7 @@ class Wav2Vec2Module(nn.Module):
         encoder = transformer.Encoder(
             config, self.dtype, deterministic, self.remat_policy, kind, platform, name="encoder"
         )
-        hidden_states, attentions = encoder(x, frame_mask, output_attentions)
+        hidden_states, attentions = encoder(x, frame_mask, output_attentions, keep_padding)
         return EncoderOutput(
             last_hidden_state=hidden_states[-1],
             extract_features=normalised,
@@ -290,6 +294,7 @@ class Wav2Vec2ForCTCModule(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         freeze_feature_encoder: bool = False,
+        keep_padding: bool = False,
     ) -> CTCOutput:
         """Scores a padded batch; arguments and errors as of `Wav2Vec2Module`."""
         encoder = Wav2Vec2Module(
@@ -309,6 +314,7 @@ class Wav2Vec2ForCTCModule(nn.Module):
             output_attentions,
             output_hidden_states,
             freeze_feature_encoder,
+            keep_padding,
         )
         x = layers.Dropout(self.config.final_dropout, deterministic)(encoded.last_hidden_state)
         logits = Head(self.config, self.dtype, name="lm_head")(x)

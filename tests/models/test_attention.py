@@ -11,7 +11,7 @@ import pytest
 import small_torch
 import torch
 
-from flax_asr import errors, plan
+from flax_asr import criterion, errors, plan
 from flax_asr.data import buckets
 from flax_asr.estimate import chips
 from flax_asr.models import attention, convert, layers, short_attention, transformer, wav2vec2
@@ -204,6 +204,51 @@ def test_the_model_with_the_kernel_gives_pytorchs_logits_and_the_plain_gradients
         ours,
         plain,
     )
+
+
+def test_training_leaves_frames_of_padding_and_learns_the_same():
+    quiet = {"final_dropout": 0.0, "attention_dropout": 0.0, "apply_spec_augment": False}
+    _, module, params, values, mask = model(**quiet)
+    labels, counts = jnp.array([[3, 4, 4], [5, 0, 0]]), jnp.array([3, 1])
+    audio = jnp.asarray(values * 3000, jnp.int16)
+    ones = jnp.ones(2)
+    batch = criterion.Batch(audio, ones / 3000, jnp.asarray(mask.sum(-1)), labels, counts, ones)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def learn(params, kind):
+        objective = criterion.Objective(module.clone(attention=kind), module.config)
+
+        def loss(params):
+            losses, logits, _ = criterion.forward(objective, params, batch, jax.random.key(0))
+            return losses.sum(), (losses, logits.shape[1])
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    (ours, (losses, padded)), (plain, (expected, frames)) = (
+        learn(params, kind) for kind in ("pallas", "xla")
+    )
+    assert padded > frames
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest, rtol=1e-3),
+        ours,
+        plain,
+    )
+
+
+def test_frames_of_padding_are_left_where_that_is_asked_for():
+    _, module, params, values, mask = model()
+
+    def logits(kind, **options):
+        form = module.clone(attention=kind)
+        return form.apply({"params": params}, values, mask, **options).logits
+
+    cut, left = logits("pallas"), logits("pallas", keep_padding=True)
+    assert cut.shape[1] < left.shape[1]
+    assert left.shape[1] % transformer.ROW_MULTIPLE == 0
+    np.testing.assert_allclose(left[:, : cut.shape[1]], cut, atol=1e-6)
+    assert logits("xla", keep_padding=True).shape == cut.shape
 
 
 def with_dropout(module, params, values, mask, **options):

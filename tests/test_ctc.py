@@ -1,6 +1,7 @@
 """The CTC loss against torch where torch's loss is finite, against every alignment elsewhere."""
 
 import functools
+import importlib.util
 import itertools
 
 import jax
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 
-from flax_asr import ctc, ctc_columns, ctc_kernel
+from flax_asr import ctc, ctc_columns, ctc_kernel, plan
+from flax_asr.estimate import chips
 
 
 @functools.cache
@@ -481,3 +483,22 @@ def test_what_is_compiled_for_tpu_has_the_kernels_and_no_loop(vocab, kernels):
     assert text["tpu"].count("custom_call @tpu_custom_call") == kernels
     assert "stablehlo.while" not in text["tpu"]
     assert "tpu_custom_call" not in text["cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v4:2x2x1", "v5p:2x2x1", "v6e:2x4"])
+@pytest.mark.parametrize(("frames", "vocab"), [(504, 4000), (2000, 10_240), (90, 33)])
+def test_the_real_tpu_compiler_takes_the_kernel_of_columns(topology, frames, vocab):
+    device = plan.describe(chips.parse(topology)).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    logits = jax.ShapeDtypeStruct((8, frames, vocab), jnp.float32, sharding=sharding)
+    columns = jax.ShapeDtypeStruct((8, 41), jnp.int32, sharding=sharding)
+
+    @jax.jit
+    def kernel(logits, columns):
+        assert ctc_columns.suits(logits)
+        return ctc_columns.columns_and_norms(logits, columns)
+
+    text = kernel.trace(logits, columns).lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert "tpu_custom_call" in text

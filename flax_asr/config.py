@@ -101,7 +101,10 @@ class DataConfig:
         for name in ("num_workers", "max_train_clips", "max_eval_clips"):
             options.at_least(f"data.{name}", getattr(self, name), 1)
         for name in ("train_splits", "eval_splits", "test_splits"):
-            for split in getattr(self, name):
+            splits = getattr(self, name)
+            if len(set(splits)) < len(splits):
+                raise errors.ConfigError(f"data.{name} is {list(splits)}: name every split once.")
+            for split in splits:
                 # It names a folder of the prepared data, and a file of predictions.
                 if not split or split in (".", "..") or "/" in split or "\0" in split:
                     raise errors.ConfigError(
@@ -318,6 +321,9 @@ class Config:
 
     def __post_init__(self):
         options.at_least("seed", self.seed, 0)
+        if self.seed >= 2**32:
+            # jax takes no more bits without x64, and leaves out the rest without a word.
+            raise errors.ConfigError(f"seed is {self.seed}: it must be less than 2**32.")
         for name, value in flat(self).items():
             if value == "":
                 raise errors.ConfigError(f"{name} is empty: a variable of the shell, not set?")

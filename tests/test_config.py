@@ -131,6 +131,8 @@ def test_fields_of_the_model_configuration_are_options_too():
         ("train: {gradient_checkpointing: no}", "gradient_checkpointing is 'no'"),
         ("train: {global_batch_size: 32, gradient_accumulation_steps: 4}", "exclude each other"),
         ("data: {min_seconds: 3, max_seconds: 2}", "data.max_seconds is 2"),
+        ("data: {train_splits: [train, dev, train]}", "name every split once"),
+        ("seed: 4294967296", "seed is 4294967296: it must be less than 2**32"),
         ("data: {train_splits: [train/clean]}", "data.train_splits: 'train/clean' cannot be"),
         ("data: {eval_splits: [..]}", "data.eval_splits: '..' cannot be the name of a folder"),
         ("data: [1, 2]", "data is a section"),

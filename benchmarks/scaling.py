@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--hours", default="1,10,100")
     parser.add_argument("--points", type=int, default=4, help="of each row of the table")
-    parser.add_argument("--update-milliseconds", type=float, default=82.3)
+    parser.add_argument("--update-milliseconds", type=float, default=72.1)
     parser.add_argument("--gradient-millions", type=float, default=315.3)
     parser.add_argument("--json", metavar="FILE", help="also write one object a measurement there")
     parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)

@@ -432,7 +432,7 @@ def test_the_command_scores_without_normalisation_where_there_is_to_be_none(
     exported, release, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    options = [f"--data.source={release}", "--data.num_workers=1", "--text.normalization=[]"]
+    options = [f"--data.source={release}", "--data.num_buckets=1", "--text.normalization=[]"]
     evaluate.command(str(exported), options, "-")
     assert "normalisation: none" in json.loads(capsys.readouterr().out)["rule"]
     lines = (tmp_path / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()
@@ -453,19 +453,20 @@ def run(saved, tmp_path, monkeypatch):
 
 
 def test_a_named_checkpoint_leaves_the_predictions_of_the_best_one_alone(run, release, capsys):
-    evaluate.command(str(run / "checkpoints" / "30"), [f"--data.source={release}"], None)
+    options = [f"--data.source={release}", "--data.num_buckets=1"]
+    evaluate.command(str(run / "checkpoints" / "30"), options, None)
     assert (run / "predictions-test.jsonl").read_text() == "of the best one"
     written = run / "predictions-test-step-30.jsonl"
     assert len(written.read_text(encoding="utf-8").splitlines()) == len(SENTENCES)
     assert str(written) in capsys.readouterr().out
-    evaluate.command(str(run), [f"--data.source={release}"], None)
+    evaluate.command(str(run), options, None)
     assert (run / "predictions-test.jsonl").read_bytes() == written.read_bytes()
 
 
 def test_a_run_that_only_others_may_write_can_be_scored(run, release, capsys, monkeypatch):
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != run and may(path, mode))
-    evaluate.command(str(run), [f"--data.source={release}"], None)
+    evaluate.command(str(run), [f"--data.source={release}", "--data.num_buckets=1"], None)
     assert (run / "predictions-test.jsonl").read_text() == "of the best one"
     written = run.parent / "predictions-test.jsonl"
     assert len(written.read_text(encoding="utf-8").splitlines()) == len(SENTENCES)

@@ -408,7 +408,10 @@ def test_every_program_of_a_run_is_listed_where_that_is_asked_for(train, model, 
         assert [job for job in every if job[0] == name] == [j for j in by_length if j[0] == name]
 
 
-def test_the_command_compiles_every_program_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def compiled_at_once(monkeypatch):
+    """Programs on two fake devices, with made-up figures, in no time."""
+
     def compiled(job, described):
         parts, sizes = {"CTC": 1.5e6}, (job.resident, 2**20, 2**10)
         return outlook.Program(
@@ -417,6 +420,11 @@ def test_the_command_compiles_every_program_where_that_is_asked_for(tmp_path, mo
 
     monkeypatch.setattr(plan.Job, "compile", compiled)
     monkeypatch.setattr(plan, "describe", lambda described: parallel.Devices(jax.devices()[:2]))
+
+
+def test_the_command_compiles_every_program_where_that_is_asked_for(
+    tmp_path, compiled_at_once, capsys
+):
     path = tmp_path / "plan.jsonl"
     plan.command(tiny(train={"global_batch_size": 4}), "v5e:2x4", str(path), every_shape=True)
     programs, run = check_results(path, ["update_from"] * 2 + ["evaluate"])
@@ -427,8 +435,7 @@ def test_the_command_compiles_every_program_where_that_is_asked_for(tmp_path, mo
     assert "6 s here, 9 s of processor time, for 3 programs; a run compiles 3" in text
 
 
-def test_an_update_of_one_micro_batch_is_one_program(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "describe", lambda described: parallel.Devices(jax.devices()[:2]))
+def test_an_update_of_one_micro_batch_is_one_program(tmp_path, compiled_at_once):
     path = tmp_path / "plan.jsonl"
     plan.command(tiny(train={"global_batch_size": 4}), "v5e:2x4", str(path))
     _, run = check_results(path, ["update_from", "evaluate"])

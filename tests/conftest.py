@@ -26,6 +26,18 @@ def programs_go_with_their_module():
 
 
 @pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules whose models are tiny: XLA's optimisations cost more than they save there.
+
+    The end-to-end tests have them on.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """The same one for all workers of pytest-xdist, with an uninterrupted run in it."""
     folder = tmp_path_factory.getbasetemp()

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import small_run
 from data import small_splits
-from test_step import QUIET, _model, _quick_compilation  # noqa: F401
+from test_step import QUIET, _model
 
 from flax_asr import compat, config, corpora, experiment, origins, step
 from flax_asr.data import buckets, loader
 from flax_asr.record import window
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLISHED = ROOT / "tests" / "fixtures" / "seed_results.tsv"

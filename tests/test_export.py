@@ -12,6 +12,8 @@ import transformers
 from flax_asr import config, errors, export
 from flax_asr.models import weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RUN = config.Config(data=config.DataConfig(source="x", language="eu"))
 
 

@@ -15,6 +15,8 @@ import small_update
 
 from flax_asr import checkpoint, parallel, partition
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TESTS = pathlib.Path(__file__).parent
 META = small_saved.saved().meta
 UPDATES = 24

@@ -19,6 +19,8 @@ from flax_asr.data import prepare
 from flax_asr.estimate import chips, flops, hlo, outlook, workload
 from flax_asr.models import wav2vec2
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {
     "num_hidden_layers": 1,
     "hidden_size": 16,

@@ -21,13 +21,7 @@ QUIET = dict.fromkeys(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """XLA's optimisations cost more than they save here; the end-to-end tests have them on."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def _model(architecture="xls-r", **changes):

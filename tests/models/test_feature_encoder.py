@@ -8,6 +8,8 @@ import small_torch
 
 from flax_asr.models import feature_encoder
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _encoder(platform, **changes):
     config = small_torch.config("xls-r", **changes)

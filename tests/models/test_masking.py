@@ -9,6 +9,8 @@ from transformers.models.wav2vec2 import modeling_wav2vec2
 
 from flax_asr.models import masking
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DRAWS = 1000
 
 

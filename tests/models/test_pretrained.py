@@ -15,6 +15,8 @@ import flax_asr
 from flax_asr import FlaxWav2Vec2ForCTC, FlaxWav2Vec2Model, errors
 from flax_asr.models import api, convert, hub, outputs, pretrained, wav2vec2, weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Frames of 2000 samples: 399, 199, 99.
 SAMPLES, FRAMES = 2000, 99
 

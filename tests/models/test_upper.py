@@ -9,6 +9,8 @@ from models import small_torch
 
 from flax_asr.models import upper, wav2vec2
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module", params=[True, False], ids=["norms first", "norms last"])
 def model(request):

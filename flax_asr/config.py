@@ -101,16 +101,7 @@ class DataConfig:
         for name in ("num_workers", "max_train_clips", "max_eval_clips"):
             options.at_least(f"data.{name}", getattr(self, name), 1)
         for name in ("train_splits", "eval_splits", "test_splits"):
-            splits = getattr(self, name)
-            if len(set(splits)) < len(splits):
-                raise errors.ConfigError(f"data.{name} is {list(splits)}: name every split once.")
-            for split in splits:
-                # It names a folder of the prepared data, and a file of predictions.
-                if not split or split in (".", "..") or "/" in split or "\0" in split:
-                    raise errors.ConfigError(
-                        f"data.{name}: {split!r} cannot be the name of a folder: call the split"
-                        " otherwise in the table."
-                    )
+            options.splits(f"data.{name}", getattr(self, name))
         if self.max_seconds <= self.min_seconds:
             raise errors.ConfigError(
                 f"data.max_seconds is {self.max_seconds}: it must be larger than"
@@ -321,9 +312,7 @@ class Config:
 
     def __post_init__(self):
         options.at_least("seed", self.seed, 0)
-        if self.seed >= 2**32:
-            # jax takes no more bits without x64, and leaves out the rest without a word.
-            raise errors.ConfigError(f"seed is {self.seed}: it must be less than 2**32.")
+        options.below("seed", self.seed, 2**32)  # jax leaves out further bits without a word
         for name, value in flat(self).items():
             if value == "":
                 raise errors.ConfigError(f"{name} is empty: a variable of the shell, not set?")
@@ -347,9 +336,7 @@ class Config:
             )
 
 
-_PLACES = frozenset(
-    "output_dir data.source data.prepared_dir model.pretrained text.vocabulary".split()
-)
+_PLACES = {"output_dir", "data.source", "data.prepared_dir", "model.pretrained", "text.vocabulary"}
 """Where a leading ~ is the user's home; in a file no shell has seen to it."""
 
 

@@ -15,76 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from flax_asr import errors
+from flax_asr import errors, trainer_names
 
 _MOST_CHARACTERS = 2**18
 _DEEPEST = 32
-
-TRAINER_NAMES = {
-    "fp16": "train.mixed_precision fp16",
-    "bf16": "train.mixed_precision bf16",
-    "warmup_ratio": "optim.warmup_fraction",
-    "group_by_length": "data.num_buckets (batches are always grouped by length)",
-    "report_to": "nothing: log.jsonl is always written, TensorBoard too where it is installed",
-    "train_split_name": "data.train_splits",
-    "eval_split_name": "data.eval_splits",
-    "text_column_name": "data.text_column",
-    "audio_column_name": "nothing: the column is `audio` in parquet and hf:, `path` in a manifest",
-    "dataset_name": "data.source hf:NAME",
-    "dataset_config_name": "data.source hf:NAME:CONFIG",
-    "model_name_or_path": "model.pretrained",
-    "tokenizer_name_or_path": "text.vocabulary",
-    "cache_dir": "nothing: the hub's cache is where the variable HF_HOME says",
-    **dict.fromkeys(("token", "use_auth_token"), "nothing: `hf auth login`, or set HF_TOKEN"),
-    "trust_remote_code": "nothing: code of a model or a dataset is never run",
-    "eval_metrics": "nothing: loss, word and character error rate are always given",
-    "length_column_name": "nothing: lengths come from the audio",
-    "ctc_zero_infinity": "nothing: clips with no alignment are left out and named",
-    **dict.fromkeys(("no_cuda", "use_cpu"), "nothing: set JAX_PLATFORMS=cpu"),
-    "freeze_feature_extractor": "model.freeze_feature_encoder",
-    "max_duration_in_seconds": "data.max_seconds",
-    "min_duration_in_seconds": "data.min_seconds",
-    "max_train_samples": "data.max_train_clips",
-    "max_eval_samples": "data.max_eval_clips",
-    "preprocessing_num_workers": "data.num_workers",
-    "dataloader_num_workers": "data.num_workers",
-    "chars_to_ignore": "text.normalization",
-    "preprocessing_only": "the command `flax-asr prepare`",
-    "do_train": "the command `flax-asr train`",
-    "do_eval": "nothing: training scores by itself; `flax-asr evaluate` scores a finished model",
-    "do_predict": "nothing: training scores by itself; `flax-asr evaluate` scores a finished model",
-    "load_best_model_at_end": "nothing: the best checkpoint is the one tested and exported",
-    "greater_is_better": "nothing: of every train.metric_for_best_model less is better",
-    "optim": "nothing: the optimiser is AdamW",
-    **dict.fromkeys(
-        ("push_to_hub", "hub_model_id"),
-        "nothing: the folder export/ of a run is what `hf upload` takes",
-    ),
-    **dict.fromkeys(("deepspeed", "fsdp"), "train.zero_sharding"),
-    "logging_dir": "nothing: log.jsonl and tensorboard/ are in output_dir",
-    "run_name": "output_dir",
-    "overwrite_output_dir": "the option --restart of `flax-asr train`",
-    "resume_from_checkpoint": "nothing: the same command goes on by itself",
-    "evaluation_strategy": "train.eval_steps",
-    "eval_strategy": "train.eval_steps",
-    "save_strategy": "train.save_steps",
-    "logging_strategy": "train.logging_steps",
-    "train_batch_size": "train.per_device_train_batch_size",
-    "eval_batch_size": "train.per_device_eval_batch_size",
-    "num_epochs": "train.num_train_epochs",
-    "epochs": "train.num_train_epochs",
-    "batch_size": "train.global_batch_size",
-    "lr": "optim.learning_rate",
-    **{
-        name: f"model.config: {{{name}: VALUE}}"
-        for name in (
-            "mask_time_prob mask_time_length mask_feature_prob mask_feature_length layerdrop"
-            " attention_dropout hidden_dropout activation_dropout feat_proj_dropout"
-            " final_dropout ctc_loss_reduction"
-        ).split()
-    },
-}
-"""Names of the Hugging Face Trainer and its examples that are spelt otherwise here."""
 
 
 def _yaml():
@@ -107,6 +41,27 @@ def above(name: str, value: float | None, bound: float) -> None:
     """Raises `ConfigError` where an option is not above its bound; None has none."""
     if value is not None and value <= bound:
         raise errors.ConfigError(f"{name} is {value}: it must be larger than {bound}.")
+
+
+def below(name: str, value: float, bound: float) -> None:
+    """Raises `ConfigError` where an option is not below its bound."""
+    if value >= bound:
+        raise errors.ConfigError(f"{name} is {value}: it must be less than {bound}.")
+
+
+def splits(name: str, names: Sequence[str]) -> None:
+    """Raises `ConfigError` where a split is named twice, or cannot be the name of a folder.
+
+    Such are the names of its prepared data and, with more behind it, of its predictions.
+    """
+    if len(set(names)) < len(names):
+        raise errors.ConfigError(f"{name} is {list(names)}: name every split once.")
+    for split in names:
+        if not split or split in (".", "..") or "/" in split or "\0" in split:
+            raise errors.ConfigError(
+                f"{name}: {split!r} cannot be the name of a folder: call the split otherwise in the"
+                " table."
+            )
 
 
 def plain(value: Any) -> Any:
@@ -256,8 +211,8 @@ def unknown_name(name: str, kinds: Mapping[str, Any]) -> str:
     same = [known for known in names if known.rpartition(".")[2] == last]
     if same:
         return f"there is no option {name}: it is {' or '.join(same)}."
-    if last in TRAINER_NAMES:
-        return f"there is no option {name}: here it is {TRAINER_NAMES[last]}."
+    if last in trainer_names.OURS:
+        return f"there is no option {name}: here it is {trainer_names.OURS[last]}."
     lasts = {known.rpartition(".")[2]: known for known in names}
     near = difflib.get_close_matches(last, lasts, n=1, cutoff=0.6)
     if near:

@@ -19,7 +19,7 @@ import sys
 
 import pytest
 
-from flax_asr import __main__, config, options
+from flax_asr import __main__, config, trainer_names
 from flax_asr.console import option_help
 from flax_asr.hosts import cluster, multihost
 
@@ -225,7 +225,7 @@ def options_table() -> str:
 def names_table() -> str:
     """The Trainer's names that are spelt otherwise here."""
     rows = ["| there | here |", "|---|---|"]
-    for name, ours in options.TRAINER_NAMES.items():
+    for name, ours in trainer_names.OURS.items():
         code, _, rest = ours.partition(" (")
         plain = re.match(r"nothing|the option", code)
         rows.append(f"| `{name}` | {code if plain else f'`{code}`'}{' (' + rest if rest else ''} |")

@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, BinaryIO
 
 from flax_asr import errors
@@ -26,6 +26,8 @@ dataset_fingerprint = hub.fingerprint
 
 # Tables of a release that are no splits.
 _NO_SPLITS = ("reported", "clip_durations", "validated_sentences", "unvalidated_sentences")
+# Columns that say where in a recording a row begins, or where its own clip was cut from.
+_STARTS = "offset start start_time begin begin_time".split()
 _FORMS = (
     "a release folder, its .tar.gz, parquet:GLOB, hf:NAME[:CONFIG], or a .csv, .tsv or .jsonl "
     "manifest with the columns path and sentence"
@@ -310,7 +312,12 @@ def _archive_clips(path: pathlib.Path, rows: _Rows, marker: str, column: str) ->
 def _manifest(path: pathlib.Path, column: str) -> Source:
     """A table with the columns path and sentence; without a column split all of it is train."""
     splits: dict[str | None, None] = {}
+    starts: dict[str, object] = {}
+    cut = set()
     for number, row in _manifest_rows(path, column):
+        name, start = row.get("path"), next((row[key] for key in _STARTS if key in row), None)
+        if isinstance(name, str) and start is not None and starts.setdefault(name, start) != start:
+            cut.add(name)
         split = _split_of(row)
         # A short line, or an object without the key, would belong to every split.
         if split in ("", None) and ("split" in row or splits.keys() - {None}):
@@ -321,7 +328,7 @@ def _manifest(path: pathlib.Path, column: str) -> Source:
     if not splits:
         raise errors.DataError(f"{path}: a header and no clips")
     readers = {
-        split or "train": functools.partial(_manifest_clips, path, split, column)
+        split or "train": functools.partial(_manifest_clips, path, split, column, frozenset(cut))
         for split in splits
     }
     return Source(str(path), path.stem, readers)
@@ -337,7 +344,10 @@ def _manifest_rows(path: pathlib.Path, column: str) -> Iterator[tables.Row]:
         yield from tables.rows(stream, str(path), path.suffix.lower(), ("path", column))
 
 
-def _manifest_clips(path: pathlib.Path, split: str | None, column: str) -> Iterator[Clip]:
+def _manifest_clips(
+    path: pathlib.Path, split: str | None, column: str, cut: Set[str]
+) -> Iterator[Clip]:
+    """The clips of a split; those of recordings in `cut`, which have rows for parts, refused."""
     for number, row in _manifest_rows(path, column):
         if split is not None and _split_of(row) != split:
             continue
@@ -348,6 +358,10 @@ def _manifest_clips(path: pathlib.Path, split: str | None, column: str) -> Itera
             continue
         if not isinstance(name, str) or not name or "\0" in name:
             yield clips.from_row(row, f"line {number}", column, refused="the row has no path")
+            continue
+        if name in cut:
+            why = f"{name} has rows that begin elsewhere in it; cut such clips out first"
+            yield clips.from_row(row, f"line {number}", column, refused=why)
             continue
         yield clips.from_row(
             row, name, column, audio=str(path.parent / pathlib.Path(name).expanduser())

@@ -441,6 +441,29 @@ def test_a_part_of_a_recording_is_refused_by_row(tmp_path):
     assert found[2].audio is None
 
 
+@pytest.mark.parametrize("start", ["start", "offset", "begin_time"])
+def test_the_first_part_of_a_recording_is_refused_like_the_others(tmp_path, start):
+    """Its transcript would be trained on with all of the recording."""
+    file = tmp_path / "clips.csv"
+    rows = "long.wav,0.0,2.5,a\nown.wav,0.0,1.0,b\nlong.wav,2.5,4.0,c\ntwice.wav,7,8,d\n"
+    file.write_text(f"path,{start},end,sentence\n{rows}")
+    found = list(open_source(str(file), language="en").read("train"))
+    assert [clip.refused != "" for clip in found[:3]] == [True, False, True]
+    assert (
+        found[0].refused == "long.wav has rows that begin elsewhere in it; cut such clips out first"
+    )
+    # A corpus of clips that are cut already may say where they came from.
+    assert (found[3].refused == "") == (start != "offset")
+
+
+def test_rows_with_one_beginning_are_no_parts(tmp_path):
+    file = tmp_path / "clips.jsonl"
+    rows = [{"path": p, "sentence": "s", "start": 0.0} for p in ("a", "a", {"path": "b"}, None)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = list(open_source(str(file), language="en").read("train"))
+    assert [clip.refused for clip in found] == ["", "", *["the row has no path"] * 2]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -13,19 +13,25 @@ import importlib.metadata
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax_asr
 from flax_asr import config, errors, inventory
-from flax_asr.record import runlog
+from flax_asr.record import curves, runlog
 
 logger = logging.getLogger(__name__)
 
 CONFIG, CARD, EXPORT = "config.yaml", "README.md", "export"
 COMPILED = "compilation_cache"
 LOCK, FINISHED = ".lock", ".finished"
+_WRITTEN = frozenset(
+    (
+        *(CONFIG, CARD, EXPORT, COMPILED, FINISHED),
+        *(inventory.FOLDER, runlog.FILE, runlog.BOARD, curves.FILE),
+    )
+)
 
 FREE_TO_CHANGE = frozenset(
     "output_dir data.source data.num_workers data.prepared_dir data.cache_features model.attention"
@@ -89,11 +95,12 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> inventory
 
     Raises:
         ConfigError: the old run was made with another configuration.
-        CheckpointError: no checkpoint is sound.
+        CheckpointError: no checkpoint is sound, or a fresh run would write over something.
     """
-    if restart:
-        put_aside(folder)
+    if restart and _holds_a_run(folder):
+        put_aside(folder, _is_written_by_a_run)
     if not inventory.steps(folder):
+        _refuse_to_overwrite(folder)
         return None
     if not (folder / CONFIG).is_file():
         raise errors.CheckpointError(
@@ -105,7 +112,44 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> inventory
     step = inventory.newest_sound(folder)
     for name, (a, b) in changes.items():
         logger.info("going on with %s %r (was %r)", name, b, a)
+    if "train.num_train_epochs" in changes and asked.train.max_steps is not None:
+        logger.warning(
+            "warning: train.num_train_epochs %g does nothing beside train.max_steps %d, which says"
+            " how long the run is.",
+            asked.train.num_train_epochs,
+            asked.train.max_steps,
+        )
     return inventory.read_meta(folder, step)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return bool(inventory.steps(folder)) or (folder / runlog.FILE).is_file() or _is_ours(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether config.yaml there is one that a run wrote: complete, and without a comment."""
+    try:
+        return (folder / CONFIG).read_bytes() == config.dump(config.load(folder / CONFIG)).encode()
+    except (OSError, errors.ConfigError):
+        return False
+
+
+def _refuse_to_overwrite(folder: Path) -> None:
+    """Before the first checkpoint a run has written a configuration and a log, and no result."""
+    at_risk = [name for name in (CARD, EXPORT, CONFIG) if (folder / name).exists()]
+    if at_risk == [CONFIG] and _is_ours(folder):
+        return
+    if at_risk and _holds_a_run(folder):
+        raise errors.CheckpointError(
+            f"{folder} holds {' and '.join(at_risk)} of a run but no checkpoints: give another"
+            " --output_dir, or --restart to begin again (what the run wrote is kept under a dated"
+            " name)."
+        )
+    if at_risk:
+        raise errors.CheckpointError(
+            f"output_dir {folder} holds {' and '.join(at_risk)}, which no run wrote and this one"
+            " would write over: give another --output_dir, or move it."
+        )
 
 
 def same_on_all_hosts(cfg: config.Config) -> dict[str, Any]:
@@ -145,7 +189,7 @@ def _refuse_meaningful(folder: str, changes: Mapping[str, tuple[Any, Any]]) -> N
         )
         raise errors.ConfigError(
             f"{folder} holds a run with another configuration:\n{listed}\nGive another"
-            " --output_dir, or --restart to begin again (the old folder is kept under a dated"
+            " --output_dir, or --restart to begin again (the old run is kept under a dated"
             f" name), or --model.pretrained {folder} with another --output_dir to start from its"
             " weights."
         )
@@ -155,17 +199,43 @@ def _longer(name: str, old: Any, new: Any) -> bool:
     return name in LENGTHS and old is not None and new is not None and new > old
 
 
-def put_aside(folder: Path) -> None:
-    """Moves everything of an old run into a dated folder beside it, the configuration last."""
-    old = [path for path in folder.iterdir() if path.name != LOCK]
+def put_aside(folder: Path, which: Callable[[str], bool] = lambda name: True) -> None:
+    """Moves an old run into a dated folder beside it, the configuration last.
+
+    Args:
+        folder: its folder.
+        which: the names that are moved; by default all but the lock's.
+
+    Raises:
+        CheckpointError: nothing can be made beside the folder, or nothing moved there.
+    """
+    old = [path for path in folder.iterdir() if path.name != LOCK and which(path.name)]
     if not old:
         return
-    target = folder.with_name(dated(folder.name))
-    target.mkdir()
-    # A kill in between must not leave checkpoints that look like those of the new run.
-    for path in sorted(old, key=lambda p: (p.name == CONFIG, p.name != inventory.FOLDER)):
-        path.rename(target / path.name)
+    # Beside the folder itself: a link to it may lie on another disk.
+    there = folder.resolve()
+    target = there.parent / dated(there.name)
+    try:
+        target.mkdir()
+        # A kill in between must not leave checkpoints that look like those of the new run.
+        for path in sorted(old, key=lambda p: (p.name == CONFIG, p.name != inventory.FOLDER)):
+            path.rename(target / path.name)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            target.rmdir()  # if nothing is in it
+        raise errors.CheckpointError(
+            f"the old run in {folder} cannot be moved to {target}: {error.strerror}. Move it"
+            " yourself, or give another --output_dir."
+        ) from error
     logger.info("the old run is kept in %s", target)
+
+
+def _is_written_by_a_run(name: str) -> bool:
+    return (
+        name in _WRITTEN
+        or name.startswith("predictions-")
+        or (name.startswith(".") and name.endswith((".unfinished", ".old")))
+    )
 
 
 def dated(name: str) -> str:

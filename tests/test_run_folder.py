@@ -1,6 +1,7 @@
 """What a second run does with a run folder, case by case."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -213,6 +214,78 @@ def test_restart_keeps_the_old_folder_whole(folder, unfinished):
     assert kept.name.startswith("run-20")
     assert before == {p.relative_to(kept): p.read_bytes() for p in kept.rglob("*") if p.is_file()}
     assert resumed(kept, unfinished).step == 4
+
+
+def test_restart_leaves_what_no_run_wrote_where_it_is(folder, finished):
+    (folder / "clips").mkdir()
+    (folder / "train.tsv").write_text("path")
+    with run_folder.owned(folder):
+        assert resumed(folder, finished, restart=True) is None
+    assert {p.name for p in folder.iterdir()} == {run_folder.LOCK, "clips", "train.tsv"}
+    (kept,) = [p for p in folder.parent.iterdir() if p != folder]
+    assert resumed(kept, finished).step == 6
+    assert run_folder.is_finished(kept, resumed(kept, finished), finished)
+
+
+def test_restart_in_a_folder_without_a_run_moves_nothing(folder):
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+    assert resumed(folder, small_folder.configuration(folder), restart=True) is None
+    assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", [run_folder.CARD, run_folder.CONFIG, run_folder.EXPORT])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_fresh_run_does_not_write_over_what_no_run_wrote(folder, name, restart):
+    folder.mkdir()
+    (folder / name).write_text("# mine\n")
+    with pytest.raises(errors.CheckpointError, match=f"holds {name}, which no run wrote"):
+        resumed(folder, small_folder.configuration(folder), restart)
+    assert (folder / name).read_text() == "# mine\n"
+
+
+def test_results_whose_checkpoints_are_gone_are_not_trained_over(folder, finished):
+    shutil.rmtree(folder / inventory.FOLDER)
+    with pytest.raises(errors.CheckpointError, match=r"README\.md .* no checkpoints.*--restart"):
+        resumed(folder, finished)
+    assert resumed(folder, finished, restart=True) is None
+
+
+def test_restart_of_the_current_folder_keeps_the_old_run_beside_it(folder, unfinished, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert resumed(pathlib.Path(), unfinished, restart=True) is None
+    (kept,) = [p for p in folder.parent.iterdir() if p != folder]
+    assert resumed(kept, unfinished).step == 4
+
+
+def test_restart_through_a_link_keeps_the_old_run_beside_what_it_links_to(
+    folder, unfinished, tmp_path
+):
+    link = tmp_path / "elsewhere" / "run"
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    assert resumed(link, unfinished, restart=True) is None
+    assert [p.name for p in link.parent.iterdir()] == ["run"]
+    (kept,) = [p for p in folder.parent.iterdir() if p.name.startswith("run-20")]
+    assert resumed(kept, unfinished).step == 4
+
+
+def test_a_run_that_cannot_be_put_aside_is_refused(folder, unfinished, monkeypatch):
+    """As where the folder is itself a disk: nothing can be renamed to beside it."""
+
+    def other_disk(path, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(pathlib.Path, "rename", other_disk)
+    with pytest.raises(errors.CheckpointError, match=r"cannot be moved to .*run-20.*cross-device"):
+        resumed(folder, unfinished, restart=True)
+    assert [p.name for p in folder.parent.iterdir()] == ["run"]
+
+
+def test_epochs_that_have_no_effect_are_warned_of(folder, unfinished, caplog):
+    changed = small_folder.configuration(folder, train={"num_train_epochs": 9.0})
+    assert resumed(folder, changed).step == 4
+    assert "train.num_train_epochs 9 does nothing beside train.max_steps 6" in caplog.text
 
 
 def test_restart_in_an_empty_folder_leaves_nothing_beside(folder):

@@ -16,6 +16,7 @@ from flax_asr import errors
 logger = logging.getLogger(__name__)
 
 FILE = "log.jsonl"
+BOARD = "tensorboard"
 
 
 class RunLog:
@@ -125,7 +126,7 @@ class _Board:
         from tensorboardX.proto import event_pb2
 
         self._event, self._scalar = event_pb2.Event, summary.scalar
-        folder = run / "tensorboard"
+        folder = run / BOARD
         folder.mkdir(parents=True, exist_ok=True)
         # The suffix keeps two starts within a second from sharing a file.
         self._writer = event_file_writer.EventsWriter(str(folder / "events"), f".after-{after}")

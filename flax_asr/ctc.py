@@ -54,16 +54,35 @@ def ctc_loss(
     its gradient not finite, so that an overflow in the model is seen and not trained on.
 
     Raises:
-        ValueError: `blank` lies outside the vocabulary.
+        ValueError: `blank` lies outside the vocabulary, or an array has another shape or type.
 
     Source: Graves et al. 2006, equations 5-16. Oracles: torch.nn.functional.ctc_loss and the sum
     over all alignments, tests/test_ctc.py.
     """
+    _check(logits, logit_lengths, labels, label_lengths)
     vocab = logits.shape[-1]
     if not 0 <= blank < vocab:
         raise ValueError(f"blank must lie in 0..{vocab - 1}, got {blank}")
     loss = _loss(blank, logits, logit_lengths, labels, label_lengths)
     return jnp.where(jnp.isposinf(loss), 0, loss) if zero_infinity else loss
+
+
+def _check(logits, logit_lengths, labels, label_lengths) -> None:
+    """Refuses what would be broadcast, and the paddings that `optax.ctc_loss` takes here."""
+    if jnp.ndim(logits) != 3:
+        raise ValueError(
+            f"logits has the shape {jnp.shape(logits)}: it must be [batch frames vocab]"
+        )
+    batch = len(logits)
+    lengths = (("logit_lengths", logit_lengths), ("label_lengths", label_lengths))
+    for name, array, dims in (*((*one, 1) for one in lengths), ("labels", labels, 2)):
+        shape, dtype = jnp.shape(array), jnp.result_type(array)
+        if len(shape) != dims or shape[0] != batch or not jnp.issubdtype(dtype, jnp.integer):
+            form = "batch tokens" if dims == 2 else "batch"
+            raise ValueError(
+                f"{name} has the shape {shape} and type {dtype}: it must be integers, [{form}], of"
+                f" {batch} clips"
+            )
 
 
 class _Problem(NamedTuple):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import inspect
 import itertools
 
 import jax
@@ -502,3 +503,35 @@ def test_the_real_tpu_compiler_takes_the_kernel_of_columns(topology, frames, voc
 
     text = kernel.trace(logits, columns).lower(lowering_platforms=("tpu",)).compile().as_text()
     assert "tpu_custom_call" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("logits", lambda array: array[0]),
+        ("logit_lengths", lambda array: array[:1]),  # which would serve every clip
+        ("logit_lengths", lambda array: array[:, None]),
+        (
+            "logit_lengths",
+            lambda array: np.zeros((3, 7), np.float32),
+        ),  # paddings, as optax has them
+        ("logit_lengths", lambda array: array.astype(np.float32)),
+        ("label_lengths", lambda array: array[:1]),
+        ("label_lengths", lambda array: array[0]),
+        ("labels", lambda array: array[:1]),
+        ("labels", lambda array: array[0]),
+        ("labels", lambda array: array.astype(np.float32)),
+    ],
+)
+def test_another_shape_or_type_is_refused_by_name(name, wrong):
+    """In a process whose signatures are not checked, as a user's."""
+    given = {
+        "logits": np.zeros((3, 7, 5), np.float32),
+        "logit_lengths": np.full(3, 7),
+        "labels": np.ones((3, 2), np.int32),
+        "label_lengths": np.full(3, 2),
+    }
+    plain = inspect.unwrap(ctc.ctc_loss)
+    assert np.isfinite(plain(**given)).all()
+    with pytest.raises(ValueError, match=f"^{name} has the shape"):
+        plain(**given | {name: wrong(given[name])})

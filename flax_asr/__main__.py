@@ -18,6 +18,8 @@ from flax_asr.hosts import stopping
 USER_ERROR, INTERRUPTED = errors.STATUS, stopping.STATUS
 BROKEN_OFF = 128 + signal.SIGINT
 """Of a command that has nothing to go on from; as shells have it."""
+UNREAD = 128 + signal.SIGPIPE
+"""Of a command whose standard output nobody reads any more, as after `| head`."""
 
 OWN_OPTIONS = frozenset(
     (
@@ -78,6 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         terminal.show("flax-asr: stopped.", sys.stderr)
         return BROKEN_OFF
+    except BrokenPipeError:
+        if not terminal.is_unread(sys.stdout):
+            raise
+        return UNREAD
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -91,6 +97,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     words = list(arguments)
     while words:
         word = words.pop(0)
+        if word == "--":  # what follows is no option, whatever it looks like
+            own += [word, *words]
+            break
         name = word.partition("=")[0]
         if not word.startswith("--") or name in OWN_OPTIONS:
             own.append(word)

@@ -74,7 +74,7 @@ def command(run: str, out: str, step: int | None = None) -> None:
         )
     target = Path(out)
     foreign = target.exists() and not (target / lineage.FILE).is_file()
-    if foreign and (target.is_file() or any(target.iterdir())):
+    if foreign and (not target.is_dir() or any(target.iterdir())):
         raise errors.ModelError(f"{out} holds something else: name a new folder.")
     cluster.devices()
     saved = checkpoint.load_model(folder, step)

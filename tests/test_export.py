@@ -1,6 +1,7 @@
 """The exported folder: verified against PyTorch, and never kept when it is wrong."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -128,5 +129,6 @@ def test_export_of_what_is_no_run_says_so(tmp_path):
 def test_export_does_not_overwrite_another_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(export.inventory, "is_run", lambda folder: True)
     (tmp_path / "photo.jpg").write_text("x")
-    with pytest.raises(errors.ModelError, match="holds something else"):
-        export.command("run", str(tmp_path))
+    for place in (tmp_path, tmp_path / "photo.jpg", os.devnull):
+        with pytest.raises(errors.ModelError, match="holds something else"):
+            export.command("run", str(place))

@@ -260,6 +260,36 @@ def test_a_stream_that_lacks_a_character_gets_an_escape(train_that, monkeypatch)
     assert written.getvalue() == b"one\\uff0ctwo\n"
 
 
+def test_output_that_nobody_reads_ends_the_command_without_a_traceback(
+    train_that, monkeypatch, capsys
+):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        train_that(lambda cfg, restart: terminal.show("one"))
+        assert __main__.main(["train", "--config", RECIPE]) == 141
+        stream.write("more")  # which the interpreter's end would do
+        stream.flush()
+    assert capsys.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_not_hidden(train_that):
+    def broken(cfg, restart):
+        raise BrokenPipeError
+
+    train_that(broken)
+    with pytest.raises(BrokenPipeError):
+        __main__.main(["train", "--config", RECIPE])
+
+
+def test_what_follows_two_dashes_is_no_option():
+    words = ["transcribe", "--model", "m", "--train.mixed_precision", "fp32", "--", "-a.wav", "--b"]
+    own, options = __main__.split(words)
+    assert options == ["--train.mixed_precision", "fp32"]
+    assert __main__._parser().parse_args(own).audio == ["-a.wav", "--b"]
+
+
 def test_a_bug_is_not_hidden(train_that):
     def broken(cfg, restart):
         raise ZeroDivisionError

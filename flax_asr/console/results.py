@@ -1,6 +1,7 @@
 """Results for programs: one JSON object a line, into a file or to standard output."""
 
 import contextlib
+import functools
 import io
 import json
 import sys
@@ -20,27 +21,46 @@ def writer(json_file: str | None) -> Iterator[Write]:
     Each object is written at once: what is done stays if a long job is stopped.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be written; `write` raises it too.
     """
     with contextlib.ExitStack() as stack:
         if json_file is None:
             yield lambda result: None
             return
         if json_file == "-":
-            file = sys.stdout
+            put, encoding = _print, sys.stdout.encoding or "utf-8"
         else:
             try:
-                file = stack.enter_context(Path(json_file).open("w", encoding="utf-8"))
+                file = stack.enter_context(Path(json_file).open("wb", buffering=0))
             except OSError as error:
-                raise errors.ConfigError(
-                    f"--json {json_file} cannot be written: {error.strerror}."
-                ) from error
+                raise _unwritable(json_file, error) from error
+            put, encoding = functools.partial(_append, file), "utf-8"
 
         def write(result: Mapping[str, Any]) -> None:
-            file.write(_line(result, file.encoding or "utf-8"))
-            file.flush()
+            try:
+                put(_line(result, encoding))
+            except BrokenPipeError:
+                raise  # whoever reads has gone
+            except OSError as error:
+                raise _unwritable(json_file, error) from error
 
         yield write
+
+
+def _unwritable(json_file: str, error: OSError) -> errors.ConfigError:
+    return errors.ConfigError(f"--json {json_file} cannot be written: {error.strerror}.")
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(line)
+    sys.stdout.flush()
+
+
+def _append(file: io.FileIO, line: str) -> None:
+    """Without a buffer: closing one that a full disk did not take would fail once more."""
+    left = line.encode("utf-8")
+    while left:
+        left = left[file.write(left) :]
 
 
 def _line(result: Mapping[str, Any], encoding: str) -> str:

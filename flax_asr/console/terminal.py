@@ -7,6 +7,7 @@ for the user, and directional overrides could show a line in another order than 
 
 import io
 import logging
+import os
 import re
 from typing import Any
 
@@ -28,6 +29,19 @@ def write_what_can_be_written(*streams: Any) -> None:
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+
+
+def is_unread(stream: Any) -> bool:
+    """Whether what reads the stream has gone; what is still written then is lost in silence."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        # Or the interpreter's last flush would complain.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return True
+    return False
 
 
 def show(text: str, file: io.TextIOBase | None = None) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from flax_asr import errors
 from flax_asr.console import results
 
 
@@ -28,3 +29,10 @@ def test_a_file_name_that_is_no_utf8_comes_back_as_it_was(tmp_path):
         write({"path": name, "text": "é"})
     found = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
     assert os.fsencode(found["path"]) == b"caf\xe9.mp3"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
+def test_a_disk_that_fills_up_is_one_message():
+    with pytest.raises(errors.ConfigError) as refusal, results.writer("/dev/full") as write:
+        write({"text": "one"})
+    assert str(refusal.value) == "--json /dev/full cannot be written: No space left on device."

@@ -18,6 +18,18 @@ import signatures  # noqa: F401 (before anything that imports the package)
 import small_training
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """What one module or worker has compiled, the others read: small programs recur in most."""
+    small_training.share_compiled(str(shared(tmp_path_factory) / "compiled"))
+
+
+def shared(tmp_path_factory):
+    """The same folder for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_go_with_their_module():
     """Compiled programs of all modules together would fill gigabytes in each test process."""
@@ -40,9 +52,7 @@ def quick_compilation():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """The same one for all workers of pytest-xdist, with an uninterrupted run in it."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
+    folder = shared(tmp_path_factory)
     place = small_training.Place(folder / "place")
     place.folder.mkdir(exist_ok=True)
     with open(folder / "place.lock", "w") as lock:

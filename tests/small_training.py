@@ -204,22 +204,19 @@ def without_torch() -> None:
 
 def share_compiled(cache: str) -> None:
     """Keeps every compiled program in one folder, whatever run asks for it."""
-
-    def keep(folder):
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-    parallel.keep_compiled = keep
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    parallel.keep_compiled = lambda folder: None
 
 
 class Place:
-    """Where runs are: one corpus, one cache of compiled programs."""
+    """Where runs are: one corpus, and the compiled programs of all tests."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.source = folder / "cv-corpus-1"
-        self.cache = folder / "compiled"
+        self.cache = jax.config.jax_compilation_cache_dir
 
     def command(self, run: pathlib.Path, *more: str) -> list[str]:
         return command(self.source, run, *more)

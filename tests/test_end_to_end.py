@@ -285,9 +285,7 @@ def test_sigterm_while_finishing_ends_at_once_and_the_same_command_finishes(plac
 @pytest.fixture
 def here(place, monkeypatch):
     """Runs in this process, with the compiled programs of the others."""
-    monkeypatch.setattr(parallel, "keep_compiled", None)
     monkeypatch.setattr(export, "_torch_is_installed", None)
-    small_training.share_compiled(str(place.cache))
     small_training.without_torch()
 
     def run(folder, *more):

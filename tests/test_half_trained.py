@@ -8,7 +8,7 @@ import small_tones
 import small_training
 import transformers
 
-from flax_asr import __main__, audio, evaluate, export, parallel
+from flax_asr import __main__, audio, evaluate, export
 from flax_asr.record import runlog
 
 UPDATES = 120
@@ -24,9 +24,7 @@ def run(source):
     """Trained with the trailing delimiter, which the padding then repeats."""
     folder = source.parent / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "keep_compiled", None)
         patch.setattr(export, "_torch_is_installed", None)
-        small_training.share_compiled(str(source.parent / "compiled"))
         small_training.without_torch()
         more = {
             "train__compat": "hf-4.17",

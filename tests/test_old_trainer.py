@@ -10,7 +10,7 @@ import small_old_run as old
 import small_training
 import transformers
 
-from flax_asr import __main__, assembly, compat, export, parallel, vocabulary
+from flax_asr import __main__, assembly, compat, export, vocabulary
 from flax_asr.record import runlog
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "hf417_log.json"
@@ -55,9 +55,7 @@ def ours(tmp_path_factory, theirs):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "Assembly", Kept)
-        patch.setattr(parallel, "keep_compiled", None)
         patch.setattr(export, "_torch_is_installed", None)
-        small_training.share_compiled(str(folder / "compiled"))
         small_training.without_torch()
         arguments = [f"--{name}={value}" for name, value in options.items()]
         assert __main__.main(["train", *arguments]) == 0

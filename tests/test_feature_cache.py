@@ -54,15 +54,23 @@ def own(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_losses_and_parameters_are_those_without_the_cache(own):
-    plain, cached = own.folder / "plain", own.folder / "cached"
-    own.finish(plain, *OPTIONS, "--data.cache_features=false")
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-3), ("fp16", 1e-3)]
+)
+def test_losses_and_parameters_are_those_without_the_cache(own, precision, tolerance):
+    """In half precision too: the frames are kept as the layer above would read them."""
+    options = [*OPTIONS, f"--train.mixed_precision={precision}"]
+    plain, cached = (own.folder / f"{name}-{precision}" for name in ("plain", "cached"))
+    own.finish(cached, *options)
+    own.finish(plain, *options, "--data.cache_features=false")
     ours, theirs = small_training.log(cached), small_training.log(plain)
     assert [list(event) for event in ours] == [list(event) for event in theirs]
     for one, other in zip(ours, theirs, strict=True):
         for name, value in one.items():
             if isinstance(value, float):
-                np.testing.assert_allclose(value, other[name], rtol=1e-5, atol=1e-6, err_msg=name)
+                np.testing.assert_allclose(
+                    value, other[name], rtol=tolerance, atol=tolerance / 10, err_msg=name
+                )
             else:
                 assert value == other[name], name
     ours, theirs = (small_training.state(run, 6) for run in (cached, plain))
@@ -70,7 +78,7 @@ def test_losses_and_parameters_are_those_without_the_cache(own):
     for name in ours:
         if name.startswith(("trainable", "frozen")):
             one, other = (np.frombuffer(state[name], np.float32) for state in (ours, theirs))
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(one, other, rtol=0, atol=tolerance, err_msg=name)
 
 
 @pytest.mark.slow

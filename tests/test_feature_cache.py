@@ -76,7 +76,9 @@ def test_losses_and_parameters_are_those_without_the_cache(own, precision, toler
     ours, theirs = (small_training.state(run, 6) for run in (cached, plain))
     assert ours.keys() == theirs.keys()
     for name in ours:
-        if name.startswith(("trainable", "frozen")):
+        # The key's bias moves no score: its gradient is rounding, which AdamW makes a step of.
+        rounding = precision != "fp32" and name.endswith("k_proj/bias")
+        if name.startswith(("trainable", "frozen")) and not rounding:
             one, other = (np.frombuffer(state[name], np.float32) for state in (ours, theirs))
             np.testing.assert_allclose(one, other, rtol=0, atol=tolerance, err_msg=name)
 

@@ -437,6 +437,18 @@ def test_a_disk_that_is_too_small_stops(tmp_path, no_trial, monkeypatch):
     assert found["room"].fatal
 
 
+@pytest.mark.parametrize("option", ["output_dir", "data.prepared_dir"])
+def test_a_place_that_takes_no_files_stops(option, tmp_path, no_trial):
+    source = _release(tmp_path, **{s: _sound(s, 6) for s in ("train", "dev", "test")})
+    (tmp_path / "file").write_text("in the way")
+    cfg = _config(tmp_path, source)
+    _, found = _examined(config.build(config.as_dict(cfg), [f"--{option}={tmp_path}/file/below"]))
+    assert found["unwritable"].fatal
+    assert f"{tmp_path}/file cannot be written: give another --{option}." in (
+        found["unwritable"].message
+    )
+
+
 @pytest.mark.parametrize(
     ("devices", "timed", "name"),
     [

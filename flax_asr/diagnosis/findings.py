@@ -59,6 +59,17 @@ def ordered(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda found: (not found.fatal, -found.cost, found.name))
 
 
+def unwritable(option: str, place: Mapping[str, object]) -> Iterator[Finding]:
+    """A place that takes no files."""
+    if place["writable"] is False:
+        yield Finding(
+            "unwritable",
+            1.0,
+            f"{place['path']} cannot be written: give another --{option}.",
+            fatal=True,
+        )
+
+
 def leakage(
     shared: Mapping[str, Mapping[str, int]], clips: Mapping[str, int], decoded: Mapping[str, int]
 ) -> Iterator[Finding]:

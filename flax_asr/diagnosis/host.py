@@ -24,7 +24,10 @@ def facts(cfg: config.Config) -> dict[str, Any]:
         "versions": versions,
         "cores": pool.available_cores(),
         "memory_bytes": free_memory(),
-        "disk": {name: free_disk(place) for name, place in places.items()},
+        "disk": {
+            name: free_disk(place) | {"writable": is_writable(place)}
+            for name, place in places.items()
+        },
     }
 
 
@@ -41,11 +44,25 @@ def free_disk(place: str) -> dict[str, Any]:
     """Free bytes where a folder is or will be; None for a bucket."""
     if "://" in place:
         return {"path": place, "device": None, "free_bytes": None}
-    path = Path(place).absolute()
-    while not path.exists():
-        path = path.parent
+    path = _there(place)
     return {
         "path": str(path),
         "device": os.stat(path).st_dev,
         "free_bytes": shutil.disk_usage(path).free,
     }
+
+
+def is_writable(place: str) -> bool | None:
+    """Whether files can be made where a folder is or will be; None for a bucket."""
+    if "://" in place:
+        return None
+    path = _there(place)
+    return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+
+
+def _there(place: str) -> Path:
+    """The place itself, or the nearest above it that exists."""
+    path = Path(place).absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -151,8 +151,12 @@ class Prognosis:
         weights = _bytes((state.trainable, state.frozen))
         checkpoint, gradients = _bytes(state), _bytes(state.trainable)
         kept = checkpoint * (cfg.train.save_total_limit + 1)
+        disk, memory = seen.machine["disk"], seen.machine["memory_bytes"]
+        self.findings += findings.unwritable("output_dir", disk["output_dir"])
         prepared = 0
         if not prepare.is_prepared(cfg):
+            if disk["prepared"]["path"] != disk["output_dir"]["path"]:
+                self.findings += findings.unwritable("data.prepared_dir", disk["prepared"])
             seconds = [split.seconds for split in seen.splits.values()]
             prepared = sum(round(each * audio.SAMPLE_RATE_HZ * 2) for each in seconds)
         features = self._features_bytes()
@@ -170,7 +174,6 @@ class Prognosis:
             "features_bytes": features,
             "device_bytes": per_device,
         }
-        disk, memory = seen.machine["disk"], seen.machine["memory_bytes"]
         need = {"output_dir": kept + weights, "prepared": prepared + features}
         if disk["output_dir"]["device"] == disk["prepared"]["device"]:
             need = {"output_dir": kept + weights + prepared + features}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -519,3 +520,26 @@ def test_the_command_on_the_real_tpu_compiler(tmp_path, topology, micro_batches)
     moves = compiled[len(learning) - 1]["by_part"]
     assert "optimiser" in moves
     assert ("collectives (bound)" in moves) == (topology != "v5e:1x1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v4:2x2x1", "v5p:2x2x1", "v6e:2x4"])
+def test_equal_layers_share_their_code_on_tpu(topology):
+    devices = plan.describe(chips.parse(topology))
+    weight = jax.ShapeDtypeStruct(
+        (512, 512), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(devices.devices[0])
+    )
+
+    @jax.jit
+    def layers(x, weights):
+        for weight in weights:
+            x += jnp.tanh(x @ weight)
+        return x
+
+    def code_bytes(count):
+        lowered = layers.lower(weight, [weight] * count)
+        compiled = lowered.compile(devices.compiler_options)
+        return compiled.memory_analysis().generated_code_size_in_bytes
+
+    assert code_bytes(16) < 2 * code_bytes(4)

@@ -21,6 +21,7 @@ import jax
 from flax_asr import config, errors, parallel, programs, run_folder
 from flax_asr.console import results
 from flax_asr.estimate import chips, hlo, outlook, workload
+from flax_asr.hosts import cluster
 
 GIB = 2**30
 
@@ -82,6 +83,7 @@ def describe(described: chips.Slice) -> parallel.Devices:
     # jax must not take hold of a TPU that may be here and at work.
     for name, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    cluster.spare_threads_for_libtpu()
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 

@@ -20,6 +20,8 @@ LOST_SECONDS = 100
 # What JAX_PLATFORMS can ask for, and what such a device says that it is.
 _PLATFORMS = {"cuda": "gpu", "rocm": "gpu", "gpu": "gpu", "tpu": "tpu"}
 
+_LIBTPU_ARGUMENTS, _THREADS = "LIBTPU_INIT_ARGS", "fibers_default_domain_concurrency"
+
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -34,8 +36,23 @@ def join() -> None:
         ConfigError: the variables are not complete, the address cannot be used, or there is no
             device.
     """
+    spare_threads_for_libtpu()
     _join()
     devices()
+
+
+def spare_threads_for_libtpu() -> None:
+    """Gives the TPU compiler more threads than cores; to be called before libtpu is loaded.
+
+    It has a thread a core, and one that meets a Pallas kernel waits until all else in the queue is
+    compiled: with two cores, one of them idled. What the user asks of libtpu stays.
+    """
+    given = os.environ.get(_LIBTPU_ARGUMENTS, "")
+    if _THREADS in given or "undefok" in given:
+        return
+    count = 2 * (os.cpu_count() or 1) + 4
+    # A libtpu without this flag would end the process, but for the first.
+    os.environ[_LIBTPU_ARGUMENTS] = f"--undefok={_THREADS} --{_THREADS}={count} {given}".strip()
 
 
 def devices() -> list[jax.Device]:

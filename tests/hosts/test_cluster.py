@@ -111,3 +111,23 @@ def test_hosts_that_never_come_are_not_waited_for_without_end():
     done = _alone(NAMED | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9"})
     assert done.returncode == 75
     assert "the hosts have not come together within 2 seconds" in done.stderr
+
+
+@pytest.mark.parametrize("given", [None, "--xla_tpu_detect_nan=true"])
+def test_libtpu_gets_more_threads_than_there_are_cores(joined, monkeypatch, given):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    if given:
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
+    joined({})
+    joined({})
+    name = "fibers_default_domain_concurrency"
+    ours = [f"--undefok={name}", f"--{name}=8"]
+    assert os.environ["LIBTPU_INIT_ARGS"].split() == [*ours, *([given] if given else [])]
+
+
+@pytest.mark.parametrize("given", ["--fibers_default_domain_concurrency=3", "--undefok=a --a=1"])
+def test_what_the_user_asks_of_libtpu_stays(joined, monkeypatch, given):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
+    joined({})
+    assert os.environ["LIBTPU_INIT_ARGS"] == given

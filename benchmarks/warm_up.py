@@ -1,17 +1,25 @@
 """What the warm-up of a run on a TPU takes: every program of the zh-HK recipe, every shape.
 
     python benchmarks/warm_up.py [--config configs/xls_r_300m_zh_hk.yaml] [--topology v5e:1x1]
-        [--layers 24] [--json FILE]
+        [--layers 24] [--shapes 12] [--json FILE]
+    python benchmarks/warm_up.py --one-at-a-time [--every 3] [--function accumulate]
 
 Compiled for a chip that is not here, as a run compiles: the largest shapes first, one program a
 core at once. The shapes are guessed, as no data are there: evenly spaced up to data.max_seconds.
 Needs libtpu (`pip install '.[tpu]'`); takes half an hour of two cores. JAX's persistent cache keeps
 nothing that was compiled for a described chip, so that a second start cannot be measured here.
+
+With --one-at-a-time a line a program has its own processor time, and its code, which stays in the
+device's memory beside that of all others. --every 3 compiles the largest of a function's shapes,
+the fourth largest and so on; what all would take is worked out from those.
 """
 
 import argparse
+import collections
 import pathlib
+import statistics
 import time
+from collections.abc import Iterator
 
 import sidebyside
 
@@ -27,6 +35,9 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:1x1")
     parser.add_argument("--layers", type=int, help="in place of the encoder's own number")
     parser.add_argument("--shapes", type=int, help="in place of data.num_buckets")
+    parser.add_argument("--one-at-a-time", action="store_true", help="a line a program")
+    parser.add_argument("--every", type=int, default=1, help="every N-th shape of a function only")
+    parser.add_argument("--function", help="this one only: accumulate, update or evaluate")
     parser.add_argument("--json", metavar="FILE", help="also write the result as an object there")
     arguments = parser.parse_args()
 
@@ -39,6 +50,62 @@ def main() -> None:
     cfg = run_folder.resolve(config.load(arguments.config, options), devices.count)
     work = workload.of(cfg, devices.count)
     jobs = programs.jobs(work.steps(cfg), devices, (0, workload.PLANNED_UPDATES - 1))
+    jobs = {key: job for key, job in jobs.items() if arguments.function in (None, key[0])}
+    rows = one_at_a_time if arguments.one_at_a_time else as_a_run
+    chosen_jobs = {key: jobs[key] for key in chosen(jobs, arguments.every)}
+    sidebyside.write_json(arguments.json, list(rows(jobs, chosen_jobs, devices)))
+
+
+def chosen(jobs: dict, every: int) -> list[programs.Key]:
+    """Each function's largest shape and every N-th after it."""
+    by_name: dict[str, list[programs.Key]] = {}
+    for key in jobs:
+        by_name.setdefault(key[0], []).append(key)
+    return [key for keys in by_name.values() for key in keys[::every]]
+
+
+def one_at_a_time(jobs: dict, chosen_jobs: dict, devices: parallel.Devices) -> Iterator[dict]:
+    """A row for each that is chosen, and a last one for all jobs."""
+    found: dict[str, list[dict]] = {}
+    for key, (function, shapes) in chosen_jobs.items():
+        started, used = time.monotonic(), time.process_time()
+        compiled = function.lower(*shapes).compile(devices.compiler_options)
+        row = {
+            "function": key[0],
+            "audio_seconds": key[1] / 16_000,
+            "seconds": round(time.monotonic() - started, 1),
+            "cpu_seconds": round(time.process_time() - used, 1),
+            "code_bytes": compiled.memory_analysis().generated_code_size_in_bytes,
+        }
+        found.setdefault(key[0], []).append(row)
+        print(
+            f"{key[0]:16s} {row['audio_seconds']:5.1f} s of audio: {row['cpu_seconds']:4.0f} s of"
+            f" processor time, {row['seconds']:4.0f} by the clock;"
+            f" {row['code_bytes'] / 1e6:.0f} MB of code",
+            flush=True,
+        )
+        yield row
+    count = collections.Counter(name for name, _ in jobs)
+
+    def of_all(what: str) -> float:
+        return sum(count[n] * statistics.mean(r[what] for r in rows) for n, rows in found.items())
+
+    total = {
+        "programs": len(jobs),
+        "compiled": sum(map(len, found.values())),
+        "cpu_seconds": round(of_all("cpu_seconds")),
+        "code_bytes": round(of_all("code_bytes")),
+    }
+    print(
+        f"{total['compiled']} of {total['programs']} programs compiled; all of them:"
+        f" {total['cpu_seconds'] / 60:.1f} minutes of processor time (goal 20),"
+        f" {total['code_bytes'] / 1e9:.2f} GB of code"
+    )
+    yield total
+
+
+def as_a_run(jobs: dict, chosen_jobs: dict, devices: parallel.Devices) -> Iterator[dict]:
+    """One row, of the programs that are chosen."""
     seconds: dict[str, list[float]] = {}
 
     def report(key: programs.Key, took: float) -> None:
@@ -49,9 +116,9 @@ def main() -> None:
         )
 
     started, used = time.monotonic(), time.process_time()
-    parallel.compile_all(jobs, devices, report)
+    parallel.compile_all(chosen_jobs, devices, report)
     row = {
-        "programs": len(jobs),
+        "programs": len(chosen_jobs),
         "seconds": round(time.monotonic() - started),
         "cpu_seconds": round(time.process_time() - used),
         "mean_seconds": {name: round(sum(all_) / len(all_)) for name, all_ in seconds.items()},
@@ -60,7 +127,7 @@ def main() -> None:
         f"{row['programs']} programs in {row['seconds']} s by the clock, {row['cpu_seconds']} s of"
         f" processor time ({row['cpu_seconds'] / 60:.1f} minutes; goal 20)"
     )
-    sidebyside.write_json(arguments.json, [row])
+    yield row
 
 
 if __name__ == "__main__":

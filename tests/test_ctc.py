@@ -535,3 +535,20 @@ def test_another_shape_or_type_is_refused_by_name(name, wrong):
     assert np.isfinite(plain(**given)).all()
     with pytest.raises(ValueError, match=f"^{name} has the shape"):
         plain(**given | {name: wrong(given[name])})
+
+
+@pytest.mark.parametrize("vocab", [5, 70], ids=["by product", "by columns"])
+def test_second_derivatives_are_differences_of_gradients(vocab):
+    rng = np.random.default_rng(0)
+    logits, direction = rng.normal(size=(2, 1, 6, vocab))
+    with jax.enable_x64(True):
+        arguments = [jnp.array(x, jnp.int32) for x in ([6], [[1, 2, 2]], [3])]
+
+        @jax.jit
+        def gradient(logits):
+            return jax.grad(lambda logits: ctc.ctc_loss(logits, *arguments).sum())(logits)
+
+        again = jax.grad(lambda logits: (gradient(logits) * direction).sum())(logits)
+        step = 1e-5 * direction
+        differences = (gradient(logits + step) - gradient(logits - step)) / 2e-5
+    np.testing.assert_allclose(again, differences, atol=1e-9)

@@ -572,6 +572,20 @@ def test_a_remote_recording_that_is_too_large_is_refused_by_row(monkeypatch):
     assert large.refused == "over 100 bytes are no clip"
 
 
+@pytest.mark.parametrize("source", ["hf:", "hf::cy"])
+def test_an_empty_name_is_no_dataset(source, tmp_path, monkeypatch):
+    """Not the current folder, which may hold a corpus that nobody meant."""
+    datasets.Dataset.from_dict({"audio": ["a"], "sentence": ["b"]}).save_to_disk(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="hf: names no dataset"):
+        read(source)
+
+
+def test_a_folder_of_parquet_files_is_answered_with_the_pattern(tmp_path):
+    with pytest.raises(DataError, match=rf"is a folder: .* write parquet:{tmp_path}/\*\.parquet"):
+        read(f"parquet:{tmp_path}")
+
+
 def test_wrong_parquet_is_refused(tmp_path):
     with pytest.raises(DataError, match="no file matches"):
         read(f"parquet:{tmp_path}/*.parquet")

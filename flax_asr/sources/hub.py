@@ -52,6 +52,10 @@ def parquet(pattern: str, column: str) -> clips.Source:
     files = [file for files in splits.values() for file in files]
     if not files:
         raise errors.DataError(f"parquet:{pattern}: no file matches")
+    if folder := next(filter(os.path.isdir, files), None):
+        raise errors.DataError(
+            f"{folder} is a folder: for its files write parquet:{folder}/*.parquet"
+        )
     for file in files:
         try:
             names = pq.read_schema(file).names
@@ -62,8 +66,8 @@ def parquet(pattern: str, column: str) -> clips.Source:
         split: functools.partial(_parquet_clips, files, split, column)
         for split, files in splits.items()
     }
-    folder = pathlib.PurePath(files[0]).parent
-    return clips.Source(f"parquet:{pattern}", clips.release_name(folder), readers)
+    place = pathlib.PurePath(files[0]).parent
+    return clips.Source(f"parquet:{pattern}", clips.release_name(place), readers)
 
 
 def _parquet_clips(files: list[str], split: str, column: str) -> Iterator[clips.Clip]:
@@ -140,6 +144,8 @@ def dataset(name: str, column: str) -> clips.Source:
     import datasets
 
     name, _, config = name.partition(":")
+    if not name:  # which would be the current folder
+        raise errors.DataError("data.source hf: names no dataset: write hf:NAME or hf:NAME:CONFIG")
     folder = pathlib.Path(name).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():

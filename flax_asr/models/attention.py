@@ -163,13 +163,18 @@ def plain(query, key, value, frame_mask, heads, dropout=lambda weights: weights)
 
 def cudnn(query, key, value, frame_mask, heads, implementation="cudnn"):
     """Attention by cuDNN, which keeps no scores."""
-    split = (x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads) for x in (query, key, value))
+    batch, frames, hidden = query.shape
+    # JAX takes an odd number of frames to cuDNN only where nothing is differentiated.
+    padding = ((0, 0), (0, frames % 2), (0, 0))
+    split = (
+        jnp.pad(x, padding).reshape(batch, -1, heads, hidden // heads) for x in (query, key, value)
+    )
     # A clip without a frame, as in rows that fill a group, may attend to one: no NaN.
     lengths = jnp.maximum(_lengths(query, frame_mask), 1)
     mixed = jax.nn.dot_product_attention(
         *split, scale=1.0, key_value_seq_lengths=lengths, implementation=implementation
     )
-    return mixed.reshape(query.shape)
+    return mixed.reshape(batch, -1, hidden)[:, :frames]
 
 
 def _lengths(x, frame_mask):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small_torch
 import torch
+from jax._src.cudnn import fused_attention_stablehlo
 
 from flax_asr import criterion, errors, plan
 from flax_asr.data import buckets
@@ -143,11 +144,25 @@ def test_a_clip_without_frames_attends_to_all_alike_and_padding_gets_no_gradient
     assert np.abs(key[0]).max() == 0
 
 
-def test_the_form_that_calls_cudnn_equals_the_plain_form():
-    operands, lengths = arrays(4, 8, 20)
+@pytest.mark.parametrize("frames", [20, 21])
+def test_the_form_that_calls_cudnn_equals_the_plain_form(frames):
+    operands, lengths = arrays(4, 8, frames)
     called = functools.partial(attention.cudnn, implementation="xla")
     ours = with_gradients(plain(lengths, 4, called), operands)
     close(ours, with_gradients(plain(lengths, 4), operands), 2e-5)
+
+
+@pytest.mark.parametrize("frames", [20, 21])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_jax_takes_gradients_to_cudnn_for_any_number_of_frames(frames, dtype, monkeypatch):
+    """Lowered for CUDA, where JAX checks shapes and types; only the library is not asked for."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 9_10_00)
+    operands, lengths = arrays(2, 64, frames, dtype)
+    attend = plain(lengths, 2, attention.cudnn)
+    gradients = jax.jit(functools.partial(with_gradients, attend)).trace(operands)
+    text = gradients.lower(lowering_platforms=("cuda",)).as_text()
+    for call in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
+        assert f"custom_call @{call}(" in text
 
 
 # In the model

@@ -8,7 +8,7 @@ neither contains frame t itself, so no probability is ever divided out again and
 Both come from one scan: read backwards in time and in labels, `leave` is `reach` of the reversed
 clip, so the reversed clips are stacked under the clips. Padding frames become free blanks, which
 leave every path where it is: clips of all lengths then start and end together. On TPU a kernel
-takes the place of the scan (ctc_kernel.py).
+takes the place of the scan (ctc_kernel.py); on GPU a turn of it takes several frames.
 
 Only the columns of the blank and of the clip's own labels take part; the rest of the vocabulary
 enters through one logsumexp a frame, and no normalised copy of the logits is kept. On TPU
@@ -28,6 +28,10 @@ from flax_asr import ctc_columns, ctc_kernel
 
 _FEW_SYMBOLS = 64
 """With so many, a matrix product over all of them is quicker than a gather and a scatter."""
+
+_FRAMES_A_TURN = 4
+"""Of the scan on GPU, where the start of a kernel takes longer than its work: XLA makes six kernels
+of a frame by itself and six of four, of more ever larger ones that compute much over again."""
 
 
 def ctc_loss(
@@ -229,11 +233,13 @@ def _reach(scores, is_repeat, start):
         scores,
         is_repeat,
         tpu=functools.partial(ctc_kernel.reach, _log_add),
+        cuda=functools.partial(_scan, frames_a_turn=_FRAMES_A_TURN),
+        rocm=functools.partial(_scan, frames_a_turn=_FRAMES_A_TURN),
         default=_scan,
     )
 
 
-def _scan(begin, scores, is_repeat):
+def _scan(begin, scores, is_repeat, frames_a_turn=1):
     def step(states, frame_scores):
         blanks = states[0] + frame_scores[:, :1]
         symbols = states[1] + frame_scores[:, 1:]
@@ -243,7 +249,7 @@ def _scan(begin, scores, is_repeat):
         one_back = jnp.where(is_repeat, blanks[:, :-1], to_blanks[:, :-1])
         return (to_blanks, _log_add(symbols, one_back)), states
 
-    return jax.lax.scan(step, (begin, begin[:, :-1]), scores)
+    return jax.lax.scan(step, (begin, begin[:, :-1]), scores, unroll=frames_a_turn)
 
 
 def _total(problem, blanks, label_lengths):

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import inspect
 import itertools
+import re
 
 import jax
 import jax.export
@@ -447,6 +448,35 @@ def test_the_kernel_for_tpu_goes_the_way_of_the_scan(
     ours, theirs = (jax.jit(form)(begin, scores, is_repeat) for form in (kernel, ctc._scan))
     assert np.isfinite(theirs[1][0]).any()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("frames", [0, 1, 7, 8, 11])
+def test_several_frames_a_turn_as_on_gpu_go_the_same_way(frames):
+    rng = np.random.default_rng(frames)
+    scores = rng.normal(size=(frames, 3, 6)).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.1] = -np.inf
+    is_repeat = rng.random((3, 5)) < 0.3
+    begin = np.where(np.arange(6) == [[0], [2], [5]], 0.0, -np.inf).astype(np.float32)
+    by_turns = functools.partial(ctc._scan, frames_a_turn=ctc._FRAMES_A_TURN)
+    ours, theirs = (jax.jit(form)(begin, scores, is_repeat) for form in (by_turns, ctc._scan))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_what_is_compiled_for_gpu_takes_several_frames_a_turn(platform):
+    """Each start of a kernel costs more there than its arithmetic."""
+    logits, labels = jax.ShapeDtypeStruct((2, 30, 7), jnp.float32), jnp.ones((2, 4), jnp.int32)
+
+    def turns(platform):
+        loss = jax.jit(lambda x: ctc.ctc_loss(x, jnp.array([30, 9]), labels, jnp.array([4, 2])))
+        text = loss.trace(logits).lower(lowering_platforms=(platform,)).as_text()
+        return [
+            int(n) for n in re.findall(r"cond \{\s+\S+ = stablehlo.constant dense<(\d+)>", text)
+        ]
+
+    assert turns("cpu") == [30]
+    # The frames that are left over stand behind the loop.
+    assert turns(platform) == [30 // ctc._FRAMES_A_TURN]
 
 
 @pytest.mark.parametrize(

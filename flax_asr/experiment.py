@@ -125,7 +125,9 @@ def parameter_shapes(model: criterion.Objective) -> PyTree:
     config = model.config
     samples = buckets.smallest_samples(2, config.conv_kernel, config.conv_stride)
     audio = jax.ShapeDtypeStruct((1, samples), jnp.float32)
-    return jax.eval_shape(lambda a: model.module.init(jax.random.key(0), a), audio)["params"]
+    # Attention has the same parameters in every form, and one of a GPU is refused elsewhere.
+    module = model.module.clone(attention="xla")
+    return jax.eval_shape(lambda a: module.init(jax.random.key(0), a), audio)["params"]
 
 
 def fresh_state(

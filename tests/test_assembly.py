@@ -1,12 +1,13 @@
-"""A run before its first update: what it is warned of."""
+"""A run before its first update: what it is warned of, and its parameters."""
 
 import types
 
+import jax
 import pytest
 import small_saved
 from models import small_torch
 
-from flax_asr import assembly, config, corpora, origins
+from flax_asr import assembly, config, corpora, experiment, origins
 
 
 @pytest.mark.parametrize(("architecture", "heard"), [("base", True), ("xls-r", False)])
@@ -29,3 +30,15 @@ def test_a_run_is_warned_of_an_encoder_that_hears_padding(tmp_path, architecture
     assert len(said) == heard
     if heard:
         assert "its output changes with the padding (20% of a batch)" in said[0]
+
+
+def test_parameters_have_their_shapes_where_the_form_of_attention_cannot_compute():
+    """`doctor` counts them on the CPU of a machine whose GPU is another process's."""
+    start = origins.Origin(small_torch.config(), None, None, True, True, {})
+
+    def shapes(attention):
+        cfg = config.build({"model": {"attention": attention}})
+        return experiment.parameter_shapes(experiment.objective(cfg, start))
+
+    assert jax.tree.leaves(shapes("cudnn"))
+    assert shapes("cudnn") == shapes("xla")

@@ -275,7 +275,7 @@ def _jax_logits(
     samples: Float[np.ndarray, "batch samples"],
     lengths: Int[np.ndarray, " batch"],
 ) -> Float[np.ndarray, "batch frames vocab"]:
-    module = wav2vec2.Wav2Vec2ForCTCModule(model_config, dtype=jnp.float32)
+    module = wav2vec2.Wav2Vec2ForCTCModule(model_config, dtype=jnp.float32, platform="cpu")
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return np.asarray(
             jax.jit(module.apply)(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from flax_asr import criterion, errors, partition, step
-from flax_asr.data import loader
+from flax_asr.data import loader, pool
 from flax_asr.hosts import cluster
 from flax_asr.models import wav2vec2
 
@@ -342,7 +342,7 @@ def compile_all(
 
     What comes back takes these shapes and no others: a shape nobody planned is an error, not a
     compilation in the middle of a run. XLA compiles outside the interpreter's lock, so one thread
-    a core keeps them busy.
+    a core that this process may use keeps them busy.
     """
 
     def one(key):
@@ -352,8 +352,8 @@ def compile_all(
         report(key, time.monotonic() - started)
         return _one_at_a_time(compiled)
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(jobs, pool.map(one, jobs), strict=True))
+    with concurrent.futures.ThreadPoolExecutor(pool.available_cores()) as threads:
+        return dict(zip(jobs, threads.map(one, jobs), strict=True))
 
 
 def _lowerable(arguments: PyTree) -> PyTree:

@@ -85,7 +85,11 @@ def _cudnn_hindrance(
 
 
 def _compute_capability() -> float:
-    return float(jax.local_devices(backend="gpu")[0].compute_capability)
+    """Of this machine's NVIDIA GPU; 0 of AMD's, which JAX calls "gpu" too and names "gfx942"."""
+    try:
+        return float(jax.local_devices(backend="gpu")[0].compute_capability)
+    except ValueError:
+        return 0.0
 
 
 class SelfAttention(nn.Module):

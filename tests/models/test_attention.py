@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import types
 
 import jax
 import jax.export
@@ -397,6 +398,18 @@ def test_auto_takes_the_quickest_form_that_is_right():
     assert chosen(platform="gpu", num_attention_heads=32) == "xla"
     assert chosen("xla") == "xla"
     assert chosen(keep_weights=True) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("capability", "form"), [("7.5", "xla"), ("9.0", "cudnn"), ("12.1", "cudnn"), ("gfx942", "xla")]
+)
+def test_a_gpu_that_cudnns_kernel_does_not_know_computes_the_plain_form(
+    capability, form, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    gpu = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [gpu])
+    assert chosen(platform="gpu") == form
 
 
 def test_dropout_of_the_weights_is_in_the_kernel_and_not_in_cudnns():

@@ -470,6 +470,15 @@ def test_precisions_are_judged_by_the_platform():
     assert list(findings.precision("bf16", "cpu"))
 
 
+def test_the_product_that_times_a_machine_is_as_exact_as_the_models():
+    def text(dtype):
+        matrix = jax.ShapeDtypeStruct((8, 8), dtype)
+        return jax.jit(trial._product).trace(matrix).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "precision = [HIGHEST, HIGHEST]" in text(jnp.float32)
+    assert "HIGHEST" not in text(jnp.bfloat16)
+
+
 def test_a_group_norm_encoder_is_warned_of_its_padding():
     (found,) = findings.batches(config.Config(), 0.07, group_norm=True)
     assert found.name == "group_norm"

@@ -17,7 +17,7 @@ from transformers import Wav2Vec2Config
 
 from flax_asr import config, criterion, experiment, optim, origins, parallel, step
 from flax_asr.data import loader, pool
-from flax_asr.models import wav2vec2
+from flax_asr.models import layers, wav2vec2
 
 _SHALLOW, _DEEPER = 1, 3
 _CAUTION = 1.5
@@ -95,7 +95,7 @@ def _machine(mixed_precision: str) -> Machine:
     memory = device.memory_stats() or {}
     size = _PRODUCT_SIZES[devices.platform]
     matrix = jnp.full((size, size), 1e-3, experiment.DTYPES[mixed_precision])
-    product = jax.jit(lambda a: a @ a).lower(matrix).compile()
+    product = jax.jit(_product).lower(matrix).compile()
     seconds = min(_repeated(lambda: product(matrix)))
     return Machine(
         platform=devices.platform,
@@ -104,6 +104,11 @@ def _machine(mixed_precision: str) -> Machine:
         memory_bytes=memory.get("bytes_limit"),
         flops_per_second=2.0 * size**3 / seconds,
     )
+
+
+def _product(matrix: jax.Array) -> jax.Array:
+    """As the model computes: of float32 a GPU or TPU would take a quicker and coarser one."""
+    return jnp.matmul(matrix, matrix, precision=layers.precision(matrix.dtype))
 
 
 def _timed(asked: Asked) -> Timed:

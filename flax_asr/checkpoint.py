@@ -110,7 +110,7 @@ class Checkpoints:
         if not self._writes:
             return
         self.wait()
-        unfinished = self._folder / f"{inventory.UNFINISHED}{meta.step}"
+        unfinished = inventory.unfinished(self._run, meta.step)
         arrays = _on_host(flax.serialization.to_state_dict(state))
         try:
             self._make_room(arrays)
@@ -154,10 +154,7 @@ class Checkpoints:
                 _close(self._writer)
 
     def _publish(self, step: int) -> None:
-        unfinished, folder = (
-            self._folder / f"{inventory.UNFINISHED}{step}",
-            self._folder / str(step),
-        )
+        unfinished, folder = inventory.unfinished(self._run, step), self._folder / str(step)
         try:
             self._writer.wait_until_finished()
             seals.write(unfinished)

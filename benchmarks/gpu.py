@@ -1,14 +1,15 @@
 """Training throughput on a GPU, against PyTorch and transformers on the same clips.
 
-    python benchmarks/gpu.py [--updates 60] [--rounds 3] [--json FILE]
+    python benchmarks/gpu.py [--updates 60] [--rounds 3] [--rows N] [--json FILE]
 
 XLS-R 300M's shapes with random weights, bf16, 4000 symbols, clips with Common Voice's lengths, one
 micro-batch an update, clipping and AdamW, feature encoder frozen, no dropout. `ours`: batches of
-12 shapes by the plan of a run. `PyTorch`: SDPA, bf16 autocast, transformers' LengthGroupedSampler,
-batches padded to their longest clip. Each side has a process of its own, finds the largest batch of
-its longest clips that fits, by doubling, and has its inputs ready in the host's memory; the sides
-take turns. Audio seconds a second count real audio; the share of peak counts the FLOPs of real
-audio too, so that padding is not work.
+12 shapes by the plan of a run, in which an update is one program. `PyTorch`: SDPA, bf16 autocast,
+transformers' LengthGroupedSampler, batches padded to their longest clip. Each side has a process of
+its own, and before that one more that finds the largest batch of its longest clips that fits, by
+doubling; inputs are ready in the host's memory; the sides take turns. Programs that were compiled
+once are kept until the end. Audio seconds a second count real audio; the share of peak counts the
+FLOPs of real audio too, so that padding is not work.
 
 Where there is no GPU a tiny model in float32 shows that the script works, and nothing else. Needs
 the extras `test` and `cuda13` (or `cuda12`), with a torch build of the same CUDA.
@@ -31,12 +32,14 @@ import numpy as np
 import sidebyside
 import train_step
 
-from flax_asr import config, optim
+from flax_asr import config, optim, parallel
 from flax_asr.data import buckets, loader
 from flax_asr.estimate import flops
 
 CLIPS, SYMBOLS, RATE_HZ = 4096, 4000, 16_000
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+FIRST_ROWS = 32
+"""What the search for the largest batch begins with."""
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bf16. Source: NVIDIA's data sheets of the SXM boards."""
 
 
@@ -80,27 +83,26 @@ class Ours:
         self._params = pretrained.fresh(work.model, 0)
         self._device = jax.devices()[0]
         self.device = self._device.device_kind
-        self.too_large = jax.errors.JaxRuntimeError
         self._begin()
 
     def _begin(self) -> None:
         # What a batch that did not fit has donated is gone: begin with new arrays.
         self._step = None
-        self._step = train_step.Ours(self._work.cfg, self._work.model, self._params)
+        self._step = train_step.Ours(self._work.cfg, self._work.model, self._params, at_once=True)
 
     def try_out(self, rows: int) -> None:
+        self._begin()
         batch = self._work.longest(rows)
         self._step.compile(rows, batch.audio.shape[1], batch.labels.shape[1])
         for _ in range(2):
             self._step.update(batch)
 
     def batches(self, rows: int, updates: int) -> list[loader.Batch]:
-        self._begin()
         work = self._work
         plan = buckets.TrainPlan(work.samples, work.shapes, rows, 1, seed=0)
         groups = [plan.update(step)[0] for step in range(updates)]
-        for padded in sorted({work.shapes[group.shape] for group in groups}):
-            self._step.compile(rows, padded, tokens(padded))
+        needed = sorted({work.shapes[group.shape] for group in groups}, reverse=True)
+        self._step.compile_all([(rows, padded, tokens(padded)) for padded in needed])
         return [work.batch(work.samples[g.rows], work.shapes[g.shape]) for g in groups]
 
     def run(self, batches: list[loader.Batch]) -> None:
@@ -127,7 +129,6 @@ class PyTorch:
         self._torch, self._inputs, self._work = torch, torch_step.inputs, work
         self._cuda = torch.cuda.is_available()
         self.device = torch.cuda.get_device_name() if self._cuda else "cpu"
-        self.too_large = torch.OutOfMemoryError
         self._step = torch_step.PyTorch(work.cfg, work.model, "cuda" if self._cuda else "cpu")
 
     def try_out(self, rows: int) -> None:
@@ -170,23 +171,43 @@ SIDES = {side.name: side for side in (Ours, PyTorch)}
 
 
 def largest(side: Ours | PyTorch, most: int) -> int:
-    """Rows of the longest clips that fit, a power of two."""
-    rows = 1
-    while 2 * rows <= most:
+    """Rows of the longest clips that can be trained on: a power of two, or `most`.
+
+    Not only memory ends it: kernels are refused where an array has more than 2**31 elements.
+
+    Raises:
+        RuntimeError: not one row can.
+    """
+
+    def fits(rows: int) -> bool:
         try:
-            side.try_out(2 * rows)
-        except side.too_large as error:
-            print(f"{side.name}: {2 * rows} rows: {str(error)[:200]}", file=sys.stderr)
-            break
-        rows *= 2
+            side.try_out(rows)
+        except RuntimeError as error:  # that of JAX, and PyTorch's of memory, are such
+            print(f"{side.name}: {rows} rows: {str(error)[:200]}", file=sys.stderr)
+            if rows == 1:
+                raise
+            return False
+        return True
+
+    rows = min(FIRST_ROWS, most)
+    if fits(rows):
+        while 2 * rows <= most and fits(2 * rows):
+            rows *= 2
+        return rows
+    while not fits(rows := rows // 2):
+        pass
     return rows
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict:
-    """One side's figures; runs in a process of its own."""
+    """One side's figures, or without `--rows` how many it can take; has a process of its own."""
+    if arguments.compiled:
+        parallel.keep_compiled(arguments.compiled)
     work = Work(arguments.small, arguments.bf16)
     side = SIDES[name](work)
-    rows = arguments.rows or largest(side, arguments.most_rows)
+    rows = arguments.rows
+    if rows is None:
+        return {"rows": largest(side, arguments.most_rows)}
     batches = side.batches(rows, arguments.updates)
     side.run(batches)  # once through everything that may compile, tune or allocate
     started = time.perf_counter()
@@ -227,6 +248,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
     parser.add_argument("--bf16", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--most-rows", type=int, default=512, help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         sidebyside.write_json(arguments.json, [measure(arguments.side, arguments)])
@@ -237,19 +259,23 @@ def main() -> None:
     options = [f"--updates={arguments.updates}"]
     options += ["--bf16"] if gpu else ["--most-rows=4"]
     options += ["--small"] if arguments.small or not gpu else []
-    rows = dict.fromkeys(SIDES, arguments.rows)
     found: dict[str, list[dict]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "figures.json"
+        options += [f"--compiled={folder}", f"--json={file}"]
+
+        def ask(name: str, *more: str) -> dict:
+            # Arrays of JAX would take most of the GPU's memory from PyTorch.
+            own = {} if SIDES[name] is Ours else {"JAX_PLATFORMS": "cpu"}
+            subprocess.run(
+                [*command, f"--side={name}", *options, *more], check=True, env=os.environ | own
+            )
+            return json.loads(file.read_text())
+
+        rows = {name: arguments.rows or ask(name)["rows"] for name in SIDES}
         for _ in range(arguments.rounds):
             for name in SIDES:
-                file = pathlib.Path(folder) / f"{name}.json"
-                chosen = [f"--rows={rows[name]}"] if rows[name] else []
-                subprocess.run(
-                    [*command, f"--side={name}", f"--json={file}", *options, *chosen],
-                    check=True,
-                )
-                found[name].append(json.loads(file.read_text()))
-                rows[name] = found[name][-1]["rows"]
+                found[name].append(ask(name, f"--rows={rows[name]}"))
     report(found, arguments.json)
 
 

@@ -3,6 +3,7 @@
 Dropouts, layerdrop and SpecAugment are off, so that others can compute the same loss.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -72,9 +73,15 @@ def full_batch(rows: int, seconds: float, symbols: int, seed: int = 0) -> loader
 class Ours:
     """A run's train step on some devices.
 
+    Args:
+        cfg, model, params: the run, its model, and the nested parameters to begin with.
+        devices: by default the first one.
+        at_once: an update is one program, as in a run whose updates are one micro-batch.
+
     Attributes:
-        compiled: the compiled `accumulate` of each (rows a device, padded samples, tokens).
-        compiled_update: the compiled `update`.
+        compiled: the compiled `accumulate` (with `at_once`, `update_from`) of each (rows a device,
+            padded samples, tokens).
+        compiled_update: the compiled `update`; None with `at_once`.
         state: parameters, moments and counters.
     """
 
@@ -84,6 +91,7 @@ class Ours:
         model: Wav2Vec2Config,
         params: Any,
         devices: parallel.Devices | None = None,
+        at_once: bool = False,
     ):
         self.devices = parallel.Devices(jax.devices()[:1]) if devices is None else devices
         self.objective = experiment.objective(
@@ -92,23 +100,40 @@ class Ours:
         rule = experiment.rule(cfg, 1000)
         fresh = experiment.fresh_state(cfg, model, params, rule.optimiser)
         self.state = self.devices.replicate(jax.device_get(fresh))
-        self._sums = self.devices.zero_sums(self.state.trainable)
-        self._accumulate = parallel.accumulate(self.objective, self.devices)
-        update = parallel.update(rule, self.devices)
         self.compiled: dict[tuple[int, int, int], Any] = {}
-        self.compiled_update = update.lower(self.state, self._sums).compile()
+        self._sums = self.compiled_update = None
+        if at_once:
+            self._learn = parallel.update_from(self.objective, rule, self.devices)
+        else:
+            self._learn = parallel.accumulate(self.objective, self.devices)
+            self._sums = self.devices.zero_sums(self.state.trainable)
+            update = parallel.update(rule, self.devices)
+            self.compiled_update = self._compiled(update.lower(self.state, self._sums))
 
     def compile(self, rows: int, samples: int, tokens: int) -> Any:
         """Compiles the step for so many rows a device; gives the program."""
-        shapes = self.devices.batch_shapes(rows, samples, tokens)
-        lowered = self._accumulate.lower(self.state, self._sums, shapes)
-        self.compiled[rows, samples, tokens] = lowered.compile()
-        return self.compiled[rows, samples, tokens]
+        shape = rows, samples, tokens
+        self.compile_all([shape])
+        return self.compiled[shape]
+
+    def compile_all(self, shapes: Sequence[tuple[int, int, int]]) -> None:
+        """The same for many shapes, side by side as a run does it."""
+        jobs = {
+            shape: (self._learn, self._arguments(self.devices.batch_shapes(*shape)))
+            for shape in shapes
+        }
+        self.compiled |= parallel.compile_all(jobs, self.devices, lambda shape, seconds: None)
 
     def compile_cached(self, rows: int, samples: int, tokens: int) -> Any:
         """The same for what lower layers gave of such a batch."""
         shapes = self.devices.train_batch_shapes(self.objective, rows, samples, tokens)
-        return self._accumulate.lower(self.state, self._sums, shapes).compile()
+        return self._compiled(self._learn.lower(*self._arguments(shapes)))
+
+    def _arguments(self, batch: Any) -> tuple:
+        return (self.state, batch) if self._sums is None else (self.state, self._sums, batch)
+
+    def _compiled(self, lowered: Any) -> Any:
+        return lowered.compile(self.devices.compiler_options)
 
     def start(self, host_batch: loader.Batch) -> Any:
         """Starts one update of one micro-batch a device; gives its metrics when they are there."""
@@ -120,8 +145,11 @@ class Ours:
         """The same by a program that was compiled for such a batch."""
         rows = len(host_batch.weights) // self.devices.count
         (placed,) = self.devices.micro_batches(host_batch, rows)
-        sums = run(self.state, self._sums, placed)
-        self.state, self._sums, metrics = self.compiled_update(self.state, sums)
+        if self._sums is None:
+            self.state, metrics = run(self.state, placed)
+        else:
+            sums = run(self.state, self._sums, placed)
+            self.state, self._sums, metrics = self.compiled_update(self.state, sums)
         return metrics
 
     def update(self, host_batch: loader.Batch) -> float:

@@ -99,7 +99,7 @@ def test_zh_hk_updates_with_32_clips_on_any_number_of_devices(devices):
 
 @pytest.mark.parametrize(
     ("name", "devices", "micro_batches"),
-    [("v5e8", 8, 1), ("gpu80", 1, 2)],
+    [("v5e8", 8, 1), ("gpu80", 1, 4)],
 )
 def test_a_fitted_recipe_fits_its_number_of_devices(name, devices, micro_batches):
     cfg = run_folder.resolve(config.load(ROOT / "configs" / f"xls_r_300m_{name}.yaml"), devices)

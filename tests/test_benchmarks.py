@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -48,3 +49,30 @@ def test_a_script_runs_and_writes_its_figures(name, tmp_path):
     rows = [json.loads(line) for line in figures.read_text().splitlines()]
     assert rows
     assert all(isinstance(row, dict) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("room", "most", "rows"),
+    [(200, 512, 128), (512, 512, 512), (9, 512, 8), (1, 512, 1), (3, 4, 2)],
+)
+def test_the_largest_batch_for_a_gpu_is_looked_for_upwards_and_downwards(
+    room, most, rows, monkeypatch
+):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu
+
+    tried = []
+
+    class Side:
+        name = "ours"
+
+        def try_out(self, rows):
+            tried.append(rows)
+            if rows > room:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    assert gpu.largest(Side(), most) == rows
+    assert len(tried) == len(set(tried)) <= 6
+    room = 0
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        gpu.largest(Side(), most)

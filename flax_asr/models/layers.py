@@ -32,6 +32,14 @@ def precision(dtype: Dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
+def default_platform() -> str:
+    """Where JAX computes what nothing says otherwise of: "tpu", "gpu" or "cpu"."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
 def dense(
     config: Wav2Vec2Config, features: int, dtype: Dtype, name: str
 ) -> Callable[[jax.Array], jax.Array]:

@@ -6,7 +6,6 @@ tests/models/test_upper.py.
 """
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array, Bool, Float
 
 from flax_asr.models import attention, layers, transformer, wav2vec2
@@ -74,7 +73,7 @@ class _Upper(nn.Module):
         hidden_state: Float[Array, "batch frames hidden"],
         frame_mask: Bool[Array, "batch frames"],
     ) -> Float[Array, "batch frames hidden"]:
-        platform = self.platform or jax.default_backend()
+        platform = self.platform or layers.default_platform()
         kind = attention.choose(
             self.attention,
             platform,

@@ -183,7 +183,7 @@ class Wav2Vec2Module(nn.Module):
         """
         config = self.config
         check(config)
-        platform = self.platform or jax.default_backend()
+        platform = self.platform or layers.default_platform()
         features = feature_encoder.FeatureEncoder(
             config,
             self.dtype,

@@ -412,6 +412,16 @@ def test_a_gpu_that_cudnns_kernel_does_not_know_computes_the_plain_form(
     assert chosen(platform="gpu") == form
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_model_on_the_cpu_of_a_machine_with_a_gpu_computes_there(named, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    _, module, params, values, mask = model()
+    cpu = "cpu" if named else jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        logits = module.clone(dtype=jnp.bfloat16).apply({"params": params}, values, mask).logits
+    assert np.isfinite(logits).all()
+
+
 def test_dropout_of_the_weights_is_in_the_kernel_and_not_in_cudnns():
     for kind in ("auto", "pallas"):
         assert chosen(kind, deterministic=False) == "pallas"

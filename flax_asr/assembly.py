@@ -29,6 +29,7 @@ from flax_asr.data import features
 from flax_asr.diagnosis import findings
 from flax_asr.estimate import forecast
 from flax_asr.hosts import multihost
+from flax_asr.models import wav2vec2
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +123,13 @@ class Assembly:
 
     def warnings(self) -> Iterator[str]:
         """What is allowed and probably not meant."""
-        cfg, group_norm = self.cfg, self.start.model_config.feat_extract_norm == "group"
+        cfg, model_config = self.cfg, self.start.model_config
+        group_norm = model_config.feat_extract_norm == "group"
+        longest = self.corpus.train.samples.max()
         for finding in (
+            *findings.without_effect(
+                cfg, model_config, int(wav2vec2.frame_lengths(model_config, longest))
+            ),
             # Padding that costs time only is left to `doctor`.
             *(findings.batches(cfg, self.plan.padding, group_norm) if group_norm else ()),
             *findings.schedule(cfg, self.updates, self.fresh_head),

@@ -26,6 +26,8 @@ def test_a_run_is_warned_of_an_encoder_that_hears_padding(tmp_path, architecture
         types.SimpleNamespace(padding=0.2),
     )
     made.corpus = corpora.gather(cfg, start, kept)
+    made.start.model_config.mask_time_length = 10_000
+    assert any(line.startswith("no clip is masked") for line in made.warnings())
     said = [line for line in made.warnings() if "padd" in line]
     assert len(said) == heard
     if heard:

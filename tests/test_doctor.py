@@ -479,6 +479,18 @@ def test_the_product_that_times_a_machine_is_as_exact_as_the_models():
     assert "HIGHEST" not in text(jnp.bfloat16)
 
 
+def test_what_is_asked_of_the_model_and_does_not_happen_is_said():
+    model_config = Wav2Vec2Config(vocab_size=8, mask_time_prob=0.1)  # spans of 10
+    cfg = config.build({"model": {"config": {"vocab_size": 99, "pad_token_id": 0}}})
+    masks, size = findings.without_effect(cfg, model_config, most_frames=9)
+    assert masks.message.startswith("no clip is masked: a span has 10 frames (mask_time_length)")
+    assert size.message.startswith("model.config.vocab_size 99 changes nothing: it is 8")
+    assert not list(findings.without_effect(config.Config(), model_config, most_frames=10))
+    for unmasked in ({"mask_time_prob": 0.0}, {"apply_spec_augment": False}):
+        model_config = Wav2Vec2Config(**unmasked)
+        assert not list(findings.without_effect(config.Config(), model_config, most_frames=9))
+
+
 def test_a_group_norm_encoder_is_warned_of_its_padding():
     (found,) = findings.batches(config.Config(), 0.07, group_norm=True)
     assert found.name == "group_norm"

@@ -7,9 +7,13 @@ mean. Where nobody can know it, the figure is a judgement, and stands beside the
 import dataclasses
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from flax_asr import config, text
 from flax_asr.data import shards
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Config
 
 _FEW_UPDATES = 300
 _LONG_DAYS = 3.0
@@ -212,6 +216,36 @@ def schedule(cfg: config.Config, updates: int, fresh_head: bool) -> Iterator[Fin
             "data.eval_splits and data.test_splits share a split: the best checkpoint is chosen on"
             " what it is tested with.",
         )
+
+
+def without_effect(
+    cfg: config.Config, model_config: "Wav2Vec2Config", most_frames: int
+) -> Iterator[Finding]:
+    """What is asked of the model and does not happen.
+
+    Args:
+        cfg: the overrides are in `model.config`.
+        model_config: what became of it.
+        most_frames: of the longest training clip.
+    """
+    length = model_config.mask_time_length
+    masked = model_config.apply_spec_augment and model_config.mask_time_prob > 0
+    if masked and length > most_frames:
+        yield Finding(
+            "masks",
+            0.1,
+            f"no clip is masked: a span has {length} frames (mask_time_length) and the longest"
+            f" training clip {most_frames}.",
+        )
+    for name in ("vocab_size", "pad_token_id"):
+        has = getattr(model_config, name)
+        if cfg.model.config.get(name, has) != has:
+            yield Finding(
+                "no_effect",
+                0.01,
+                f"model.config.{name} {cfg.model.config[name]} changes nothing: it is {has}, as the"
+                " vocabulary is.",
+            )
 
 
 def precision(mixed_precision: str, platform: str) -> Iterator[Finding]:

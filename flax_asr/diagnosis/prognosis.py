@@ -13,6 +13,7 @@ from flax_asr import audio, config, corpora, experiment, optim, origins, partiti
 from flax_asr.data import buckets, pool, prepare
 from flax_asr.diagnosis import findings, survey, trial
 from flax_asr.estimate import forecast
+from flax_asr.models import wav2vec2
 
 CHEAP_LAYERS = 2
 """So many layers are trained in the cheap way out that is offered."""
@@ -85,7 +86,10 @@ class Prognosis:
             "updates": updates,
             "epochs": updates / updates_per_epoch,
         }
-        group_norm = seen.start.model_config.feat_extract_norm == "group"
+        model_config = seen.start.model_config
+        group_norm = model_config.feat_extract_norm == "group"
+        most_frames = int(wav2vec2.frame_lengths(model_config, train.samples.max()))
+        self.findings += findings.without_effect(cfg, model_config, most_frames)
         self.findings += findings.batches(cfg, plan.padding, group_norm)
         self.findings += findings.schedule(cfg, updates, seen.fresh_head)
         self.findings += findings.precision(cfg.train.mixed_precision, seen.devices.platform)

@@ -484,3 +484,14 @@ def test_without_credentials_the_ways_to_them_are_named(tmp_path):
     message = refused("", HOME=str(tmp_path), NO_GCE_CHECK="true", CLOUDSDK_CONFIG=str(tmp_path))
     assert "there are no Google credentials" in message
     assert "gcloud auth application-default login" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"a\r", b"a\n", b"a\r\n", b"\n\n\r", b"\0\xff"])
+def test_a_file_is_read_as_it_was_written(url, tmp_path, content):
+    there, file = store.Store(url), tmp_path / "file"
+    file.write_bytes(content)
+    there.upload({"uploaded": file})
+    there.write("written", content)
+    assert there.read("uploaded") == there.read("written") == content
+    there.download({"uploaded": tmp_path / "back"})
+    assert (tmp_path / "back").read_bytes() == content

@@ -197,7 +197,7 @@ class _ConvLayer(nn.Module):
             channels == 1
             and dtype == jnp.bfloat16
             and activation is activations.gelu
-            and first_layer.suits(x.shape[0], taps, features)
+            and first_layer.suits(x.shape[0], taps, features, stride)
         ):
             return _without_gradient(plain, stride)(*arrays)
         return plain(*arrays)

@@ -1,8 +1,10 @@
 """The feature encoder's first layer as a Pallas kernel for TPU: convolution, norm and GELU.
 
 It makes many frames from few samples: XLA for TPU takes four times as long for the convolution as
-the memory takes for what it writes. Here a program makes frames by a product with the samples under
-the taps, the last of which is 1, for the bias; norm and GELU follow before they leave the chip.
+the memory takes for what it writes. Here a program turns the samples until those of each frame come
+first in its row, and multiplies them with the taps; norm and GELU follow before frames leave the
+chip. Samples are read as they lie: laid out by XLA they took more of the compiler's time than any
+product of the model.
 
 Frames stand as [frames, batch, features], as XLA for TPU wants them for the second convolution.
 """
@@ -12,7 +14,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -22,15 +23,15 @@ from flax_asr.models import activations
 LANES = 128
 _SUBLANES = 8
 _TAPS = 16
-"""Rows of samples in a product: whole tiles of bfloat16."""
-_TILES = 16
-"""Products of a program, of 128 frames each: 2 MiB of bfloat16 with 512 features."""
+_ROWS = 2048
+"""Frames of a program, of all clips: 2 MiB of bfloat16 with 512 features."""
 _AT_ONCE = 4
 
 
-def suits(batch: int, taps: int, features: int) -> bool:
+def suits(batch: int, taps: int, features: int, stride: int) -> bool:
     """Whether the kernel takes such a layer: frames of all clips have to fill whole tiles."""
-    return batch % _SUBLANES == 0 and LANES % batch == 0 and taps < _TAPS and features % LANES == 0
+    whole = batch % _SUBLANES == 0 and LANES % batch == 0 and features % LANES == 0
+    return whole and taps < _TAPS and (LANES // batch - 1) * stride + taps <= LANES
 
 
 def frames(
@@ -53,80 +54,95 @@ def frames(
     batch, times = audio.shape
     taps, features = kernel.shape
     count = (times - taps) // stride + 1
-    samples = _under_taps(audio, taps, stride, count)
+    # The fewest frames whose samples begin and end with a lane tile, then as many as there is room.
+    fewest = LANES // math.gcd(stride, LANES)
+    repeats = max(1, min(_ROWS // (fewest * batch), pl.cdiv(count, fewest)))
+    parts = max(1, fewest * batch // _ROWS)
+    samples = repeats * fewest * stride
+    rows = repeats * fewest * batch // parts
+    blocks = pl.cdiv(count * batch, rows)
+    end = pl.cdiv(blocks, parts) * samples + LANES
+    padded = jnp.pad(audio, ((0, 0), (0, max(0, end - times))))
     weights = jnp.zeros((_TAPS, features), audio.dtype)
     weights = weights.at[:taps].set(kernel.astype(audio.dtype))
     weights = weights.at[taps].set(bias.astype(audio.dtype))
-    block = min(_TILES, samples.shape[0])
-    row = pl.BlockSpec((1, features), lambda t: (0, 0))
+    row = pl.BlockSpec((1, features), lambda block: (0, 0))
     made = pl.pallas_call(
-        functools.partial(_kernel, epsilon),
-        grid=(pl.cdiv(samples.shape[0], block),),
+        functools.partial(_kernel, epsilon, stride, taps, parts),
+        grid=(blocks,),
         in_specs=[
-            pl.BlockSpec((block, _TAPS, LANES), lambda t: (t, 0, 0)),
-            pl.BlockSpec((_TAPS, features), lambda t: (0, 0)),
+            pl.BlockSpec((batch, samples), lambda block: (0, jax.lax.div(block, parts))),
+            pl.BlockSpec(
+                (batch, LANES),
+                lambda block: (0, (jax.lax.div(block, parts) + 1) * (samples // LANES)),
+            ),
+            pl.BlockSpec((_TAPS, features), lambda block: (0, 0)),
             row,
             row,
         ],
-        out_specs=pl.BlockSpec((block * LANES, features), lambda t: (t, 0)),
+        out_specs=pl.BlockSpec((rows, features), lambda block: (block, 0)),
         out_shape=jax.ShapeDtypeStruct((count * batch, features), audio.dtype),
+        scratch_shapes=[
+            pltpu.VMEM((batch, samples + LANES), jnp.float32),
+            pltpu.VMEM((rows, LANES), audio.dtype),
+        ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         cost_estimate=pl.CostEstimate(
             # The matrix unit adds up over all its 128 rows, whatever stands in them.
             flops=2 * count * batch * LANES * features,
             transcendentals=count * batch * features,
-            bytes_accessed=count * batch * (_TAPS + features) * audio.dtype.itemsize,
+            bytes_accessed=count * batch * (stride + features) * audio.dtype.itemsize,
         ),
         interpret=interpret,
         name="first_layer",
-    )(samples, weights, scale.astype(jnp.float32)[None], shift.astype(jnp.float32)[None])
+    )(
+        padded,
+        padded,
+        weights,
+        scale.astype(jnp.float32)[None],
+        shift.astype(jnp.float32)[None],
+    )
     return made.reshape(count, batch, features).swapaxes(0, 1)
 
 
-def _under_taps(audio, taps, stride, count) -> Float[Array, "tiles rows lanes"]:
-    """The samples under each tap, a row a tap, and then 1 and zeros; a lane a frame of a clip.
-
-    By products with zeros and ones: a TPU turns lanes around slowly in any other way.
-    """
-    batch, times = audio.shape
+def _kernel(
+    epsilon, stride, taps, parts, audio, following, weights, scale, shift, output, heard, under_taps
+):
+    """Frames of one of `parts` parts of `audio`; the last of them end in `following`."""
+    batch, samples = audio.shape
     steps = LANES // batch
-    tiles = pl.cdiv(count, steps)
-    turns = pl.cdiv(taps, stride)
-    padded = jnp.pad(audio, ((0, 0), (0, max(0, (tiles * steps + turns) * stride - times))))
-    clip, step, phase = np.meshgrid(*map(np.arange, (batch, steps, stride)), indexing="ij")
-    places = np.zeros((batch, steps * stride, stride, LANES), np.float32)
-    places[clip, step * stride + phase, phase, step * batch + clip] = 1.0
-    places = jnp.asarray(places.reshape(batch, steps * stride, -1), audio.dtype)
-    rows = []
-    for turn in range(turns):
-        here = padded[:, turn * stride :][:, : tiles * steps * stride]
-        chosen = jax.lax.dot_general(
-            here.reshape(batch, tiles, -1),
-            places,
-            (((0, 2), (0, 1)), ((), ())),
-            preferred_element_type=audio.dtype,
-        ).reshape(tiles, stride, LANES)
-        rows.append(chosen[:, : min(stride, taps - turn * stride)].swapaxes(0, 1))
-    rows.append(jnp.ones((1, tiles, LANES), audio.dtype))
-    rows.append(jnp.zeros((_TAPS - taps - 1, tiles, LANES), audio.dtype))
-    # Row by row: XLA for TPU would first copy every array to an order in which rows come last.
-    return jax.lax.optimization_barrier(jnp.concatenate(rows)).swapaxes(0, 1)
+    tiles = output.shape[0] // LANES
+    first = jax.lax.rem(pl.program_id(0), parts) * tiles
+    lanes = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
+    heard[:, :samples] = audio[...].astype(jnp.float32)
+    heard[:, samples:] = following[...].astype(jnp.float32)
 
+    def rows_of(tile):
+        return pl.ds(pl.multiple_of(tile * LANES, LANES), LANES)
 
-def _kernel(epsilon, samples, weights, scale, shift, output):
-    tiles = samples.shape[0]
+    def samples_of(tile, _):
+        start = (first + tile) * (steps * stride)
+        lane = jax.lax.rem(start, LANES)
+        # The samples from `start` on, in lanes from 0 on.
+        turn = jax.lax.rem(LANES - lane, LANES)
+        here, there = (
+            pltpu.roll(heard[:, pl.ds(pl.multiple_of(at, LANES), LANES)], turn, 1)
+            for at in (start - lane, start - lane + LANES)
+        )
+        window = jnp.where(lanes[:batch] < LANES - lane, here, there)
+        turned = [pltpu.roll(window, (LANES - step * stride) % LANES, 1) for step in range(steps)]
+        # One for the bias; what stands behind it meets weights of zero.
+        found = jnp.where(lanes == taps, 1.0, jnp.concatenate(turned))
+        under_taps[rows_of(tile), :] = found.astype(under_taps.dtype)
 
     def frames_of(tile, _):
-        found = jax.lax.dot_general(
-            samples[tile],
-            weights[...],
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
+        found = jnp.dot(
+            under_taps[rows_of(tile), :_TAPS], weights[...], preferred_element_type=jnp.float32
         )
         variance = jnp.square(found).mean(axis=1, keepdims=True)
         normed = found * jax.lax.rsqrt(variance + epsilon) * scale[...] + shift[...]
         made = normed * activations.phi(normed)[0]
-        start = pl.multiple_of(tile * LANES, LANES)
-        output[pl.ds(start, LANES), :] = made.astype(output.dtype)
+        output[rows_of(tile), :] = made.astype(output.dtype)
 
+    jax.lax.fori_loop(0, tiles, samples_of, None, unroll=math.gcd(_AT_ONCE, tiles))
     jax.lax.fori_loop(0, tiles, frames_of, None, unroll=math.gcd(_AT_ONCE, tiles))

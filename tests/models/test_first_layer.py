@@ -26,7 +26,15 @@ def _parameters(taps, features, seed=0):
 
 @pytest.mark.parametrize(
     ("batch", "times", "taps", "stride"),
-    [(8, 1000, 10, 5), (16, 2005, 10, 5), (8, 333, 7, 3), (8, 10, 10, 5), (64, 400, 4, 4)],
+    [
+        (8, 1000, 10, 5),
+        (8, 4007, 10, 5),
+        (16, 2005, 10, 5),
+        (8, 333, 7, 3),
+        (8, 10, 10, 5),
+        (64, 400, 4, 4),
+        (128, 1700, 10, 5),
+    ],
 )
 def test_frames_are_those_of_xla(batch, times, taps, stride):
     kernel, bias, scale, shift = _parameters(taps, 128)
@@ -48,11 +56,12 @@ def test_frames_are_those_of_xla(batch, times, taps, stride):
 
 
 @pytest.mark.parametrize(
-    ("batch", "taps", "features"), [(4, 10, 512), (24, 10, 512), (8, 16, 512), (8, 10, 96)]
+    ("batch", "taps", "features", "stride"),
+    [(4, 10, 512, 5), (24, 10, 512, 5), (8, 16, 512, 5), (8, 10, 96, 5), (8, 10, 512, 8)],
 )
-def test_what_does_not_fill_whole_tiles_is_left_to_xla(batch, taps, features):
-    assert first_layer.suits(8, 10, 512)
-    assert not first_layer.suits(batch, taps, features)
+def test_what_does_not_fill_whole_tiles_is_left_to_xla(batch, taps, features, stride):
+    assert first_layer.suits(8, 10, 512, 5)
+    assert not first_layer.suits(batch, taps, features, stride)
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def _reach(scores, is_repeat, start):
     _, tokens = is_repeat.shape
     begin = jnp.arange(tokens + 1) == start[:, None]
     begin = jnp.where(begin, 0, -jnp.inf).astype(scores.dtype)
-    if scores.dtype != jnp.float32:
+    if scores.dtype != jnp.float32 or not scores.size:
         return _scan(begin, scores, is_repeat)
     return jax.lax.platform_dependent(
         begin,

@@ -18,8 +18,8 @@ _LARGEST_VOCABULARY = 10_240
 
 def suits(logits: jax.Array) -> bool:
     """Whether the kernel takes such logits."""
-    small = 0 < logits.shape[-1] <= _LARGEST_VOCABULARY
-    return logits.dtype == jnp.float32 and small and logits.shape[1] > 0
+    small = logits.size > 0 and logits.shape[-1] <= _LARGEST_VOCABULARY
+    return logits.dtype == jnp.float32 and small
 
 
 def columns_and_norms(

@@ -300,6 +300,25 @@ def test_no_label_columns_at_all():
         np.testing.assert_allclose(gradient[row, :frames], expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("batch", "frames"), [(0, 4), (0, 0), (2, 0)])
+def test_no_clips_or_no_frames_at_all(batch, frames):
+    counts = jnp.zeros(batch, jnp.int32)
+    labels = jnp.ones((batch, 2), jnp.int32)
+
+    @jax.jit
+    def both(logits):
+        return jax.value_and_grad(
+            lambda logits: ctc.ctc_loss(logits, counts, labels, counts).sum()
+        )(logits)
+
+    logits = jnp.ones((batch, frames, 3))
+    loss, gradient = both(logits)
+    assert (loss, gradient.shape) == (0, logits.shape)
+    # A kernel that runs no program writes no results.
+    on_tpu = both.trace(logits).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in on_tpu
+
+
 @pytest.mark.parametrize("shift", [0, 300], ids=["fresh head", "confident and wrong"])
 def test_float32_is_at_least_as_exact_as_torch(shift):
     rng = np.random.default_rng(5)

@@ -84,11 +84,11 @@ def check(config: layers.Wav2Vec2Config) -> None:
     if config.adapter_attn_dim is not None:
         refuse("adapter_attn_dim", "asks for attention adapters (MMS), which are not supported")
     for key in _COUNTS:
-        if getattr(config, key) < 1:
+        if getattr(config, key) is None or getattr(config, key) < 1:
             refuse(key, "is not positive")
-    for key in ("num_hidden_layers", "layer_norm_eps", "mask_time_min_masks"):
-        if getattr(config, key) < 0:
-            refuse(key, "is negative")
+    for key in ("num_hidden_layers", "layer_norm_eps", "mask_time_min_masks", "initializer_range"):
+        if not getattr(config, key) >= 0:  # a NaN is neither that nor below
+            refuse(key, "is not zero or more")
     for key in ("conv_dim", "conv_kernel", "conv_stride"):
         if any(size < 1 for size in getattr(config, key)):
             refuse(key, "has a size that is not positive")

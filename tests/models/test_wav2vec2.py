@@ -746,6 +746,9 @@ def test_initial_parameters_have_pytorchs_names_shapes_and_spread(name):
         ("num_feat_extract_layers", 5),
         ("intermediate_size", 0),
         ("layer_norm_eps", -1e-5),
+        ("layer_norm_eps", float("nan")),
+        ("initializer_range", -0.02),
+        ("vocab_size", None),
     ],
 )
 def test_an_unsupported_configuration_is_refused_by_its_key(key, value):

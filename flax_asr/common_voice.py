@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import pathlib
 import shutil
 import tempfile
@@ -58,7 +59,7 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
         return hub.parquet(source.removeprefix("parquet:"), column)
     if source.startswith("hf:"):
         return hub.dataset(source.removeprefix("hf:"), column)
-    path = pathlib.Path(source).expanduser()
+    path = pathlib.Path(os.path.expanduser(source))
     if path.is_dir():
         return _release_folder(path.resolve(), language, text_column)
     if not path.is_file():
@@ -363,6 +364,4 @@ def _manifest_clips(
             why = f"{name} has rows that begin elsewhere in it; cut such clips out first"
             yield clips.from_row(row, f"line {number}", column, refused=why)
             continue
-        yield clips.from_row(
-            row, name, column, audio=str(path.parent / pathlib.Path(name).expanduser())
-        )
+        yield clips.from_row(row, name, column, audio=str(path.parent / os.path.expanduser(name)))

@@ -1,5 +1,6 @@
 """What `--model` names -> a model that can be run, and what it knows about itself."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def load(model: str) -> LoadedModel:
     Raises:
         ModelError, CheckpointError: it is none of these, or damaged, or has no head.
     """
-    folder = copies.model(model) if store.is_remote(model) else Path(model).expanduser()
+    folder = copies.model(model) if store.is_remote(model) else Path(os.path.expanduser(model))
     if inventory.is_run(folder):
         return _from_checkpoint(model, folder, None)
     if folder.name.isdecimal() and folder.parent.name == inventory.FOLDER:
@@ -187,7 +188,7 @@ def _cannot_write(model: str, lacking: str) -> errors.ModelError:
 
 def _place(model: str, folder: Path) -> Path:
     """Whose neighbour the prepared data is: the run, the folder, or (hub) the current folder."""
-    if not Path(model).expanduser().is_dir():
+    if not os.path.isdir(os.path.expanduser(model)):
         return Path(model.replace("/", "--"))
     whole = folder.absolute()
     return whole.parent if inventory.is_run(whole.parent) else whole

@@ -289,6 +289,9 @@ def test_splits_as_datasets_slices_them_are_answered_with_ours(release, split):
 def test_what_is_no_source_is_refused_with_what_would_be(release, tmp_path):
     with pytest.raises(DataError, match=r"nothing is there\. It may be"):
         read(tmp_path / "absent")
+    for source in ("~nobody-is-called-so/x.csv", "hf:~nobody-is-called-so/x"):
+        with pytest.raises(DataError, match="nobody-is-called-so"):
+            open_source(source, language="en")
     (tmp_path / "x.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match="cannot tell what it is; unpack it"):
         read(tmp_path / "x.zip")
@@ -399,6 +402,15 @@ def test_a_manifest_without_splits_is_train(tmp_path):
     assert [clip.audio for clip in source.read("train")] == [f"{tmp_path}/x/a.wav"]
     with pytest.raises(DataError, match="no split 'dev'; it has train"):
         source.read("dev")
+
+
+@pytest.mark.parametrize("name", ["~nobody-is-called-so.wav", "~/a.wav"])
+def test_a_tilde_before_what_is_no_user_is_part_of_a_name(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    (tmp_path / "clips.csv").write_text(f"path,sentence\n{name},hi\n")
+    (clip,) = open_source(str(tmp_path / "clips.csv"), language="en").read("train")
+    expected = "/home/of/mine/a.wav" if name == "~/a.wav" else f"{tmp_path}/{name}"
+    assert (clip.id, clip.audio) == (name, expected)
 
 
 def test_a_transcript_that_is_no_text_is_refused_by_row(tmp_path):

@@ -144,6 +144,8 @@ def test_files_that_do_not_belong_together_are_refused(exported):
 def test_a_folder_that_is_no_model_says_what_is_missing(tmp_path):
     with pytest.raises(errors.ModelError, match=r"neither config\.json"):
         loading.load(str(tmp_path))
+    with pytest.raises(errors.ModelError, match="there is no such folder"):
+        loading.load("~nobody-is-called-so/run")
 
 
 def test_damaged_facts_are_named(exported):

@@ -50,7 +50,7 @@ def resolve(
         ModelError: not a folder, and not found on the hub, gated, offline or not in the cache.
     """
     name = os.fspath(name)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder, None
     if folder.exists():

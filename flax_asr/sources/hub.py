@@ -146,7 +146,7 @@ def dataset(name: str, column: str) -> clips.Source:
     name, _, config = name.partition(":")
     if not name:  # which would be the current folder
         raise errors.DataError("data.source hf: names no dataset: write hf:NAME or hf:NAME:CONFIG")
-    folder = pathlib.Path(name).expanduser()
+    folder = pathlib.Path(os.path.expanduser(name))
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(str(folder))
@@ -188,7 +188,7 @@ def fingerprint(name: str) -> str:
     Args:
         name: as for `dataset`.
     """
-    folder = pathlib.Path(name.partition(":")[0]).expanduser()
+    folder = pathlib.Path(os.path.expanduser(name.partition(":")[0]))
     if not folder.is_dir():
         return f"hf:{name}"
     # No object for every file: there may be a million recordings among them.

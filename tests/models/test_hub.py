@@ -158,6 +158,7 @@ def test_folders_are_taken_as_they_are_and_wrong_ones_named(tmp_path, monkeypatc
         "file.bin": "is a file: give the folder",
         "/no/such": "no such folder",
         "./nothing": "no such folder",
+        "~nobody-is-called-so/model": "no such folder",
         "a/b/c": "no such folder",
         "not an id!": "neither a folder here nor a hub id",
     }.items():

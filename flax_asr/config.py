@@ -139,7 +139,7 @@ class ModelConfig:
         freeze_feature_encoder: the convolutions get no gradient and no optimiser state.
         freeze_encoder_steps: in so many first updates only the head is trained.
         trainable_layers: train only the head and so many of the top layers.
-        reset_head: start a fresh head although the vocabulary is the same.
+        reset_head: start a fresh head although the vocabulary is the same, or cannot be read.
         attention: which form of attention computes: `xla` is the plain one, `pallas` a kernel for
             TPU, `cudnn` a kernel for NVIDIA GPUs in fp16 and bf16; `auto` picks by machine and
             precision. With attention dropout cuDNN's gives way to the plain one.

@@ -10,7 +10,6 @@ from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
 from flax_asr import (
-    audio,
     checkpoint,
     config,
     criterion,
@@ -144,7 +143,6 @@ def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedMo
 def _from_hugging_face(model: str, place: str) -> LoadedModel:
     origin = origins.read(config.ModelConfig(pretrained=place))
     wav2vec2.check(origin.model_config)
-    _check_sampling_rate(origin.folder)
     if origin.vocabulary is None:
         raise _cannot_write(model, "vocab.json")
     tensors = weights.read(origin.folder)
@@ -204,12 +202,3 @@ def _read_facts(folder: Path) -> dict[str, Any]:
             f"{folder / lineage.FILE} lacks {' and '.join(sorted(missing))}: export again."
         )
     return facts
-
-
-def _check_sampling_rate(folder: Path) -> None:
-    path, settings = origins.preprocessor(folder)
-    if "sampling_rate" in settings and settings["sampling_rate"] != audio.SAMPLE_RATE_HZ:
-        raise errors.ModelError(
-            f"{path}: the model listens at {settings['sampling_rate']} Hz; only"
-            f" {audio.SAMPLE_RATE_HZ} Hz is supported."
-        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, errors, inventory, json_object, vocabulary
+from flax_asr import audio, config, errors, inventory, json_object, vocabulary
 from flax_asr.bucket import copies, store
 from flax_asr.models import configuration, hub
 from flax_asr.record import lineage
@@ -43,9 +43,11 @@ class Origin:
 def read(model: config.ModelConfig) -> Origin:
     """Reads what a pretrained folder, run or hub model says about itself.
 
+    With `reset_head` its vocabulary may be one that cannot be read, such as one of phonemes.
+
     Raises:
         ConfigError: an override is not a field of its configuration.
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or is for another sampling rate.
     """
     if model.pretrained is None:
         model_config = Wav2Vec2Config()
@@ -59,7 +61,31 @@ def read(model: config.ModelConfig) -> Origin:
         "revision": revision,
         "lineage": lineage.behind(folder) if folder is not None else [],
     }
-    return _described(model_config, folder, facts)
+    if folder is not None:
+        _check_sampling_rate(folder)
+    return _described(model_config, folder, facts, _vocabulary(folder, model.reset_head))
+
+
+def _vocabulary(folder: Path | None, head_goes: bool) -> vocabulary.Vocabulary | None:
+    if folder is None or not (folder / "vocab.json").is_file():
+        return None
+    try:
+        return vocabulary.Vocabulary.from_folder(folder)
+    except errors.ModelError as error:
+        if head_goes:
+            return None
+        raise errors.ModelError(
+            f"{error}. To train a fresh head on this encoder, set model.reset_head true"
+        ) from error
+
+
+def _check_sampling_rate(folder: Path) -> None:
+    path, settings = preprocessor(folder)
+    if settings.get("sampling_rate", audio.SAMPLE_RATE_HZ) != audio.SAMPLE_RATE_HZ:
+        raise errors.ModelError(
+            f"{path}: the model listens at {settings['sampling_rate']} Hz; only"
+            f" {audio.SAMPLE_RATE_HZ} Hz is supported."
+        )
 
 
 def symbols(place: str) -> vocabulary.Vocabulary:
@@ -109,18 +135,19 @@ def overrides(model: config.ModelConfig) -> dict[str, Any]:
     return {"ctc_loss_reduction": "mean", **model.config}
 
 
-def _described(model_config: Wav2Vec2Config, folder: Path | None, facts: dict) -> Origin:
+def _described(
+    model_config: Wav2Vec2Config,
+    folder: Path | None,
+    facts: dict,
+    symbols: vocabulary.Vocabulary | None,
+) -> Origin:
     settings: dict[str, Any] = {"do_normalize": True, "return_attention_mask": None}
     if folder is not None:
         settings |= preprocessor(folder)[1]
     return Origin(
         model_config=model_config,
         folder=folder,
-        vocabulary=(
-            vocabulary.Vocabulary.from_folder(folder)
-            if folder is not None and (folder / "vocab.json").is_file()
-            else None
-        ),
+        vocabulary=symbols,
         do_normalize=bool(settings["do_normalize"]),
         use_attention_mask=(
             model_config.feat_extract_norm == "layer"

@@ -106,6 +106,32 @@ def test_a_vocabulary_that_does_not_fit_the_head_is_said(splits, exported, tmp_p
     assert "has no symbol for 2 characters" in said
 
 
+@pytest.mark.parametrize(
+    "changes", [{"tokenizer_class": "Wav2Vec2PhonemeCTCTokenizer"}, {"pad_token": None}]
+)
+def test_a_head_of_a_strange_vocabulary_gives_way_where_a_fresh_one_is_asked_for(
+    splits, exported, tmp_path, changes
+):
+    """As facebook/wav2vec2-xlsr-53-espeak-cv-ft has, which writes phonemes."""
+    folder = shutil.copytree(exported, tmp_path / "strange")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(errors.ModelError, match=r"fresh head.*model\.reset_head true"):
+        _started(splits, folder, "same")
+    start, ours, theirs = _started(splits, folder, "same", "--model.reset_head=true")
+    assert start.facts["head"] == "fresh, 11 symbols"
+    assert _same(ours, theirs, "wav2vec2/")
+    assert not _same(ours, theirs, "lm_head/")
+
+
+def test_a_model_of_another_sampling_rate_is_not_trained(splits, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "telephone")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sampling_rate": 8000}))
+    with pytest.raises(errors.ModelError, match="listens at 8000 Hz; only 16000 Hz"):
+        _started(splits, folder, "same")
+
+
 def test_an_encoder_with_a_vocabulary_and_no_head_is_not_said_to_have_one(
     splits, exported, tmp_path, caplog
 ):

@@ -21,7 +21,7 @@ from flax_asr import (
     vocabulary,
 )
 from flax_asr.bucket import copies, store
-from flax_asr.models import convert, wav2vec2, weights
+from flax_asr.models import configuration, convert, wav2vec2, weights
 from flax_asr.record import lineage
 
 
@@ -162,6 +162,9 @@ def _from_hugging_face(model: str, place: str) -> LoadedModel:
         "train": {"mixed_precision": "fp32"},
     }
     if facts:
+        # The loss that its run minimised; a run, like others' models, has the mean by default.
+        stored = configuration.read(origin.folder).ctc_loss_reduction
+        origin.model_config.ctc_loss_reduction = stored
         settings["data"] = {"language": facts["language"]}
         settings["text"] = {"normalization": facts["normalization"]}
     return LoadedModel(

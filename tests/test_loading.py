@@ -64,6 +64,15 @@ def test_a_foreign_folder_does_not_know_its_language(exported):
     assert cfg.data.language is None
 
 
+@pytest.mark.parametrize(("is_ours", "reduction"), [(True, "sum"), (False, "mean")])
+def test_an_export_s_loss_is_that_of_its_run(exported, is_ours, reduction):
+    """Others' folders say "sum" without having meant it: it is the default of transformers."""
+    _change(exported / "config.json", ctc_loss_reduction="sum")
+    if not is_ours:
+        (exported / lineage.FILE).unlink()
+    assert loading.load(str(exported)).config.ctc_loss_reduction == reduction
+
+
 @pytest.mark.parametrize(
     ("settings", "do_normalize", "use_attention_mask", "ignores_padding"),
     [

@@ -91,7 +91,7 @@ def _member_clip(number: int, row: Mapping[str, Any], column: str) -> Clip:
 
 
 def _is_split(name: str) -> bool:
-    return name not in _NO_SPLITS and not name.startswith(("ss-corpus-", "ss-reported-"))
+    return name not in _NO_SPLITS and not name.startswith((".", "ss-corpus-", "ss-reported-"))
 
 
 def _tables_of(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -168,21 +168,25 @@ def _recordings(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _table_rows(file: pathlib.Path, column: str, language: str) -> Iterator[tables.Row]:
-    held = {"", None, language}
     with tables.opened(file) as stream:
-        for number, row in tables.rows(stream, str(file), ".tsv", ("path", column)):
-            # A folder that holds tables itself is taken whatever it is called.
-            if (locale := row.get("locale")) not in held:
-                held.add(locale)
-                logger.warning(
-                    "warning: %s, line %d: the locale is %r, but data.language %r: are these its"
-                    " clips?",
-                    file,
-                    number,
-                    locale,
-                    language,
-                )
-            yield number, row
+        yield from _scripted_rows(stream, str(file), column, language)
+
+
+def _scripted_rows(stream: BinaryIO, name: str, column: str, language: str) -> Iterator[tables.Row]:
+    held = {"", None, language}
+    for number, row in tables.rows(stream, name, ".tsv", ("path", column)):
+        # A folder or archive that holds tables itself is taken whatever it is called.
+        if (locale := row.get("locale")) not in held:
+            held.add(locale)
+            logger.warning(
+                "warning: %s, line %d: the locale is %r, but data.language %r: are these its"
+                " clips?",
+                name,
+                number,
+                locale,
+                language,
+            )
+        yield number, row
 
 
 def _spontaneous_rows(file: pathlib.Path, column: str, split: str) -> Iterator[tables.Row]:
@@ -212,7 +216,7 @@ def _archive(path: pathlib.Path, language: str, text_column: str | None) -> Sour
     with contextlib.ExitStack() as stack:
         for name, _, body in archives.members(path):
             parts = pathlib.PurePosixPath(name).parts
-            if len(parts) < 2 or not name.endswith(".tsv") or not clips.is_inside(name):
+            if not name.endswith(".tsv") or not clips.is_inside(name):
                 continue
             split, spoken_language = (
                 parts[-1].removesuffix(".tsv"),
@@ -227,11 +231,13 @@ def _archive(path: pathlib.Path, language: str, text_column: str | None) -> Sour
             if spoken_language is not None:
                 spoken[spoken_language] = spool
             else:
-                scripted.setdefault(parts[-2], {})[split] = spool
+                scripted.setdefault("/".join(parts[-2:-1]), {})[split] = spool
         if not scripted and not spoken:
             raise errors.DataError(f"{path}: no language folder with .tsv tables in this archive")
-        if language in scripted:
-            readers = _scripted_members(path, language, scripted[language], text_column)
+        # The archives of the first releases had no folder of the language.
+        folder = language if language in scripted or language in spoken else ""
+        if folder in scripted:
+            readers = _scripted_members(path, folder, scripted[folder], text_column, language)
         elif language in spoken:
             readers = _spontaneous_members(path, spoken[language], text_column)
         else:
@@ -243,16 +249,19 @@ def _archive(path: pathlib.Path, language: str, text_column: str | None) -> Sour
 
 
 def _scripted_members(
-    path: pathlib.Path, language: str, spools: Mapping[str, BinaryIO], text_column: str | None
+    path: pathlib.Path,
+    folder: str,
+    spools: Mapping[str, BinaryIO],
+    text_column: str | None,
+    language: str,
 ) -> dict[str, Callable[[], Iterator[Clip]]]:
     column = text_column or "sentence"
 
     def rows(split: str) -> Iterator[tables.Row]:
         spools[split].seek(0)
-        name = f"{path}: {split}.tsv"
-        return tables.rows(spools[split], name, ".tsv", ("path", column))
+        return _scripted_rows(spools[split], f"{path}: {split}.tsv", column, language)
 
-    marker = f"/{language}/clips/"
+    marker = f"/{folder}/clips/" if folder else "/clips/"
     return {
         split: functools.partial(
             _archive_clips, path, functools.partial(rows, split), marker, column

@@ -125,6 +125,21 @@ def test_an_archive_gives_what_its_folder_gives(release, tmp_path, mode, format)
     assert [clip.id for clip in source.read("train")] == order
 
 
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_an_archive_of_the_first_releases_has_no_folder_of_the_language(release, tmp_path, prefix):
+    """As cv-corpus-1/en.tar.gz; a Mac adds files of its own."""
+    (release / "._train.tsv").write_bytes(b"\0\5\26\7")
+    file = tmp_path / "cv-corpus-1" / "zh-HK.tar.gz"
+    file.parent.mkdir()
+    with tarfile.open(file, "w:gz") as archive:
+        for part in sorted(release.iterdir()):
+            archive.add(part, arcname=prefix + part.name)
+    source = open_source(str(file), language="zh-HK")
+    assert source.splits() == ("train", "dev", "test")
+    assert source.release == "cv-corpus-1"
+    assert everything(source) == everything(open_source(str(release), language="zh-HK"))
+
+
 def test_reading_an_archive_writes_nothing_beside_it(release, tmp_path):
     file = pack(release, tmp_path / "release.tar.gz")
     before = sorted(tmp_path.rglob("*"))

@@ -8,9 +8,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from flax_asr import (
     alignment,
@@ -87,14 +89,9 @@ def score(
             for place in np.flatnonzero(real):
                 row = int(group.rows[place])
                 frames = ids[place, : frame_lengths[place]]
-                labels = alignment.greedy_collapse(frames, writes.blank)
-                reference, hypothesis = data.references[row], writes.decode(labels, _NO_CHARACTER)
-                written = writes.decode(labels)
-                if rewrite is not None:
-                    hypothesis = rewrite(hypothesis)
-                    written = hypothesis.replace(_NO_CHARACTER, "[UNK]")
-                if writes.only_capitals:
-                    reference, hypothesis = reference.lower(), hypothesis.lower()
+                reference, hypothesis, written = _compared(
+                    data.references[row], frames, writes, rewrite
+                )
                 characters = metrics.character_errors(reference, hypothesis, spaced)
                 words = metrics.word_errors(reference, hypothesis)
                 counts.losses[row] = losses[place]
@@ -102,23 +99,61 @@ def score(
                 counts.words[row] = words.errors, words.units
                 counts.frames[row] = (frames == writes.blank).sum(), len(frames)
                 if padded:
-                    heard = alignment.greedy_collapse(ids[place, :longest], writes.blank)
-                    texts = writes.decode(data.labels(row)), writes.decode(heard)
-                    old = metrics.written_errors(*texts), metrics.word_errors(*texts)
-                    counts.padded_characters[row] = old[0].errors, old[0].units
-                    counts.padded_words[row] = old[1].errors, old[1].units
+                    _count_padded(counts, row, data.labels(row), ids[place, :longest], writes)
                 if lines is not None:
-                    line = {
-                        "id": data.ids[row],
-                        "reference": data.references[row],
-                        "hypothesis": written,
-                        "errors": characters.errors,
-                        "units": characters.units,
-                    }
-                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    lines.write(_prediction(data, row, written, characters))
             bar.advance(int(real.sum()))
     rule = scoring.rule(normalization, spaced, padded, rewrite is not None and not padded)
     return scoring.summary(counts, data, spaced, padded, rule, seed)
+
+
+def _compared(
+    reference: str,
+    frames: Int[np.ndarray, " frames"],
+    writes: vocabulary.Vocabulary,
+    rewrite: Callable[[str], str] | None,
+) -> tuple[str, str, str]:
+    """(Reference and hypothesis as their errors are counted, hypothesis as people read it).
+
+    What the model could not spell is one wrong character in the second, "[UNK]" in the third.
+    """
+    labels = alignment.greedy_collapse(frames, writes.blank)
+    hypothesis, written = writes.decode(labels, _NO_CHARACTER), writes.decode(labels)
+    if rewrite is not None:
+        hypothesis = rewrite(hypothesis)
+        written = hypothesis.replace(_NO_CHARACTER, "[UNK]")
+    if writes.only_capitals:
+        reference, hypothesis = reference.lower(), hypothesis.lower()
+    return reference, hypothesis, written
+
+
+def _count_padded(
+    counts: scoring.Counts,
+    row: int,
+    labels: Int[np.ndarray, " tokens"],
+    frames: Int[np.ndarray, " frames"],
+    writes: vocabulary.Vocabulary,
+) -> None:
+    """Errors as the scripts of 2022 counted them, in frames of which some are padding."""
+    heard = alignment.greedy_collapse(frames, writes.blank)
+    texts = writes.decode(labels), writes.decode(heard)
+    characters, words = metrics.written_errors(*texts), metrics.word_errors(*texts)
+    counts.padded_characters[row] = characters.errors, characters.units
+    counts.padded_words[row] = words.errors, words.units
+
+
+def _prediction(
+    data: examples.Examples, row: int, written: str, characters: metrics.ErrorCounts
+) -> str:
+    """A clip's line in the file of predictions."""
+    line = {
+        "id": data.ids[row],
+        "reference": data.references[row],
+        "hypothesis": written,
+        "errors": characters.errors,
+        "units": characters.units,
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -194,23 +229,7 @@ def _score_splits(
     cfg = _resolved(loaded, overrides)
     normalize = text.normalizer(cfg.normalization)
     as_trained = loaded.writes_by(normalize) or not normalize.steps
-    hosts.work_ahead(
-        prepare.prepared_folder(cfg),
-        lambda: prepare.prepare(cfg),
-        for_all=prepare.is_in_bucket(cfg),
-    )
-    splits = prepare.prepare(cfg, verify=True)
-    sets = {
-        name: examples.build(
-            [splits[name]],
-            normalize=normalize,
-            vocabulary=loaded.vocabulary,
-            frame_lengths=functools.partial(wav2vec2.frame_lengths, loaded.config),
-            max_clips=cfg.data.max_eval_clips,
-            seed=cfg.seed,
-        )
-        for name in cfg.data.test_splits
-    }
+    sets = _examples(loaded, cfg, normalize, hosts)
     if hosts.count > 1:
         found = {f"clips of {name}": data.hash for name, data in sets.items()}
         found |= {"weights": multihost.digest(loaded.params), "--legacy": legacy}
@@ -219,10 +238,6 @@ def _score_splits(
     shapes = experiment.scoring_shapes(cfg, loaded.config, list(sets.values()))
     forward = compiled(loaded, cfg, shapes, devices)
     hosts.wait()
-    writable = loaded.run is not None and os.access(loaded.run, os.W_OK)
-    folder = loaded.run if writable else Path()
-    # The file without a step belongs to the best checkpoint.
-    named = "" if loaded.step is None else f"-step-{loaded.step}"
     rows = devices.count * cfg.train.per_device_eval_batch_size
     people = results.people(json_file) if hosts.is_first else io.StringIO()
     with results.writer(json_file if hosts.is_first else None) as write:
@@ -238,18 +253,14 @@ def _score_splits(
                 tokens=shapes.tokens,
                 rewrite=None if as_trained else normalize,
             )
-            written = folder / f"predictions-{name}{named}.jsonl"
+            written = _predictions_file(loaded, name)
             scores = scored(
                 plan=buckets.EvalPlan(data.samples, shapes.samples, rows), predictions=written
             )
             caveats = f"  {_caveats(loaded, data)}{written}"
             lines = filter(None, (scores.describe(name), scores.table(), caveats))
             terminal.show("\n".join(lines), people)
-            line = {"split": name, **scores.as_metrics("eval")}
-            for what in ("clips", "release", "hash", "rule"):
-                line[what] = line.pop(f"eval_{what}")
-            line |= {"seconds": round(data.seconds, 2), "left_out": data.left_out_summary()}
-            line["groups"] = [dataclasses.asdict(group) for group in scores.groups]
+            line = _result(name, scores, data)
             if legacy:
                 in_order = buckets.InOrder(data.samples, shapes.samples, rows)
                 old = scored(plan=in_order, padded=True).padded
@@ -262,6 +273,49 @@ def _score_splits(
                     people,
                 )
             write(line)
+
+
+def _examples(
+    loaded: loading.LoadedModel,
+    cfg: config.Config,
+    normalize: text.Normalizer,
+    hosts: multihost.Hosts,
+) -> dict[str, examples.Examples]:
+    """The splits to be scored, prepared where they were not."""
+    hosts.work_ahead(
+        prepare.prepared_folder(cfg),
+        lambda: prepare.prepare(cfg),
+        for_all=prepare.is_in_bucket(cfg),
+    )
+    splits = prepare.prepare(cfg, verify=True)
+    return {
+        name: examples.build(
+            [splits[name]],
+            normalize=normalize,
+            vocabulary=loaded.vocabulary,
+            frame_lengths=functools.partial(wav2vec2.frame_lengths, loaded.config),
+            max_clips=cfg.data.max_eval_clips,
+            seed=cfg.seed,
+        )
+        for name in cfg.data.test_splits
+    }
+
+
+def _predictions_file(loaded: loading.LoadedModel, split: str) -> Path:
+    """In the run's folder where that can be written; the name without a step is the best one's."""
+    writable = loaded.run is not None and os.access(loaded.run, os.W_OK)
+    step = "" if loaded.step is None else f"-step-{loaded.step}"
+    return (loaded.run if writable else Path()) / f"predictions-{split}{step}.jsonl"
+
+
+def _result(name: str, scores: scoring.Scores, data: examples.Examples) -> dict[str, Any]:
+    """A split's object for `--json`."""
+    line: dict[str, Any] = {"split": name, **scores.as_metrics("eval")}
+    for what in ("clips", "release", "hash", "rule"):
+        line[what] = line.pop(f"eval_{what}")
+    line |= {"seconds": round(data.seconds, 2), "left_out": data.left_out_summary()}
+    line["groups"] = [dataclasses.asdict(group) for group in scores.groups]
+    return line
 
 
 def _resolved(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.Config:

@@ -36,7 +36,7 @@ def join() -> None:
         ConfigError: the variables are not complete, the address cannot be used, or there is no
             device.
     """
-    spare_threads_for_libtpu()
+    spare_threads_for_libtpu()  # joining may load libtpu
     _join()
     devices()
 
@@ -56,11 +56,12 @@ def spare_threads_for_libtpu() -> None:
 
 
 def devices() -> list[jax.Device]:
-    """The devices of all hosts.
+    """The devices of all hosts; the first call loads libtpu, where there is a TPU.
 
     Raises:
         ConfigError: there is none of the kind that is asked for, or it is in use.
     """
+    spare_threads_for_libtpu()
     asked = os.environ.get("JAX_PLATFORMS")
     try:
         found = jax.devices()

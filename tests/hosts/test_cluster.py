@@ -126,6 +126,13 @@ def test_libtpu_gets_more_threads_than_there_are_cores(joined, monkeypatch, give
     assert os.environ["LIBTPU_INIT_ARGS"].split() == [*ours, *([given] if given else [])]
 
 
+def test_a_command_that_joins_nobody_gives_libtpu_its_threads_too(monkeypatch):
+    """`transcribe` compiles for one device of this host, whoever else there is."""
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    cluster.devices()
+    assert "--fibers_default_domain_concurrency=" in os.environ["LIBTPU_INIT_ARGS"]
+
+
 @pytest.mark.parametrize("given", ["--fibers_default_domain_concurrency=3", "--undefok=a --a=1"])
 def test_what_the_user_asks_of_libtpu_stays(joined, monkeypatch, given):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", given)

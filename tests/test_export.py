@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from flax_asr import config, errors, export
-from flax_asr.models import weights
+from flax_asr.models import layers, short_attention, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -76,6 +76,18 @@ def test_a_weight_that_pytorch_reads_otherwise_is_not_kept(tmp_path, monkeypatch
     with pytest.raises(errors.ModelError, match="differ by 1"):
         export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_tpu_machine_the_check_computes_as_on_any_other_cpu(tmp_path, monkeypatch):
+    """Where JAX computes on a TPU by default, its kernels would run on the CPU interpreted."""
+
+    def refused(*arguments):
+        raise AssertionError("a kernel for TPU, on the CPU")
+
+    monkeypatch.setattr(layers, "default_platform", lambda: "tpu")
+    monkeypatch.setattr(short_attention, "attend", refused)
+    saved = small_saved.saved()
+    assert export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts).logits < 1e-4
 
 
 def test_a_flipped_bit_on_the_disk_is_noticed_and_the_old_folder_stays(tmp_path, monkeypatch):

@@ -142,9 +142,9 @@ def _loss_forward(blank, logits, logit_lengths, labels, label_lengths):
 
 
 def _loss_backward(blank, residuals, cotangents):
-    logits, _, frame_mask, _, _, loss = residuals
+    logits, log_norms, frame_mask, columns, weights, loss = residuals
     counts = frame_mask & ~jnp.isposinf(loss)[:, None]
-    arguments = (*residuals[:-1], counts, cotangents[:, None, None])
+    arguments = (logits, log_norms, columns, weights, counts, cotangents[:, None, None])
     if logits.shape[-1] <= _FEW_SYMBOLS:
         return _gradient_by_product(*arguments), None, None, None
     gradient = jax.lax.platform_dependent(
@@ -153,7 +153,7 @@ def _loss_backward(blank, residuals, cotangents):
     return gradient, None, None, None
 
 
-def _gradient_by_product(logits, log_norms, frame_mask, columns, weights, counts, scale):
+def _gradient_by_product(logits, log_norms, columns, weights, counts, scale):
     """Posteriors find their vocabulary entries as a product with zeros and ones."""
     entries = jnp.arange(logits.shape[-1])
     owns = (columns[..., None] == entries).astype(weights.dtype)
@@ -162,7 +162,7 @@ def _gradient_by_product(logits, log_norms, frame_mask, columns, weights, counts
     return jnp.where(counts[..., None], difference * scale, 0).astype(logits.dtype)
 
 
-def _gradient_by_columns(logits, log_norms, frame_mask, columns, weights, counts, scale):
+def _gradient_by_columns(logits, log_norms, columns, weights, counts, scale):
     """Posteriors are written over the columns that they belong to."""
     probabilities = _probabilities(logits, log_norms)
     gradient = jnp.where(counts[..., None], probabilities * scale, 0).astype(logits.dtype)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _FEW_UPDATES = 300
 _LONG_DAYS = 3.0
-_RARE = 0.001
 
 REASONS = {
     "missing": "have no audio",

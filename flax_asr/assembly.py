@@ -87,10 +87,7 @@ class Assembly:
         params = self._params
         if params is None:
             params = experiment.parameter_shapes(self.objective)
-        self._shapes = jax.eval_shape(
-            lambda p: experiment.fresh_state(cfg, start.model_config, p, self._rule.optimiser),
-            params,
-        )
+        self._shapes = jax.eval_shape(self._fresh_state, params)
         self.layout = experiment.layout(cfg, self._shapes, devices.count)
 
     def digests(self) -> dict[str, str]:

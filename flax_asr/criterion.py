@@ -64,7 +64,8 @@ def forward(
 ) -> tuple[Float[Array, " batch"], Float[Array, "batch frames vocab"], Int[Array, " batch"]]:
     """Losses, logits and real frames of a batch.
 
-    With a key, dropout and masks as in training, and perhaps a few logits of padding at the end.
+    With a key, dropout and SpecAugment are applied as in training, and the logits may end with a
+    few frames of padding.
     """
     config = objective.config
     frame_lengths = wav2vec2.frame_lengths(config, batch.sample_lengths)
@@ -113,7 +114,7 @@ def waveform(batch: Batch, do_normalize: bool) -> Float[Array, "batch samples"]:
 def _heard(
     objective: Objective, batch: Batch
 ) -> tuple[Float[Array, "batch samples"], Bool[Array, "batch samples"] | None]:
-    """The audio as the model takes it, and where it is told that clips end."""
+    """(Audio as the model takes it, its attention mask; None where the model gets none)."""
     audio = waveform(batch, objective.do_normalize)
     if not objective.use_attention_mask:
         return audio, None

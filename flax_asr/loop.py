@@ -28,7 +28,6 @@ from flax_asr.record import learning, runlog, window
 
 logger = logging.getLogger(__name__)
 
-
 _MOST_NAMED = 32  # clips in a message
 
 
@@ -77,7 +76,7 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
             with contextlib.closing(
                 Run(made, programs, folder, stop, hosts, mirrored, audio)
             ) as run:
-                hosts.wait()  # or the first sum would, and not for long
+                hosts.wait()  # the first sum over hosts would wait too, but give up sooner
                 with stop.deferred():
                     run.train()
                 stop.obey()
@@ -126,7 +125,7 @@ class Run:
             self.state = checkpoint.restore(folder, past.step, made.state_shapes())
             logger.info("going on after update %d", past.step)
         if made.cfg.data.cache_features:
-            audio.wait()  # what is kept of it serves other runs as well
+            audio.wait()  # features of damaged audio would be kept for other runs too
         self.kept = made.kept(self.state)
         writes, kept = hosts.is_first, 0 if past is None else past.log_events
         self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit, writes)
@@ -256,17 +255,17 @@ class Run:
             self.log.append({"step": self.step, "epoch": epoch, **figures})
 
     def _notice_failed_saves(self) -> None:
-        """Of those that went on beside the updates."""
+        """Saves in the background: a failure stops the run or is counted, as in `_saving`."""
         for place in (self.checkpoints, self.mirrored):
             with self._saving():
                 place.check()
 
     @contextlib.contextmanager
     def _saving(self, must: bool = False) -> Iterator[None]:
-        """What cannot be written inside stops the run, or is counted, as configured.
+        """A write that fails in this block stops the run or is counted: `train.on_save_error`.
 
         Args:
-            must: it stops the run in any case.
+            must: a failure stops the run in any case.
         """
         try:
             yield
@@ -292,8 +291,8 @@ class Run:
         improved = False
         with self.window.paused():
             if self.made.scores("eval") and self._due(self.cfg.eval_steps):
-                # What is asked for during the evaluation is done after the next start.
-                # Several hosts score together: none of them can leave.
+                # A stop breaks the evaluation off; the next start makes up for it. Hosts score
+                # together, so none can go on by itself after a write that failed.
                 with contextlib.suppress(_Asked), self._saving(must=self.hosts.count > 1):
                     metrics = self._score("eval")
                     improved = metrics[best] < self.log.best(best)
@@ -307,9 +306,9 @@ class Run:
                     window=self.window.as_json(),
                     log_events=len(self.log.events),
                 )
-                # What is saved was trained on sound audio; a signal leaves no time to read on.
+                # No checkpoint before all audio is verified, but a stop leaves no time to wait.
                 (self.audio.check if stops else self.audio.wait)()
-                # On every host, whatever comes of the writing.
+                # A collective: every host takes part, whether or not its writes work.
                 state = parallel.whole(self.programs, self.state, self.made.layout, self.devices)
                 with self._saving():
                     self.checkpoints.wait()

@@ -1,4 +1,4 @@
-"""ZeRO stage 1: what mirrors the parameters in the state, cut over the devices.
+"""ZeRO stage 1: the optimiser's moments and the moving average, cut over the devices.
 
 A matrix is cut along one axis. Its moments and its average lie on the devices with that axis as
 two, devices and slice, so that pmap can take it apart there; merging the two is a reshape that
@@ -29,7 +29,7 @@ _READ_AT_ONCE = 8
 
 
 class Layout(NamedTuple):
-    """What of a state is cut.
+    """Which arrays of a state are cut, and along which axis.
 
     Attributes:
         axes: of the trainable parameters.

@@ -66,7 +66,7 @@ def command(
             print(describe_program(compiled[-1], described), file=people, flush=True)
         seen = outlook.Outlook.of(cfg, work, compiled, described, devices.count)
         write(seen.as_json())
-        _close(seen, compiled, people, cfg.train.zero_sharding)
+        _print_outlook(seen, compiled, people, cfg.train.zero_sharding)
 
 
 def describe(described: chips.Slice) -> parallel.Devices:
@@ -246,7 +246,7 @@ def describe_program(program: outlook.Program, described: chips.Slice) -> str:
     return "\n".join(lines)
 
 
-def _close(
+def _print_outlook(
     seen: outlook.Outlook,
     compiled: Sequence[outlook.Program],
     people: io.TextIOBase,

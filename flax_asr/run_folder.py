@@ -40,7 +40,7 @@ FREE_TO_CHANGE = frozenset(
     " train.per_device_eval_batch_size train.early_stopping_patience train.max_bad_updates"
     " train.on_save_error train.zero_sharding".split()
 )
-"""Where and how fast, not what. That a moved source holds the same clips, `check_data` sees to."""
+"""Where and how fast to train, not what. `check_data` compares the clips of a source that moved."""
 
 LENGTHS = ("train.max_steps", "train.num_train_epochs")
 
@@ -52,7 +52,7 @@ OWN_TO_A_HOST = frozenset(
     "output_dir data.source data.prepared_dir data.num_workers model.pretrained"
     " text.vocabulary".split()
 )
-"""Where the same things are: may have another name on each host. What is there is compared."""
+"""Paths, which may differ between hosts: what lies there is compared instead."""
 
 
 @contextlib.contextmanager

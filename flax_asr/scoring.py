@@ -171,6 +171,14 @@ def rule(normalization: Any, spaced: bool, padded: bool = False, rewritten: bool
 def summary(
     counts: Counts, data: examples.Examples, spaced: bool, padded: bool, rule: str, seed: int
 ) -> Scores:
+    """The figures of all clips from the counts of each.
+
+    Args:
+        counts: one row for each clip of `data`.
+        data: what was scored.
+        spaced, padded, rule: as in `Scores`; `padded` says whether to score so as well.
+        seed: of the bootstrap.
+    """
     aligned = ~np.isposinf(counts.losses)
     return Scores(
         loss=float(counts.losses[aligned].mean()) if aligned.any() else float("inf"),

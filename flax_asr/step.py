@@ -34,8 +34,8 @@ class TrainState:
         loss_scale: of fp16.
         key: raw key that every random number of the run derives from.
         skipped: updates that were not finite and left everything as it was.
-        bad_in_a_row: how many of the last updates were skipped without a break. Those that fp16's
-            loss scale is still looking for its value with do not count.
+        bad_in_a_row: how many updates in a row, up to the last one, were skipped. In fp16 they
+            count only once the loss scale is at its smallest: a smaller one could mend the others.
         average: the moving average of the trainable parameters; empty where none is kept.
     """
 
@@ -53,7 +53,7 @@ class TrainState:
     def scored(self) -> dict[str, Any]:
         """The parameters that evaluation and export look at: averaged ones where there are.
 
-        Of a state of axes, theirs.
+        For `partition.Layout.state`, which has axes in place of arrays, the axes of these.
         """
         return {**self.trainable, **self.frozen, **self.average}
 
@@ -141,7 +141,7 @@ def accumulate(
 
     What is not differentiated costs no backward pass, and its gradient stays what it is: zero.
     """
-    found = _found(objective, head_only, state, sums.micro_batches, batch)
+    found = _micro_batch_sums(objective, head_only, state, sums.micro_batches, batch)
     is_first = sums.micro_batches == 0
     before = {path: jnp.where(is_first, 0.0, total) for path, total in sums.gradients.items()}
     added = {path: before[path] + gradient for path, gradient in found.gradients.items()}
@@ -149,14 +149,14 @@ def accumulate(
     return total.replace(gradients={**before, **added})
 
 
-def _found(
+def _micro_batch_sums(
     objective: criterion.Objective,
     head_only: bool,
     state: TrainState,
     micro_batch: Int[Array, ""] | int,
     batch: criterion.Batch | criterion.CachedBatch,
 ) -> Sums:
-    """What one micro-batch alone adds up to; only of what is differentiated there are gradients."""
+    """The sums of one micro-batch alone; gradients only of what is differentiated."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     key = jax.random.fold_in(key, micro_batch)
     key = jax.random.fold_in(key, jax.lax.axis_index(partition.AXIS))
@@ -258,7 +258,7 @@ def update_from(
 
     No sums cross the memory between the two.
     """
-    sums = _found(objective, False, state, 0, batch)
+    sums = _micro_batch_sums(objective, False, state, 0, batch)
     new, _, metrics = update(rule, axes, state, sums, fresh=True)
     return new, metrics
 
@@ -266,7 +266,10 @@ def update_from(
 def evaluate(
     objective: criterion.Objective, axes: partition.Axes, params: Parameters, batch: criterion.Batch
 ) -> tuple[Float[Array, " rows"], Int[Array, "rows frames"], Int[Array, " rows"]]:
-    """(loss, most likely symbol of each frame, frames) of every row of the group, everywhere."""
+    """(Loss, most likely symbol of each frame, real frames) of every row of the group.
+
+    Every device gets the rows of all of them.
+    """
     whole = partition.gathered(params, axes)
     losses, logits, frame_lengths = criterion.forward(objective, merge(whole, {}), batch, None)
     return jax.lax.all_gather(

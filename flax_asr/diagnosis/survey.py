@@ -71,12 +71,12 @@ class Split:
 
     @property
     def maps(self) -> list[np.ndarray]:
-        """None: no audio is kept of a look."""
+        """Empty: a look keeps no audio."""
         return []
 
     @property
     def scale(self) -> float:
-        """Clips for each one whose length or reason to be left out is known."""
+        """How many clips each one stands for whose length, or reason to be left out, is known."""
         judged = int((self.samples != UNKNOWN).sum()) + len(self.left_out)
         return len(self) / judged if judged else 0.0
 
@@ -87,7 +87,7 @@ class Split:
         return float(known.sum(dtype=np.int64)) / audio.SAMPLE_RATE_HZ * self.scale
 
     def heeded_sentences(self) -> list[str]:
-        """The transcripts of clips that are not known to be unusable: what a vocabulary is of."""
+        """Transcripts to make the vocabulary of: of all clips that are not known to be unusable."""
         gone = {entry.id for entry in self.left_out if entry.reason != "duplicate"}
         pairs = zip(self.ids, self.sentences, strict=True)
         heeded = [sentence for clip, sentence in pairs if clip not in gone]
@@ -380,7 +380,7 @@ def require_clips(split: Split) -> None:
 
 
 def usable(data: examples.Examples, splits: Sequence[Split], most: int | None) -> int:
-    """Rows of all clips, from those that were judged."""
+    """How many rows all clips would give, extrapolated from those that were judged."""
     judged = 0.0
     for split in splits:
         known = int((split.samples != UNKNOWN).sum())

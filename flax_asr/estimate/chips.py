@@ -1,5 +1,6 @@
 """TPU chips and the slices that are made of them."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -57,10 +58,7 @@ class Slice:
     @property
     def chips(self) -> int:
         """Chips of the slice."""
-        count = 1
-        for dim in self.dims:
-            count *= dim
-        return count
+        return math.prod(self.dims)
 
     @property
     def flops(self) -> float:

@@ -39,7 +39,9 @@ def apply(
             want with zeros, which there takes longer than the layer. Elsewhere: a branch.
     """
     if platform == "tpu":
-        y, weights = made(_taught_where(kept, layer_class))(_taught(kept, x), frame_mask)
+        y, weights = made(_layer_with_gradient_if(kept, layer_class))(
+            _with_gradient_if(kept, x), frame_mask
+        )
         return jnp.where(kept, y, x), jnp.where(kept, weights, 0) if keep_attentions else None
 
     def run(layer: nn.Module, x: Array) -> tuple[Array, ...]:
@@ -54,23 +56,23 @@ def apply(
     return y, weights[0] if keep_attentions else None
 
 
-def _taught_where(kept: Bool[Array, ""], layer_class: type[nn.Module]) -> type[nn.Module]:
-    """The layer, whose parameters get a gradient where it is kept, and else zero."""
+def _layer_with_gradient_if(kept: Bool[Array, ""], layer_class: type[nn.Module]) -> type[nn.Module]:
+    """The layer class; its parameters get a gradient of zero where the layer is not kept."""
 
     def parameters(tree):
-        return jax.tree.map(lambda leaf: _taught(kept, leaf), tree)
+        return jax.tree.map(lambda leaf: _with_gradient_if(kept, leaf), tree)
 
     return nn.map_variables(layer_class, "params", parameters)
 
 
 @jax.custom_vjp
-def _taught(kept, x):
+def _with_gradient_if(kept, x):
     """`x`, whose gradient is zero where it is not kept: chosen, as 0 times infinity is NaN."""
     return x
 
 
 # lax.select: XLA shares jnp.where with the optimiser's, and files its time under this one's name.
-_taught.defvjp(
+_with_gradient_if.defvjp(
     lambda kept, x: (x, kept),
     lambda kept, gradient: (None, jax.lax.select(kept, gradient, jnp.zeros_like(gradient))),
 )

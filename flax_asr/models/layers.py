@@ -147,9 +147,9 @@ def _backward(epsilon, dtype, residuals, gradients):
     shift = scaled.mean(axis=-1, keepdims=True) * inverse
     slope = (scaled * standard).mean(axis=-1, keepdims=True) * jnp.square(inverse)
     direct = jax.lax.optimization_barrier(direct).astype(jnp.float32)
-    moved = direct - (shift - mean * slope) - x.astype(jnp.float32) * slope
+    x_gradient = direct - (shift - mean * slope) - x.astype(jnp.float32) * slope
     rows = tuple(range(x.ndim - 1))
-    return moved.astype(x.dtype), (gradient * standard).sum(rows), gradient.sum(rows)
+    return x_gradient.astype(x.dtype), (gradient * standard).sum(rows), gradient.sum(rows)
 
 
 _normed_beside.defvjp(_forward, _backward)

@@ -287,7 +287,7 @@ def _backward_kernel(
     value_sums,
 ):
     """Scores stand with keys in rows here: their sums over keys go down the rows, which is cheap,
-    and only one of the five products has to turn a matrix around."""
+    and only one of the five products has to transpose a matrix."""
     block = pl.program_id(2)
     keys, values = key[0], value[0]
     # The last block of queries may reach beyond the frames, where anything can stand.
@@ -308,7 +308,7 @@ def _backward_kernel(
         key_sums[...] = jnp.zeros_like(key_sums)
         value_sums[...] = jnp.zeros_like(value_sums)
 
-    moved = jnp.zeros(queries.shape, jnp.float32)
+    query_sums = jnp.zeros(queries.shape, jnp.float32)
     for head in _heads(queries.shape[-1], here.head_size):
         own_queries, own_outputs = head.only(queries), head.only(outputs)
         scores = _product(keys[:, head.window], own_queries, ((1,), (1,)))
@@ -316,18 +316,20 @@ def _backward_kernel(
         scores = jnp.where(frame < here.length, scores, _HIDDEN_SCORE)
         weights = jnp.exp(scores - scores.max(axis=0, keepdims=True))
         weights = weights / weights.sum(axis=0, keepdims=True)
-        by_weight = _product(values[:, head.window], own_outputs, ((1,), (1,)))
-        by_weight = here.dropped(by_weight, head, query_axis=1) * here.scale
-        by_score = weights * (by_weight - (weights * by_weight).sum(axis=0, keepdims=True))
-        by_score = jnp.where(frame < here.length, by_score, 0.0).astype(keys.dtype)
+        weight_gradient = _product(values[:, head.window], own_outputs, ((1,), (1,)))
+        weight_gradient = here.dropped(weight_gradient, head, query_axis=1) * here.scale
+        score_gradient = weights * (
+            weight_gradient - (weights * weight_gradient).sum(axis=0, keepdims=True)
+        )
+        score_gradient = jnp.where(frame < here.length, score_gradient, 0.0).astype(keys.dtype)
         weights = (here.dropped(weights, head, query_axis=1) * here.scale).astype(keys.dtype)
         value_sums[:, head.window] += _product(weights, own_outputs, ((1,), (0,)))
-        key_sums[:, head.window] += _product(by_score, own_queries, ((1,), (0,)))
-        turned = _product(by_score, keys[:, head.window], ((0,), (0,)))
-        moved = _add(moved, head, turned)
-    moved = moved * here.head_size**-0.5
-    query_gradient[0] = moved.astype(query_gradient.dtype)
-    add_up(query_bias_gradient, moved, first_clip & (block == 0))
+        key_sums[:, head.window] += _product(score_gradient, own_queries, ((1,), (0,)))
+        part = _product(score_gradient, keys[:, head.window], ((0,), (0,)))
+        query_sums = _add(query_sums, head, part)
+    query_sums = query_sums * here.head_size**-0.5
+    query_gradient[0] = query_sums.astype(query_gradient.dtype)
+    add_up(query_bias_gradient, query_sums, first_clip & (block == 0))
 
     @pl.when(block == pl.num_programs(2) - 1)
     def _():

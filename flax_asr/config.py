@@ -17,9 +17,9 @@ from flax_asr import errors, options
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training clips are changed, drawn anew for every clip in every epoch; null is not at all.
+    """How training clips are changed, drawn anew for every clip in every epoch.
 
-    Each is a range, low and high, from which is drawn evenly.
+    Each is a range, [low, high], from which values are drawn uniformly; null: no such change.
 
     Attributes:
         speed: factors of the speed; pitch and length change with it.
@@ -69,10 +69,10 @@ class DataConfig:
         text_column: the column of the transcript, where it is not `sentence`.
         min_seconds: shorter clips are left out.
         max_seconds: longer clips are left out.
-        num_buckets: the most shapes of training batches; those that are scored have half as many.
+        num_buckets: the most padded lengths of training batches; scoring has half as many.
         num_workers: decoding processes; by default one for each core.
-        max_train_clips: use only so many training clips, drawn once from the seed.
-        max_eval_clips: use only so many clips of every other split.
+        max_train_clips: use at most this many training clips, drawn once from the seed.
+        max_eval_clips: use at most this many clips of every other split.
         trim_silence: cut silence from both ends of every clip.
         cache_features: with model.trainable_layers, compute what the frozen layers give of each
             training clip once, and keep it beside the prepared data.
@@ -137,12 +137,12 @@ class ModelConfig:
         pretrained: a hub id or a folder (a run folder too); null starts from random weights.
         config: overrides of fields of transformers.Wav2Vec2Config.
         freeze_feature_encoder: the convolutions get no gradient and no optimiser state.
-        freeze_encoder_steps: in so many first updates only the head is trained.
-        trainable_layers: train only the head and so many of the top layers.
+        freeze_encoder_steps: how many updates at the start train the head only.
+        trainable_layers: train only the head and this many of the top layers.
         reset_head: start a fresh head although the vocabulary is the same, or cannot be read.
-        attention: which form of attention computes: `xla` is the plain one, `pallas` a kernel for
+        attention: the implementation of attention: `xla` is the plain one, `pallas` a kernel for
             TPU, `cudnn` a kernel for NVIDIA GPUs in fp16 and bf16; `auto` picks by machine and
-            precision. With attention dropout cuDNN's gives way to the plain one.
+            precision. With attention dropout the plain one takes the place of cuDNN's.
         remat_policy: what gradient checkpointing keeps; `full` recomputes whole layers, the others
             are jax's checkpoint policies of these names.
     """
@@ -167,7 +167,7 @@ class OptimConfig:
 
     Attributes:
         learning_rate: the peak rate.
-        head_learning_rate: another peak rate for lm_head, over the same course.
+        head_learning_rate: another peak rate for the CTC head (lm_head), on the same schedule.
         lr_scheduler_type: what happens after the warm-up; `tri_stage` holds, then decays.
         warmup_steps: updates in which the rate rises linearly from 0.
         warmup_fraction: the same as a fraction of the run; excludes warmup_steps.
@@ -176,9 +176,9 @@ class OptimConfig:
         adam_beta2: decay of the second moment.
         adam_epsilon: added to the root of the second moment.
         weight_decay: decoupled decay of weights, not of biases and LayerNorm scales.
-        max_grad_norm: gradients are scaled down to this global norm; null for never.
-        ema_decay: keep an exponential moving average of the weights; it is what is scored and
-            exported then.
+        max_grad_norm: clip gradients to this global norm; null for no clipping.
+        ema_decay: the decay of an exponential moving average of the weights, which is scored and
+            exported in their place; null for none.
     """
 
     learning_rate: float = 3e-4
@@ -249,14 +249,14 @@ class TrainConfig:
         save_steps: updates between two checkpoints.
         save_total_limit: how many of the latest checkpoints are kept, besides the best one.
         metric_for_best_model: which score of eval_splits chooses the best checkpoint.
-        early_stopping_patience: so many evaluations in a row without a better score end the run.
-        max_bad_updates: so many non-finite updates in a row stop the run.
+        early_stopping_patience: end the run after this many evaluations without a better score.
+        max_bad_updates: stop the run after this many non-finite updates in a row.
         compat: `hf-4.17` trains and scores as the Trainer and the speech recognition example of
             transformers 4.17 did (docs/compat.md).
         on_save_error: whether a run whose folder cannot be written (a full disk) stops, or goes on
             and tries again at the next save.
-        zero_sharding: cut what the optimiser keeps over the devices: the same training in less
-            memory.
+        zero_sharding: divide the optimiser's state among the devices (ZeRO stage 1): the same
+            training in less memory.
     """
 
     num_train_epochs: float = 3.0
@@ -298,7 +298,7 @@ class Config:
     """One run.
 
     Attributes:
-        seed: of the batch order, dropout, masks and fresh weights.
+        seed: of everything random: batch order, dropout, masks, fresh weights.
         output_dir: the run folder, also gs://BUCKET/PATH.
     """
 

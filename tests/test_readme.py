@@ -227,7 +227,7 @@ def names_table() -> str:
     rows = ["| there | here |", "|---|---|"]
     for name, ours in trainer_names.OURS.items():
         code, _, rest = ours.partition(" (")
-        plain = re.match(r"nothing|the option", code)
+        plain = re.match(r"nothing|the (option|command)", code)
         rows.append(f"| `{name}` | {code if plain else f'`{code}`'}{' (' + rest if rest else ''} |")
     return "\n".join(rows)
 

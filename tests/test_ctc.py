@@ -358,8 +358,10 @@ def test_the_gradient_by_a_product_as_on_tpu_equals_that_by_columns():
     label_lengths = np.array([7, 7, 7, 0], np.int32)
     loss, residuals = ctc._loss_forward(0, logits, logit_lengths, labels, label_lengths)
     assert np.isposinf(loss).tolist() == [False, False, True, False]
-    counts = residuals[2] & ~jnp.isposinf(loss)[:, None]
-    arguments = (*residuals[:-1], counts, jnp.array([1.0, 2.0, 3.0, 4.0])[:, None, None])
+    _, log_norms, frame_mask, columns, weights, _ = residuals
+    counts = frame_mask & ~jnp.isposinf(loss)[:, None]
+    scale = jnp.array([1.0, 2.0, 3.0, 4.0])[:, None, None]
+    arguments = logits, log_norms, columns, weights, counts, scale
     by_product, by_columns = (
         np.asarray(form(*arguments))
         for form in (ctc._gradient_by_product, ctc._gradient_by_columns)

@@ -336,13 +336,18 @@ def keep_compiled(folder: str | os.PathLike) -> None:
 def compile_all(
     jobs: dict[Any, tuple[Callable, tuple]],
     devices: Devices,
-    report: Callable[[Any, float], None],
+    report: Callable[[Any, float], None] = lambda key, seconds: None,
 ) -> dict[Any, Callable]:
     """Compiles every (pmapped function, shapes of its arguments), the first ones first.
 
     What comes back takes these shapes and no others: a shape nobody planned is an error, not a
     compilation in the middle of a run. XLA compiles outside the interpreter's lock, so one thread
     a core that this process may use keeps them busy.
+
+    Args:
+        jobs: by any keys.
+        devices: what is compiled for.
+        report: called with the key and the seconds of each program that is compiled.
     """
 
     def one(key):

@@ -7,14 +7,14 @@ another, so each window gives its middle, and the symbols are collapsed once, ov
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Int
 
-from flax_asr import alignment, audio, errors, loading, parallel, step
+from flax_asr import alignment, audio, criterion, errors, loading, parallel, step
 from flax_asr.console import progress, results, terminal
 from flax_asr.data import buckets, loader
 from flax_asr.hosts import cluster
@@ -101,6 +101,7 @@ class Recogniser:
         flat, _ = step.split(loaded.params, lambda path: True)
         self._params = self._devices.replicate(flat)
         self._evaluate = parallel.evaluate(loaded.objective(mixed_precision), self._devices)
+        self._programs: dict[tuple[int, int], Callable] = {}
         self._shapes = tuple(self._samples(seconds) for seconds in (*SHAPE_SECONDS, WINDOW_SECONDS))
 
     def texts(self, files: Sequence[str]) -> Iterator[tuple[str, str | errors.AudioError]]:
@@ -180,10 +181,18 @@ class Recogniser:
                 taken, places = places[:rows], places[rows:]
                 batch = _batch([pieces[place] for place in taken], shape)
                 (placed,) = self._devices.micro_batches(batch, rows)
-                _, ids, lengths = jax.device_get(self._evaluate(self._params, placed))
+                program = self._program((rows, shape), placed)
+                _, ids, lengths = jax.device_get(program(self._params, placed))
                 for row, place in enumerate(taken):
                     found[place] = ids[row, : lengths[row]]
         return found
+
+    def _program(self, key: tuple[int, int], placed: criterion.Batch) -> Callable:
+        """The compiled program for so many rows of so many samples, such as `placed`."""
+        if key not in self._programs:
+            job = self._evaluate, (self._params, placed)
+            self._programs |= parallel.compile_all({key: job}, self._devices)
+        return self._programs[key]
 
     def _padded(self, samples: int) -> int:
         if not self._model.ignores_padding:

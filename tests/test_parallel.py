@@ -33,6 +33,6 @@ def test_as_many_programs_compile_at_once_as_the_process_may_use_cores(monkeypat
 
     names = [f"program {number}" for number in range(9)]
     jobs = {name: (Program(), ()) for name in names}
-    compiled = parallel.compile_all(jobs, parallel.Devices(), lambda key, seconds: None)
+    compiled = parallel.compile_all(jobs, parallel.Devices())
     assert list(compiled) == names
     assert most == 3

@@ -485,7 +485,7 @@ def test_a_run_and_its_plan_compile_with_the_options_of_the_chip():
     assert devices.compiler_options is None
     devices.compiler_options = {"xla_of_the_chip": "1"}
     with pytest.raises(jax.errors.JaxRuntimeError):
-        parallel.compile_all({"update": (Function(), ())}, devices, lambda key, seconds: None)
+        parallel.compile_all({"update": (Function(), ())}, devices)
     job = plan.Job("update", 0, 0, 0, Function(), (), devices.compiler_options, 0)
     assert job.compile(V5E).refused
     assert asked == [devices.compiler_options] * 2

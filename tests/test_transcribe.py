@@ -4,6 +4,7 @@ alone."""
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 import small_saved
@@ -123,6 +124,13 @@ def test_windows_leave_no_seam(windowed, tmp_path):
 def test_few_shapes_for_many_lengths(windowed):
     shapes = {windowed._padded(samples) for samples in range(200, 4800, 37)}
     assert len(shapes) == 2
+
+
+def test_every_program_is_compiled_with_the_options_of_the_chip(near, clips):
+    recogniser = _recogniser(near)
+    recogniser._devices.compiler_options = {"xla_no_such_option": "1"}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        list(recogniser.texts(clips[:1]))
 
 
 def test_a_file_that_fails_does_not_stop_the_others(exported, clips, tmp_path, capsys):

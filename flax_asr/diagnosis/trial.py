@@ -192,13 +192,9 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
     programs = parallel.compile_all(
         {
             "accumulate": (parallel.accumulate(objective, devices, layout), (state, sums, batch)),
-            "update": (
-                parallel.update(rule, devices, layout),
-                (state, sums),
-            ),
+            "update": (parallel.update(rule, devices, layout), (state, sums)),
         },
         devices,
-        lambda key, seconds: None,
     )
     compile_seconds = time.monotonic() - started
 

@@ -165,7 +165,7 @@ def test_a_clean_corpus_has_no_finding_about_data(tmp_path, no_trial):
     assert found.keys() <= {"unknown_characters", "padding"}
 
 
-def test_nothing_is_written(faulty, tmp_path, no_trial):
+def test_doctor_writes_nothing_to_the_disk(faulty, tmp_path, no_trial):
     before = sorted(tmp_path.rglob("*"))
     _examined(_config(tmp_path, faulty))
     assert sorted(tmp_path.rglob("*")) == before

@@ -222,7 +222,7 @@ def asked(options):
     return config.build({}, [f"--{name}={value}" for name, value in named.items()])
 
 
-def test_the_quiet_case_is_not_refused():
+def test_features_are_kept_where_nothing_below_is_random():
     feature_cache.check(asked({"model.freeze_encoder_steps": "3"}), start())
     loud = start(model={"hidden_dropout": 0.1, "feat_extract_norm": "group"})
     feature_cache.check(asked({"data.cache_features": "false"}), loud)

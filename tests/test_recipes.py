@@ -32,7 +32,7 @@ def test_there_are_recipes():
 
 
 @every_recipe
-def test_it_loads(path):
+def test_a_recipe_loads(path):
     assert config.load(path) != config.Config()
 
 

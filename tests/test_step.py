@@ -260,7 +260,7 @@ def _assert_gradients(ours, expected, tolerance):
         )
 
 
-def test_two_devices_equal_one():
+def test_two_devices_give_the_gradients_of_one():
     config, _, params = _model()
     group = small_run.batch(8, 3, config.vocab_size)
     _assert_equal(
@@ -268,7 +268,7 @@ def test_two_devices_equal_one():
     )
 
 
-def test_four_micro_batches_equal_one_of_all_rows():
+def test_four_micro_batches_give_the_gradients_of_one_batch():
     config, _, params = _model()
     groups = [small_run.batch(2, seed, config.vocab_size) for seed in range(4)]
     _assert_equal(
@@ -308,7 +308,7 @@ def test_one_program_moves_a_single_micro_batch_as_two_programs_do(devices, zero
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_the_gradients():
     config, _, params = _model()
     group = small_run.batch(4, 5, config.vocab_size)
     wider = group._replace(
@@ -318,7 +318,7 @@ def test_padding_changes_nothing():
     _assert_equal(_gradients(config, params, [group]), _gradients(config, params, [wider]))
 
 
-def test_filler_rows_change_nothing():
+def test_filler_rows_do_not_change_the_gradients():
     config, _, params = _model()
     group = small_run.batch(4, 6, config.vocab_size)
     filled = small_run.joined(group, small_run.batch(4, 7, config.vocab_size, fillers=4))

@@ -97,7 +97,7 @@ def test_another_folder_is_copied_whole_and_follows_changes(url, run, downloads)
     assert [path.name for path in local.iterdir()] == ["config.json"]
 
 
-def test_nothing_is_named(url):
+def test_a_url_with_nothing_behind_it_is_refused(url):
     with pytest.raises(errors.ModelError, match=f"there is nothing in {re.escape(url)}"):
         copies.model(url)
 

@@ -283,7 +283,7 @@ def test_two_at_once_in_one_folder_end_alike(release, tmp_path):
     assert len(prepare.prepare(cfg, verify=True)["train"]) == 12
 
 
-def test_a_source_that_changed_in_between_is_refused(release, tmp_path, monkeypatch):
+def test_a_source_that_changed_in_between_is_refused(release, tmp_path):
     cfg = configuration(release, tmp_path / "run", eval_splits=(), test_splits=())
     folder = prepare.prepared_folder(cfg) / "train"
     settings = prepare._settings(cfg) | {"fingerprint": prepare._fingerprint(cfg, "train")}

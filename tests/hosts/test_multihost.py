@@ -46,7 +46,7 @@ def test_two_hosts_train_as_one_with_as_many_devices(pair, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_hosts_score_as_one(pair, place, whole, tmp_path):
+def test_two_hosts_score_as_one(place, whole, tmp_path):
     words = ["evaluate", "--model", str(whole), "--json", str(tmp_path / "two.jsonl")]
     words += [f"--data.source={place.source}", f"--data.prepared_dir={place.folder / 'prepared'}"]
     copies = [shutil.copytree(whole, tmp_path / f"copy-{index}") for index in range(2)]
@@ -83,7 +83,7 @@ def test_a_signal_to_one_host_stops_both_at_the_same_update(pair, whole, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_signal_while_one_host_compiles_ends_both(pair, place, tmp_path):
+def test_a_signal_while_one_host_compiles_ends_both(pair, tmp_path):
     run = tmp_path / "run"
     with pair(run) as two:
         two.hosts[0].wait_for(lambda: "programs to compile" in two.hosts[0].output)

@@ -137,7 +137,7 @@ def test_the_model_without_head_gives_pytorchs_states(folder, built, batch):
     assert "encoder" in model.params
 
 
-def test_a_half_precision_checkpoint_loads_as_float32_and_is_saved_as_float32(built, tmp_path):
+def test_a_half_precision_checkpoint_loads_as_float32_and_is_saved_as_float32(tmp_path):
     half = small_torch.model("Wav2Vec2ForCTC", small_torch.config()).half()
     half.save_pretrained(tmp_path / "half")
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "float16"

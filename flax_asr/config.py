@@ -315,7 +315,7 @@ class Config:
         options.below("seed", self.seed, 2**32)  # jax leaves out further bits without a word
         for name, value in flat(self).items():
             if value == "":
-                raise errors.ConfigError(f"{name} is empty: a variable of the shell, not set?")
+                raise errors.ConfigError(f"{name} is empty: give it a value, or leave it out.")
 
     @property
     def normalization(self) -> str | tuple[str | dict[str, Any], ...] | None:

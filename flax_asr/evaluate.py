@@ -343,5 +343,8 @@ def _caveats(loaded: loading.LoadedModel, data: examples.Examples) -> str:
     if data.left_out:
         found.append(f"left out: {data.left_out_summary()}")
     if not loaded.ignores_padding:
-        found.append("this model hears padding: its scores depend a little on the batches")
+        found.append(
+            "this model's output changes with the padding: its scores depend a little on the"
+            " batches"
+        )
     return "".join(f"{line}\n  " for line in found)

@@ -89,9 +89,10 @@ def _why_fresh(
     source = "text.vocabulary" if cfg.text.vocabulary is not None else "the training text"
     shown = f" ({', '.join(map(repr, lacking[:10]))})" if lacking else ""
     return (
-        f"its head writes {theirs.size} symbols, the run needs {ours.size}: {len(lacking)} that it"
-        f" lacks{shown}, {len(theirs.characters - ours.characters)} that it has for nothing. They"
-        f" come from {source}; with text.vocabulary {cfg.model.pretrained} the head would be kept"
+        f"its head writes {theirs.size} symbols, the run needs {ours.size}: it lacks"
+        f" {len(lacking)} of them{shown}, and has {len(theirs.characters - ours.characters)} that"
+        f" the run does not need. These come from {source}; with text.vocabulary"
+        f" {cfg.model.pretrained} the head would be kept"
     )
 
 

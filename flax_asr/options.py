@@ -334,7 +334,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 def _wanted(kind: Any) -> str:
     """What an option of this type may be, where it is a list or these are few; else nothing."""
     if any(typing.get_args(member) == (str, ...) for member in _members(kind)):
-        return "a list such as [train,dev] is due, [] for none"
+        return "write a list such as [train,dev], or [] for none"
     found = ("true", "false") if bool in _members(kind) else choices(kind)
     return f"one of {', '.join(found)}" if found else ""
 

@@ -369,7 +369,7 @@ def test_a_release_of_spontaneous_speech_is_read(tmp_path, form):
         open_source(str(place), language="de")
 
 
-def test_scripted_speech_goes_before_spontaneous_speech_of_the_same_language(release, tmp_path):
+def test_scripted_speech_goes_before_spontaneous_speech_of_the_same_language(release):
     write_spontaneous(release.parents[1], "zh-HK")
     source = open_source(str(release.parents[1]), language="zh-HK")
     assert source.release == RELEASE
@@ -436,7 +436,7 @@ def test_a_transcript_that_is_no_text_is_refused_by_row(tmp_path):
     found = list(open_source(str(file), language="en").read("train"))
     assert [clip.sentence for clip in found] == ["7", "", "", "", "", ""]
     assert [clip.refused != "" for clip in found] == [False, True, False, True, True, False]
-    assert found[1].refused == "its transcript is 7: int, where text is due"
+    assert found[1].refused == "its transcript is 7: int, where text is expected"
     assert found[1].audio is None
 
 
@@ -501,7 +501,7 @@ def test_rows_with_one_beginning_are_no_parts(tmp_path):
         ("a.csv", 'path,sentence\na,"b\n', "line 2: unexpected end of data"),
         ("a.csv", "path,sentence\n", "a header and no clips"),
         ("a.jsonl", '{"path": "a", "sentence": "b"}\n{"path"\n', "line 2: not JSON"),
-        ("a.jsonl", "[1]\n", "line 1: a list where an object is due"),
+        ("a.jsonl", "[1]\n", "line 1: a list where an object is expected"),
         ("a.jsonl", '{"path": "a", "sentence": "\\ud800"}\n', "line 1: half of a surrogate pair"),
         ("a.csv", "path,sentence,split\na,b,\n", "line 2: the column split is empty"),
         # Without a split they would be clips of every split.

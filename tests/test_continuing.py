@@ -100,7 +100,7 @@ def test_a_vocabulary_that_does_not_fit_the_head_is_said(splits, exported, tmp_p
     assert start.facts["head"] == "fresh, 10 symbols"
     said = caplog.text
     assert "its head writes 11 symbols" in said
-    assert "the run needs 10: 1 that it lacks ('z')" in said
+    assert "the run needs 10: it lacks 1 of them ('z')" in said
     assert "text.vocabulary" in said
     # Of what the transcripts say, these have no symbol: g h.
     assert "has no symbol for 2 characters" in said
@@ -233,7 +233,7 @@ def test_a_run_that_was_made_longer_says_so():
     assert "after 30 updates; made longer after update 20, when 20 were planned" in text
 
 
-def test_other_people_s_models_have_no_history(exported, tmp_path):
+def test_other_people_s_models_have_no_history(tmp_path):
     assert lineage.behind(tmp_path) == []
     foreign = {"language": "eu", "normalization": []}
     (tmp_path / lineage.FILE).write_text(json.dumps(foreign))

@@ -164,8 +164,8 @@ class Lease:
             found = None
         if not isinstance(found, dict) or not found.keys() >= _KEYS:
             raise errors.TrainingError(
-                f"{self._store.url}/{FILE} is not a word of ours: remove it if no run is at work"
-                " there, or give another --output_dir."
+                f"{self._store.url}/{FILE} was not written by a run of flax_asr: remove it if no"
+                " run is at work there, or give another --output_dir."
             )
         return found
 

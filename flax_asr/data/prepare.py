@@ -137,7 +137,9 @@ def command(cfg: config.Config) -> None:
     cfg.require("data.language")
     normalize = compat.normalizer(cfg)
     if normalize.is_default:
-        terminal.show(f"no rule is written for {cfg.data.language}: the default serves it")
+        terminal.show(
+            f"no normalisation rule is written for {cfg.data.language}: the default one is used"
+        )
     for split in prepare(cfg, verify=True, announce=False).values():
         terminal.show(report(split))
         for change in normalize.report(split.sentences):

@@ -120,7 +120,9 @@ def from_row(row: Mapping[str, Any], id: str, column: str, **audio: Any) -> Clip
         # What pandas writes where there is none is a number that does not equal itself.
         if sentence is not None and sentence == sentence and not audio.get("refused"):
             kind = type(sentence).__name__
-            audio = {"refused": f"its transcript is {sentence!r:.40}: {kind}, where text is due"}
+            audio = {
+                "refused": f"its transcript is {sentence!r:.40}: {kind}, where text is expected"
+            }
         sentence = ""
     return Clip(id, sentence, **audio, **facts)
 

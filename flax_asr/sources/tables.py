@@ -111,8 +111,8 @@ def _jsonl(stream: BinaryIO, name: str) -> Iterator[Row]:
             raise errors.DataError(f"{name}, line {number}: half of a surrogate pair is no text")
         if not isinstance(row, dict):
             raise errors.DataError(
-                f"{name}, line {number}: a {type(row).__name__} where an object is due, such as "
-                '{"path": "clip.wav", "sentence": "..."}'
+                f"{name}, line {number}: a {type(row).__name__} where an object is expected, such"
+                ' as {"path": "clip.wav", "sentence": "..."}'
             )
         if first:
             yield 1, dict.fromkeys(row)

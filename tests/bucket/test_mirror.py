@@ -347,7 +347,7 @@ def test_after_a_kill_another_disk_takes_over_and_the_first_would_notice(url, di
 
 def test_a_strange_owner_file_is_named(url, disks, attach):
     store.Store(url).write(lease.FILE, b"mine!")
-    with pytest.raises(errors.TrainingError, match=r"owner\.json is not a word of ours"):
+    with pytest.raises(errors.TrainingError, match=r"owner\.json was not written by a run"):
         attach(disks("one"))
 
 

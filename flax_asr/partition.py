@@ -93,6 +93,11 @@ def _mirrored(tree: PyTree, axes: Axes) -> PyTree:
     return jax.tree_util.tree_map_with_path(axis, tree)
 
 
+def tree_bytes(tree: PyTree) -> int:
+    """What a tree of arrays or shapes has, all of it together."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def device_bytes(tree: PyTree, axes: PyTree, devices: int) -> int:
     """What a device has of a tree of arrays or shapes whose axes are those of a `Layout.state`."""
     sizes = jax.tree.map(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import jax
 
-from flax_asr import config, errors, parallel, programs, run_folder
+from flax_asr import config, errors, parallel, partition, programs, run_folder
 from flax_asr.console import results
 from flax_asr.estimate import chips, hlo, outlook, workload
 from flax_asr.hosts import cluster
@@ -173,7 +173,7 @@ def jobs(
     found = programs.jobs(work.steps(cfg), devices, (0, updates - 1))
     held = work.state_bytes
     if ("update", 0) in found:  # which the sums outlive the micro-batches for
-        held += outlook.tree_bytes(devices.sum_shapes(work.state.trainable)) // devices.count
+        held += partition.tree_bytes(devices.sum_shapes(work.state.trainable)) // devices.count
     largest = {name: max(n for other, n in found if other == name) for name, _ in found}
     for (name, samples), (pmapped, arguments) in found.items():
         if not every_shape and samples < largest[name]:
@@ -185,7 +185,7 @@ def jobs(
             rows = (
                 train.per_device_eval_batch_size if evaluates else train.per_device_train_batch_size
             )
-            batch_bytes = outlook.tree_bytes(arguments[-1]) // devices.count
+            batch_bytes = partition.tree_bytes(arguments[-1]) // devices.count
         yield Job(
             name,
             rows,

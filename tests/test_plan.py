@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_asr import __main__, config, corpora, errors, experiment, parallel, plan
+from flax_asr import __main__, config, corpora, errors, experiment, parallel, partition, plan
 from flax_asr.data import prepare
 from flax_asr.estimate import chips, flops, hlo, outlook, workload
 from flax_asr.models import wav2vec2
@@ -218,7 +218,7 @@ def test_data_that_are_not_decoded_are_not_touched(prepared, tmp_path):
 
 def test_moments_that_are_cut_take_their_share_of_the_memory():
     whole, cut = (workload.of(tiny(train={"zero_sharding": on}), 4) for on in (False, True))
-    assert whole.state_bytes == outlook.tree_bytes(whole.state)
+    assert whole.state_bytes == partition.tree_bytes(whole.state)
     assert cut.state_bytes == whole.state_bytes - cut.zero_sharding_bytes
     assert whole.zero_sharding_bytes == cut.zero_sharding_bytes
     assert whole.moment_bytes - cut.moment_bytes == cut.zero_sharding_bytes
@@ -230,7 +230,7 @@ def test_moments_that_are_cut_take_their_share_of_the_memory():
 
 
 def programs(work, temporary: int = 3 * 2**30):
-    state = outlook.tree_bytes(work.state)
+    state = partition.tree_bytes(work.state)
     samples = work.train_shapes.largest[0]
     return [
         outlook.Program(
@@ -322,7 +322,7 @@ def test_memory_counts_what_is_there_at_once_and_the_batch_that_fits_follows():
     cfg = tiny(data={"num_buckets": 1})
     work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
     seen = outlook.Outlook.of(cfg, work, programs(work), V5E, device_count=2)
-    state = outlook.tree_bytes(work.state)
+    state = partition.tree_bytes(work.state)
     assert seen.peak_bytes == state + 300 + 3 * 2**30 + 10 + 20
     assert seen.fits
     assert seen.largest_rows == 10  # 15.75 GiB at 1.5 GiB a clip

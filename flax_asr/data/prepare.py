@@ -322,15 +322,20 @@ def _tasks(
         elif not clip.sentence.strip():
             left_out = shards.LeftOut(clip.id, "empty_transcript", "")
         else:
-            task = decoding.Task(
-                id=clip.id,
-                source=clip.audio if clip.audio_bytes is None else clip.audio_bytes,
-                min_seconds=cfg.data.min_seconds,
-                max_seconds=cfg.data.max_seconds,
-                trim_silence=cfg.data.trim_silence,
-            )
+            task = decoding_task(cfg, clip)
         seen.add(clip.id)
         yield (clip, left_out), task
+
+
+def decoding_task(cfg: config.Config, clip: common_voice.Clip) -> decoding.Task:
+    """How a clip is decoded in this configuration."""
+    return decoding.Task(
+        id=clip.id,
+        source=clip.recording,
+        min_seconds=cfg.data.min_seconds,
+        max_seconds=cfg.data.max_seconds,
+        trim_silence=cfg.data.trim_silence,
+    )
 
 
 def _record(

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from flax_asr import audio, config, corpora, experiment, optim, origins, partition, run_folder
 from flax_asr.data import buckets, pool, prepare
@@ -152,8 +151,8 @@ class Prognosis:
             lambda params: experiment.fresh_state(cfg, seen.start.model_config, params, optimiser),
             experiment.parameter_shapes(experiment.objective(cfg, seen.start)),
         )
-        weights = _bytes((state.trainable, state.frozen))
-        checkpoint, gradients = _bytes(state), _bytes(state.trainable)
+        weights = partition.tree_bytes((state.trainable, state.frozen))
+        checkpoint, gradients = map(partition.tree_bytes, (state, state.trainable))
         kept = checkpoint * (cfg.train.save_total_limit + 1)
         disk, memory = seen.machine["disk"], seen.machine["memory_bytes"]
         self.findings += findings.unwritable("output_dir", disk["output_dir"])
@@ -199,8 +198,3 @@ class Prognosis:
         dtype = np.dtype(experiment.DTYPES[self.cfg.train.mixed_precision])
         frame_bytes = model.hidden_size * dtype.itemsize
         return round(samples / math.prod(model.conv_stride) * frame_bytes)
-
-
-def _bytes(tree: PyTree) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -183,9 +183,8 @@ def _source_audio(
 ) -> Float32[np.ndarray, " samples"] | None:
     for clip in found.audible():
         if clip.id == clip_id:
-            source = clip.audio if clip.audio_bytes is None else clip.audio_bytes
             with contextlib.suppress(errors.AudioError):
-                return audio.decode(source, max_seconds=longest)
+                return audio.decode(clip.recording, max_seconds=longest)
     return None
 
 
@@ -259,19 +258,7 @@ def _hear(
     cfg: config.Config, wanted: list[tuple[str, common_voice.Clip]], seconds: float
 ) -> Iterator[tuple[tuple[str, str], Heard | shards.LeftOut]]:
     """(split, clip id) with what was heard, until the time is over."""
-    tasks = (
-        (
-            (split, clip.id),
-            decoding.Task(
-                id=clip.id,
-                source=clip.audio if clip.audio_bytes is None else clip.audio_bytes,
-                min_seconds=cfg.data.min_seconds,
-                max_seconds=cfg.data.max_seconds,
-                trim_silence=cfg.data.trim_silence,
-            ),
-        )
-        for split, clip in wanted
-    )
+    tasks = (((split, clip.id), prepare.decoding_task(cfg, clip)) for split, clip in wanted)
     deadline = time.monotonic() + seconds
     workers = cfg.data.num_workers or pool.available_cores()
     with (

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from flax_asr import config
 from flax_asr.estimate import chips, hlo, workload
@@ -339,11 +337,3 @@ class _Times:
             self._work.flops(largest.function, largest.rows, n) for n in (samples, largest.samples)
         )
         return of_shape / whole
-
-
-def tree_bytes(tree: PyTree) -> int:
-    return sum(
-        int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if hasattr(leaf, "shape")
-    )

@@ -56,6 +56,11 @@ class Clip:
     accent: str = ""
     refused: str = ""
 
+    @property
+    def recording(self) -> str | bytes | None:
+        """What a decoder takes: the audio file's path, or its content."""
+        return self.audio if self.audio_bytes is None else self.audio_bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:

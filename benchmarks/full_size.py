@@ -3,7 +3,7 @@
     python benchmarks/full_size.py [--trainable-layers N [--cached]] [--json FILE]
 
 With --cached it also says what data.cache_features costs and saves: the pass that keeps what the
-frozen layers give of the clips, and an update from that; and the feature encoder alone, whose
+frozen layers give for the clips, and an update from that; and the feature encoder alone, whose
 output is not worth keeping. These are seconds of processor time, the least of three runs.
 
 The weights are random; shapes, files and arithmetic are those of XLS-R 300M. Needs the extra `test`

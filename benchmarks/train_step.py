@@ -125,7 +125,7 @@ class Ours:
         self.compiled |= parallel.compile_all(jobs, self.devices, lambda shape, seconds: None)
 
     def compile_cached(self, rows: int, samples: int, tokens: int) -> Any:
-        """The same for what lower layers gave of such a batch."""
+        """The same for the lower layers' output of such a batch."""
         shapes = self.devices.train_batch_shapes(self.objective, rows, samples, tokens)
         return self._compiled(self._learn.lower(*self._arguments(shapes)))
 

@@ -17,9 +17,9 @@ from flax_asr.hosts import stopping
 
 USER_ERROR, INTERRUPTED = errors.STATUS, stopping.STATUS
 BROKEN_OFF = 128 + signal.SIGINT
-"""Of a command that has nothing to go on from; as shells have it."""
+"""Exit status of a command that Ctrl-C ended with nothing to go on from; as shells have it."""
 UNREAD = 128 + signal.SIGPIPE
-"""Of a command whose standard output nobody reads any more, as after `| head`."""
+"""Exit status of a command whose output nobody reads any more, as after `| head`."""
 
 OWN_OPTIONS = frozenset(
     (
@@ -50,12 +50,12 @@ def command() -> int:
     of megabytes that no command needs. The check of an export has a process of its own.
     """
     hidden.hide("torch")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it deplores the lack of torch
-    # Checkpoints are read, and exports checked, beside the device that is asked for.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that torch is missing
+    # Checkpoints are read, and exports checked, on the CPU, whatever device is asked for.
     platforms = os.environ.get("JAX_PLATFORMS")
     if platforms and "cpu" not in platforms.split(","):
         os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
-    # A shard that is cut while it is read ends the process by a signal: at least it says where.
+    # A shard that is cut while it is mapped ends the process by a signal: this prints where it was.
     faulthandler.enable()
     return main()
 

@@ -157,7 +157,7 @@ class Assembly:
         )
 
     def kept(self, state: step.TrainState) -> features.Features | None:
-        """What frozen layers give of the training clips; None where audio is trained on."""
+        """The frozen layers' output for the training clips; None where audio is trained on."""
         if not self.cfg.data.cache_features:
             return None
         return feature_cache.opened(

@@ -74,7 +74,7 @@ class DataConfig:
         max_train_clips: use at most this many training clips, drawn once from the seed.
         max_eval_clips: use at most this many clips of every other split.
         trim_silence: cut silence from both ends of every clip.
-        cache_features: with model.trainable_layers, compute what the frozen layers give of each
+        cache_features: with model.trainable_layers, compute the frozen layers' output for each
             training clip once, and keep it beside the prepared data.
     """
 

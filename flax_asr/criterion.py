@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
 
 class CachedBatch(NamedTuple):
-    """The same where what the lower layers give was kept: `loader.CachedBatch`."""
+    """The same with the kept output of the lower layers in place of audio: `loader.CachedBatch`."""
 
     hidden_state: Float[Array, "batch frames hidden"]
     sample_lengths: Int[Array, " batch"]
@@ -82,7 +82,7 @@ def forward(
 def lower(
     objective: Objective, params: dict[str, Array], batch: Batch
 ) -> Float[Array, "batch frames hidden"]:
-    """What the lower layers give of every row, without anything random; see `CachedBatch`.
+    """The lower layers' output for every row, without dropout; see `CachedBatch`.
 
     Args:
         params: by path.
@@ -163,7 +163,7 @@ def _through_all(objective, params, batch: Batch, frame_lengths, key):
 
 
 def _through_upper(objective, params, batch: CachedBatch, frame_lengths, key):
-    """Logits of what the lower layers gave, with the dropout that the whole model would draw."""
+    """Logits from the lower layers' output, with the dropout that the whole model would draw."""
     frames = batch.hidden_state.shape[1]
     return upper.of(objective.module, objective.lower_layers).apply(
         {"params": params},

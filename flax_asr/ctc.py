@@ -2,8 +2,9 @@
 
 Let N be the number of labels of a clip. The states of an alignment are N + 1 blanks (before label
 0, ..., after label N - 1) and N labels. `reach[t, s]` is the log-probability of everything that
-can happen before frame t and leads to state s there, `leave[t, s]` that of everything after it;
-neither contains frame t itself, so no probability is ever divided out again and -inf is safe.
+can happen before frame t and leads to state s there, `leave[t, s]` that of everything after it.
+They are the forward and backward variables (alpha and beta), but neither contains frame t itself:
+so no probability is ever divided out again, and -inf is safe.
 
 Both come from one scan: read backwards in time and in labels, `leave` is `reach` of the reversed
 clip, so the reversed clips are stacked under the clips. Padding frames become free blanks, which

@@ -1,4 +1,4 @@
-"""One pass over examples: every clip is scored once, what was said and heard goes to a file."""
+"""One pass over examples: every clip is scored once, reference and hypothesis go to a file."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the frozen layers give of every training clip: computed once, then read in every epoch.
+"""The frozen layers' output for every training clip: computed once, then read in every epoch.
 
 With `model.trainable_layers` nothing below these layers moves, and where nothing there is random
 either, its output for a clip is the same in every epoch. `data.features` keeps it.
@@ -40,7 +40,7 @@ def check(cfg: config.Config, start: origins.Origin, host_count: int = 1) -> Non
     model = start.model_config
     if cfg.model.trainable_layers is None:
         refuse(
-            "keeps what the frozen layers give, and none are frozen: set model.trainable_layers"
+            "keeps the frozen layers' output, and none are frozen: set model.trainable_layers"
             " (to keep the feature encoder's output alone would not pay)."
         )
     if cfg.data.augment != config.AugmentConfig():
@@ -63,7 +63,7 @@ def check(cfg: config.Config, start: origins.Origin, host_count: int = 1) -> Non
         listed = ", ".join(f"{name} {value:g}" for name, value in found.items())
         options = " ".join(f"--model.config.{name} 0" for name in found)
         refuse(
-            f"keeps what the frozen layers give, which changes in every epoch with {listed}."
+            f"keeps the frozen layers' output, which changes in every epoch with {listed}."
             f" Without them: {options}"
         )
 
@@ -152,7 +152,7 @@ def _compute(
     missing = list(kept.missing())
     per_device = cfg.train.per_device_train_batch_size
     logger.info(
-        "keeping what %d layers give of %d clips: %.2f GB in %s",
+        "keeping the output of %d layers for %d clips: %.2f GB in %s",
         objective.lower_layers,
         len(train),
         kept.bytes / 1e9,

@@ -147,7 +147,7 @@ class Devices:
     def train_batch_shapes(
         self, objective: criterion.Objective, per_device: int, samples: int, tokens: int
     ) -> criterion.Batch | criterion.CachedBatch:
-        """The same as training takes it: audio, or what lower layers gave of it."""
+        """The same as training takes it: audio, or the lower layers' output."""
         batch = self.batch_shapes(per_device, samples, tokens)
         if objective.lower_layers is None:
             return batch

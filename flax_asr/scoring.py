@@ -14,7 +14,7 @@ from flax_asr import metrics
 from flax_asr.data import examples
 
 FACTS = ("gender", "age", "accent")
-"""What Common Voice may know about a speaker, and scores are told apart by."""
+"""What Common Voice may know about a speaker; scores are grouped by each."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What frozen layers give is computed once: the same training, and never from something stale."""
+"""The frozen layers' output is computed once: the same training, and never from something stale."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def own(tmp_path_factory):
     place = small_training.Place(tmp_path_factory.mktemp("kept"))
     small_training.corpus(place.folder)
     output = place.finish(place.folder / "cached", *OPTIONS)
-    assert "keeping what 2 layers give of 16 clips" in output
+    assert "keeping the output of 2 layers for 16 clips" in output
     return place
 
 

@@ -26,7 +26,7 @@ RENEW_SECONDS = 20.0
 PATIENCE_SECONDS = 75.0
 """More than three renewals: a writer that says nothing for so long is dead."""
 SETTLE_SECONDS = 2.0
-"""Of two that take over at once, the later one's word stands after this; the other sees it."""
+"""If two runs took over at once, both read the later one's entry by then: the other gives up."""
 
 
 _KEYS = frozenset("run disk host pid since renewals released".split())

@@ -1,6 +1,6 @@
 """Objects of a bucket, under gs://BUCKET/PATH. The only file that names gcsfs, which does the I/O.
 
-What may pass by itself (the network, 429, 5xx) is tried again for some minutes. What remains is
+What may be over soon (the network, 429, 5xx) is tried again for some minutes. What remains is
 one `StoreError`, which says what is wrong with bucket, rights or network.
 """
 

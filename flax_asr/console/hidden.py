@@ -5,7 +5,7 @@ from typing import Any
 
 
 class _Without:
-    """A finder of modules that finds all that another one finds, but for one."""
+    """A module finder that hides one module from another finder."""
 
     def __init__(self, finder: Any, hidden: str):
         self._finder = finder

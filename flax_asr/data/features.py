@@ -1,4 +1,4 @@
-"""What the frozen layers give of each training clip, kept on the disk and read in memory maps.
+"""The frozen layers' output for each training clip, kept on the disk and read in memory maps.
 
 A finished folder holds
 

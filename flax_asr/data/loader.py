@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class CachedBatch(NamedTuple):
-    """The same with what frozen layers give in place of the audio; zeros past a clip's end."""
+    """The same with the frozen layers' output in place of audio; zeros past a clip's end."""
 
     hidden_state: Shaped[np.ndarray, "rows frames hidden"]
     sample_lengths: Int32[np.ndarray, " rows"]

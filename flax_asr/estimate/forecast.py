@@ -95,8 +95,8 @@ def _log_binomial(
 class Work:
     """All that a run computes: padded samples that are trained on and scored, and updates.
 
-    With `cached` training goes on from what its frozen layers gave; the pass that keeps that is
-    among what is scored.
+    With `cached` training starts from the kept output of the frozen layers; the pass that computes
+    it counts among the samples that are scored.
     """
 
     model_config: Wav2Vec2Config

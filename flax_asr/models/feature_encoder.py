@@ -62,7 +62,7 @@ def mean_square(
 def _phases(audio: Float[Array, "batch times"], stride: int) -> list[Float[Array, "batch steps"]]:
     """Samples 0, stride, 2 * stride and so on, samples 1, 1 + stride and so on, and so on.
 
-    By a product with zeros and ones: a TPU turns lanes around slowly in any other way.
+    By a product with zeros and ones: a TPU moves data across lanes slowly in any other way.
     """
     block = stride * _LANES
     audio = jnp.pad(audio, ((0, 0), (0, -audio.shape[1] % block)))
@@ -80,8 +80,8 @@ def _phases(audio: Float[Array, "batch times"], stride: int) -> list[Float[Array
 class _ConvolutionParameters(nn.Module):
     """Kernel and bias under the names they have in a checkpoint, initialised as in PyTorch.
 
-    With `centred` they come less their mean over the features, and so do the frames they make.
-    Without a bias it is zero.
+    With `centred` their mean over the features is subtracted, so that the frames they make have a
+    mean of zero too. Where the layer has no bias, it is zero.
     """
 
     config: layers.Wav2Vec2Config
@@ -98,7 +98,7 @@ class _ConvolutionParameters(nn.Module):
             init = layers.uniform(1.0 / math.sqrt(channels * taps))
             bias = self.param("bias", init, (features,))
         if self.centred:
-            kernel, bias = _less_mean(kernel), _less_mean(bias)
+            kernel, bias = _centred_features(kernel), _centred_features(bias)
         return kernel, bias
 
 
@@ -109,7 +109,7 @@ class _NormParameters(nn.Module):
         return scale, self.param("bias", nn.initializers.zeros, (channels,))
 
 
-def _less_mean(parameters: Float[Array, "... features"]) -> Float[Array, "... features"]:
+def _centred_features(parameters: Float[Array, "... features"]) -> Float[Array, "... features"]:
     return parameters - jnp.mean(parameters, axis=-1, keepdims=True)
 
 
@@ -236,14 +236,14 @@ def _pieces(config: layers.Wav2Vec2Config, rows: int, samples: int) -> int:
     4 clips of 10 s take XLA for TPU twice as long as 8 do, and three times as long to compile.
     A norm over all frames of a clip forbids it.
     """
-    taps, stride = _field(config)
+    taps, stride = _receptive_field(config)
     pieces = math.lcm(rows, _ROWS) // rows
     frames = (samples - taps) // stride + 1
     return pieces if config.feat_extract_norm == "layer" and frames >= 2 * pieces else 1
 
 
-def _field(config: layers.Wav2Vec2Config) -> tuple[int, int]:
-    """Samples that a frame sees, and those from one frame to the next."""
+def _receptive_field(config: layers.Wav2Vec2Config) -> tuple[int, int]:
+    """The receptive field of a frame and the stride from one to the next, in samples."""
     taps = buckets.smallest_samples(1, config.conv_kernel, config.conv_stride)
     return taps, math.prod(config.conv_stride)
 
@@ -253,7 +253,7 @@ def _cut(
 ) -> Float[Array, "rows piece"]:
     """Every clip as `pieces` rows of equally many frames, with zeros behind the last."""
     batch, samples = audio.shape
-    taps, stride = _field(config)
+    taps, stride = _receptive_field(config)
     frames = -(-((samples - taps) // stride + 1) // pieces)
     end = pieces * frames * stride
     audio = jnp.pad(audio, ((0, 0), (0, max(0, end + taps - samples))))[:, : end + taps]
@@ -283,7 +283,7 @@ class FeatureEncoder(nn.Module):
         if pieces == 1:
             features = stack(input_values[:, :, None])
         else:
-            taps, stride = _field(self.config)
+            taps, stride = _receptive_field(self.config)
             features = stack(_cut(input_values, pieces, self.config)[:, :, None])
             features = features.reshape(batch, -1, features.shape[-1])
             features = features[:, : (samples - taps) // stride + 1]

@@ -105,14 +105,14 @@ def _by_tap(x, weight, groups):
 def _by_tap_gradient(x, weight, gradient, groups):
     hidden, width, taps = weight.shape
     gradient, x, weight = jax.lax.optimization_barrier((gradient, x, weight))
-    turned = weight[..., ::-1].reshape(groups, -1, width, taps).transpose(3, 0, 1, 2)
-    turned = jax.lax.optimization_barrier(turned)
-    x_gradient = _tap_first(gradient, turned, before=(taps - 1) // 2)
+    flipped = weight[..., ::-1].reshape(groups, -1, width, taps).transpose(3, 0, 1, 2)
+    flipped = jax.lax.optimization_barrier(flipped)
+    x_gradient = _tap_first(gradient, flipped, before=(taps - 1) // 2)
     own = functools.partial(_tap_first, x, before=taps // 2)
     like = jax.eval_shape(functools.partial(_first_taps, groups=groups), weight)
     (weight_gradient,) = jax.linear_transpose(own, like)(gradient)
     weight_gradient = weight_gradient.transpose(1, 3, 2, 0).reshape(hidden, width, taps)
-    # Left to itself XLA turns weight and moments to the gradient's order, and back.
+    # Left to itself XLA transposes weight and moments to the gradient's order, and back.
     rows_first = layout.Layout(major_to_minor=(0, 1, 2))
     return x_gradient, layout.with_layout_constraint(weight_gradient, rows_first)
 
@@ -213,11 +213,11 @@ def _spectral_gradient(x, weight, gradient, groups):
         for block in range(blocks)
     )[:, taps // 2 : taps // 2 + frames]
 
-    turned = jnp.stack([rows[:, :, 1], -rows[:, :, 0]], axis=2)
+    rotated = jnp.stack([rows[:, :, 1], -rows[:, :, 0]], axis=2)
     product = jnp.stack(
         [
             _einsum("fgzri,fgzro->fgoi", rows, outputs),
-            _einsum("fgzri,fgzro->fgoi", turned, outputs),
+            _einsum("fgzri,fgzro->fgoi", rotated, outputs),
         ]
     )
     weight_gradient = _einsum("zfgoi,zfk->goik", product, back[:, :, :taps])

@@ -1,4 +1,4 @@
-"""The upper layers and the head alone, for what the layers below them once gave and was kept.
+"""The upper layers and the head alone, which start from the kept output of the layers below.
 
 They have their parameters, and their dropout its random numbers, under the names that they have in
 `wav2vec2.Wav2Vec2ForCTCModule`: the whole model's tree serves both. Oracle: the whole model,

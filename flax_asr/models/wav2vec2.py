@@ -55,7 +55,7 @@ class CTCOutput(NamedTuple):
 def frame_lengths(config: layers.Wav2Vec2Config, sample_lengths: Lengths) -> Lengths:
     """How many frames come out of so many samples, for integers, numpy and jax arrays.
 
-    Nothing comes out of a clip shorter than the convolutions' field of view.
+    Nothing comes out of a clip shorter than the convolutions' receptive field.
     Source: transformers' Wav2Vec2PreTrainedModel._get_feat_extract_output_lengths.
     """
     lengths = sample_lengths
@@ -227,7 +227,7 @@ class Wav2Vec2Module(nn.Module):
 
 
 class Head(nn.Module):
-    """A linear layer whose products add up, and come out, in float32."""
+    """A linear layer whose products are accumulated, and returned, in float32."""
 
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype

@@ -65,29 +65,8 @@ def resolve(
     try:
         if not local_files_only:
             try:
-                info = huggingface_hub.HfApi().model_info(name, revision=revision, token=token)
-                snapshot = huggingface_hub.snapshot_download(
-                    name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    token=token,
-                    allow_patterns=_wanted(
-                        [file.rfilename for file in info.siblings or ()], with_weights
-                    ),
-                )
-                return Path(snapshot), Path(snapshot).name
-            except hub.GatedRepoError as error:
-                raise errors.ModelError(
-                    f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log "
-                    "in with `hf auth login` or set HF_TOKEN."
-                ) from error
-            except hub.RepositoryNotFoundError as error:
-                raise errors.ModelError(
-                    f"{name}: neither a folder here nor a model on the Hugging Face hub. (A "
-                    "private one needs `hf auth login` or HF_TOKEN.)"
-                ) from error
-            except hub.RevisionNotFoundError as error:
-                raise errors.ModelError(f"{name} has no revision {revision!r}.") from error
+                snapshot = _downloaded(name, revision, cache_dir, token, with_weights)
+                return snapshot, snapshot.name
             # No connection, offline mode, the hub's own faults, a full disk.
             except (hub.HTTPError, OSError) as error:
                 why = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
@@ -99,3 +78,44 @@ def resolve(
     if not isinstance(cached, str):
         raise _unreachable(name, why)
     return Path(cached).parent, Path(cached).parent.name
+
+
+def _downloaded(
+    name: str,
+    revision: str | None,
+    cache_dir: str | os.PathLike | None,
+    token: str | bool | None,
+    with_weights: bool,
+) -> Path:
+    """The folder in the cache, once all that is wanted is there.
+
+    Raises:
+        ModelError: the hub has no such model or revision, or does not hand it out.
+        HTTPError, OSError: the hub cannot be reached, or the disk not be written.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    try:
+        info = huggingface_hub.HfApi().model_info(name, revision=revision, token=token)
+        names = [file.rfilename for file in info.siblings or ()]
+        snapshot = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            allow_patterns=_wanted(names, with_weights),
+        )
+    except hub.GatedRepoError as error:
+        raise errors.ModelError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with"
+            " `hf auth login` or set HF_TOKEN."
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise errors.ModelError(
+            f"{name}: neither a folder here nor a model on the Hugging Face hub. (A private one"
+            " needs `hf auth login` or HF_TOKEN.)"
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise errors.ModelError(f"{name} has no revision {revision!r}.") from error
+    return Path(snapshot)

@@ -136,7 +136,7 @@ def test_fields_of_the_model_configuration_are_options_too():
         ("data: {train_splits: [train/clean]}", "data.train_splits: 'train/clean' cannot be"),
         ("data: {eval_splits: [..]}", "data.eval_splits: '..' cannot be the name of a folder"),
         ("data: [1, 2]", "data is a section"),
-        ("data: {eval_splits: null}", "data.eval_splits is None: a list such as [train,dev]"),
+        ("data: {eval_splits: null}", "data.eval_splits is None: write a list such as [train,dev]"),
         ("seed: 1\nseed: 2", "duplicate key"),
         ("seed: !!python/object/apply:os.system [ls]", "not valid YAML"),
         ("- 1", "expected `section:` lines"),
@@ -159,7 +159,10 @@ def test_a_wrong_file_is_refused_with_its_name_and_the_way_out(tmp_path, text, e
         (["--seed", "1", "--seed", "2"], "given twice"),
         (["--model.config.layerdrop=0", "--model.config.layerdrop=1"], "given twice"),
         (["--data.trim_silence", "no"], "data.trim_silence is 'no'"),
-        (["--data.eval_splits", "null"], "data.eval_splits is None: a list such as [train,dev] is"),
+        (
+            ["--data.eval_splits", "null"],
+            "data.eval_splits is None: write a list such as [train,dev]",
+        ),
         (["stray"], "unexpected argument stray"),
     ],
 )

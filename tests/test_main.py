@@ -95,8 +95,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(words, expected, capsys):
     assert captured.out == ""
     assert captured.err.startswith("flax-asr: ")
     assert captured.err.count("\n") == 1
-    wanted = expected.format(recipe=RECIPE).split("|")
-    assert any(message in captured.err for message in wanted), captured.err
+    assert expected.format(recipe=RECIPE) in captured.err
 
 
 def test_options_win_wherever_config_stands():

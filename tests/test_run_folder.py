@@ -128,7 +128,18 @@ HARMLESS = {
     "data.num_workers": 1,
     "data.prepared_dir": "elsewhere",
     "data.source": "/moved/cv",
+    "data.cache_features": True,
+    "model.attention": "xla",
+    "model.remat_policy": "dots_saveable",
+    "output_dir": "/moved/run",
+    "train.early_stopping_patience": 3,
+    "train.on_save_error": "continue",
+    "train.zero_sharding": True,
 }
+
+
+def test_every_option_that_is_free_to_change_is_tried_below():
+    assert HARMLESS.keys() - set(run_folder.LENGTHS) == run_folder.FREE_TO_CHANGE
 
 
 @pytest.mark.parametrize("name", HARMLESS)

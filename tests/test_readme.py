@@ -159,6 +159,14 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_the_map_of_the_code_names_every_module_or_its_folder():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The map of the code")[2]
+    named = {ROOT / path for path in re.findall(r"\]\((flax_asr/[^)]+)\)", text)}
+    modules = {p for p in (ROOT / "flax_asr").rglob("*.py") if p.name != "__init__.py"}
+    missing = {path for path in modules if not {path, path.parent} & named}
+    assert {path.relative_to(ROOT).as_posix() for path in missing} == set()
+
+
 @every_page
 def test_options_in_running_text_exist(page):
     sections = {name.partition(".")[0] for name in config.option_types() if "." in name}

@@ -112,9 +112,9 @@ def configure(loaded: LoadedModel, overrides: Sequence[str]) -> config.Config:
         name = word[2:].partition("=")[0]
         if word.startswith("--") and name in known and not config.is_of_a_finished_model(name):
             raise errors.ConfigError(
-                f"--{name} changes nothing in a finished model: the options of data (but not of"
-                " data.augment), text.normalization, train.per_device_eval_batch_size and"
-                " train.mixed_precision do."
+                f"--{name} changes nothing in a finished model: leave it out. What does are seed,"
+                " the options of data (but not of data.augment), text.normalization,"
+                " train.per_device_eval_batch_size and train.mixed_precision."
             )
     return config.build(loaded.settings, overrides)
 

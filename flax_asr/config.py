@@ -326,8 +326,8 @@ class Config:
     def require(self, *names: str) -> None:
         """Raises `ConfigError`, which names all of these dotted options that are null."""
         values = flat(self)
-        missing = [name for name in names if values[name] is None]
-        if missing:
+        options.utf8({name: values[name] for name in _PLACES})
+        if missing := [name for name in names if values[name] is None]:
             *others, last = missing
             named = f"{', '.join(others)} and {last} are" if others else f"{last} is"
             raise errors.ConfigError(

@@ -31,6 +31,15 @@ def _yaml():
     return yaml
 
 
+def utf8(places: Mapping[str, str | None]) -> None:
+    """Raises `ConfigError` where a place cannot be written down; what it is named after fails."""
+    for name, place in places.items():
+        if place is not None and any("\ud800" <= character <= "\udfff" for character in place):
+            raise errors.ConfigError(
+                f"{name} is {place!a}: a name that is not UTF-8; rename it, or make a link to it."
+            )
+
+
 def at_least(name: str, value: float | None, least: float) -> None:
     """Raises `ConfigError` where an option is below its bound; None has none."""
     if value is not None and value < least:

@@ -313,3 +313,10 @@ def test_all_options_that_do_not_exist_are_named_at_once():
 def test_an_empty_place_is_not_the_current_folder(name):
     with pytest.raises(errors.ConfigError, match=f"^{name} is empty"):
         config.build({}, [f"--{name}", ""])
+
+
+def test_a_place_that_cannot_be_written_down_is_refused():
+    """As a terminal gives a name from an old disk."""
+    cfg = config.build({"data": {"source": "m\udce9"}, "output_dir": "run"})
+    with pytest.raises(errors.ConfigError, match=r"^data\.source is 'm\\udce9': .* not UTF-8"):
+        cfg.require("output_dir", "data.source")

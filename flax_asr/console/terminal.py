@@ -27,7 +27,7 @@ def plain(text: str) -> str:
 def write_what_can_be_written(*streams: Any) -> None:
     """Makes escapes of characters that a stream's encoding lacks, where it would raise an error."""
     for stream in streams:
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -41,6 +41,16 @@ def test_what_ordinary_text_needs_stays(text):
     assert terminal.plain(text) == text
 
 
+@pytest.mark.parametrize("strictness", ["strict", "surrogateescape"])
+def test_what_an_old_locale_lacks_becomes_an_escape(strictness):
+    """Of the locale POSIX Python takes the second."""
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii", errors=strictness)
+    terminal.write_what_can_be_written(stream)
+    terminal.show("你 a", stream)
+    assert written.getvalue() == b"\\u4f60 a\n"
+
+
 def test_errors_and_log_lines_are_plain(capsys):
     assert __main__.main(["train", "--config", f"{EVIL}.yaml"]) == 2
     said = capsys.readouterr().err

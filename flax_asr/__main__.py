@@ -200,7 +200,7 @@ def _add_own(command: argparse.ArgumentParser, name: str) -> None:
         )
     elif name == "evaluate":
         command.add_argument(
-            "--legacy", action="store_true", help="also score as the old scripts did"
+            "--legacy", action="store_true", help="also score as the scripts of 2022 did"
         )
     elif name == "transcribe":
         command.add_argument("audio", nargs="+", metavar="AUDIO")

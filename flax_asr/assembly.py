@@ -110,9 +110,9 @@ class Assembly:
         """Whether the run began with a head that knew nothing."""
         return self.start.facts["head"].startswith("fresh")
 
-    def learns_by(self, update: int) -> str:
-        """The name of the program for the micro-batches of this update, counted from 0."""
-        return programs.learns_by(self.cfg, self.devices.count, update)
+    def train_function(self, update: int) -> str:
+        """As `programs.train_function`, of this run."""
+        return programs.train_function(self.cfg, self.devices.count, update)
 
     def weights_scored(self) -> dict[str, str]:
         """For the log: which weights a score is of, where they are not simply the last ones."""

@@ -178,7 +178,7 @@ class Run:
 
     def _updates(self) -> None:
         data, plan, devices = self.made.corpus.train, self.made.plan, self.devices
-        at_once = self.made.learns_by(self.step) == "update_from"
+        at_once = self.made.train_function(self.step) == "update_from"
         sums = None if at_once else devices.zero_sums(self.state.trainable)
         compilations = parallel.Compilations()
         previous = None
@@ -196,9 +196,9 @@ class Run:
             progress.Progress(self.made.updates, "training", "updates", initial=self.step) as bar,
         ):
             for number, groups in batches:
-                learns_by = self.made.learns_by(number)
+                function = self.made.train_function(number)
                 for batch, group in groups:
-                    program = self.programs[learns_by, plan.shapes[group.shape]]
+                    program = self.programs[function, plan.shapes[group.shape]]
                     for micro in devices.micro_batches(batch, self.cfg.per_device_train_batch_size):
                         if at_once:
                             self.state, metrics = program(self.state, micro)

@@ -33,8 +33,8 @@ class Steps(NamedTuple):
     eval_shapes: experiment.Shapes
 
 
-def learns_by(cfg: config.Config, device_count: int, update: int) -> str:
-    """The function that takes the micro-batches of this update, counted from 0."""
+def train_function(cfg: config.Config, device_count: int, update: int) -> str:
+    """The name of the function that trains on the micro-batches of this update, counted from 0."""
     if experiment.updates_at_once(cfg, device_count):
         return "update_from"
     return "accumulate_head" if update < cfg.model.freeze_encoder_steps else "accumulate"
@@ -53,7 +53,7 @@ def jobs(
     cfg, objective, layout = steps.cfg, steps.objective, steps.layout
     state = devices.placed_shapes(steps.state, layout.state)
     sums = devices.sum_shapes(steps.state.trainable)
-    names = sorted({learns_by(cfg, devices.count, update) for update in updates})
+    names = sorted({train_function(cfg, devices.count, update) for update in updates})
     at_once = names == ["update_from"]
     if at_once:
         learn = {"update_from": parallel.update_from(objective, steps.rule, devices, layout)}

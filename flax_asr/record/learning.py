@@ -100,7 +100,7 @@ class Watch:
         }
         if self.phase != before:
             logger.info("step %d: %s", step, said[self.phase](figures, before, waited))
-        elif self.phase in _ADVICE and self._overdue(step):
+        elif self.phase in _ADVICE and math.isfinite(figures["loss"]) and self._overdue(step):
             logger.warning(
                 "step %d: still %s after %d of %d updates, with a loss of %.4g and a learning rate"
                 " of %.2g. %s",

@@ -51,6 +51,13 @@ def test_updates_skipped_until_the_loss_scale_fits_are_no_divergence(caplog):
     with caplog.at_level(logging.INFO, logger="flax_asr.record.learning"):
         assert _phases((float("nan"), 1.0), (80.0, 0.9)) == [learning.BEGINNING] * 2
     assert "no update was finite yet" in caplog.text
+    watch = _watch(updates=10)
+    with caplog.at_level(logging.WARNING, logger="flax_asr.record.learning"):
+        for step in range(1, 5):
+            watch.look(step, _figures(float("nan"), 1.0))
+        assert "still before" not in caplog.text  # no rate mends what the scale does
+        watch.look(5, _figures(80.0, 0.9))
+    assert "with a loss of 80 and" in caplog.text
 
 
 def test_a_head_that_is_kept_learns_at_once_and_has_no_first_loss():

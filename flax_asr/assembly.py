@@ -25,7 +25,7 @@ from flax_asr import (
     step,
 )
 from flax_asr.console import progress
-from flax_asr.data import features
+from flax_asr.data import features, loader
 from flax_asr.diagnosis import findings
 from flax_asr.estimate import forecast
 from flax_asr.hosts import multihost
@@ -167,6 +167,21 @@ class Assembly:
             self.train_shapes,
             self.devices,
             {**state.trainable, **state.frozen},
+        )
+
+    def batches(
+        self, begin: int, kept: features.Features | None
+    ) -> loader.Prefetched[tuple[int, list[loader.Planned]]]:
+        """This host's batches from update `begin` on, of what is `kept` where that is given."""
+        return loader.updates(
+            self.corpus.train,
+            self.plan,
+            begin,
+            self.devices.host_index,
+            self.devices.host_count,
+            tokens=self.train_shapes.tokens,
+            augmentation=self.augmentation,
+            kept=kept,
         )
 
     def compile(self, folder: Path) -> Programs:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -177,35 +177,16 @@ class Run:
         return run_folder.out_of_patience(self.log.events, self.cfg)
 
     def _updates(self) -> None:
-        data, plan, devices = self.made.corpus.train, self.made.plan, self.devices
         at_once = self.made.train_function(self.step) == "update_from"
-        sums = None if at_once else devices.zero_sums(self.state.trainable)
+        sums = None if at_once else self.devices.zero_sums(self.state.trainable)
         compilations = parallel.Compilations()
         previous = None
         with (
-            loader.updates(
-                data,
-                plan,
-                self.step,
-                devices.host_index,
-                devices.host_count,
-                augmentation=self.made.augmentation,
-                tokens=self.made.train_shapes.tokens,
-                kept=self.kept,
-            ) as batches,
+            self.made.batches(self.step, self.kept) as batches,
             progress.Progress(self.made.updates, "training", "updates", initial=self.step) as bar,
         ):
             for number, groups in batches:
-                function = self.made.train_function(number)
-                for batch, group in groups:
-                    program = self.programs[function, plan.shapes[group.shape]]
-                    for micro in devices.micro_batches(batch, self.cfg.per_device_train_batch_size):
-                        if at_once:
-                            self.state, metrics = program(self.state, micro)
-                        else:
-                            sums = program(self.state, sums, micro)
-                if not at_once:
-                    self.state, sums, metrics = self.programs["update", 0](self.state, sums)
+                sums, metrics = self._dispatch(number, groups, sums)
                 self.stop.passed()
                 # Read only now that the next update is on its way: the device never waits.
                 self._count(previous, bar)
@@ -218,12 +199,28 @@ class Run:
                     self.audio.check()
                     self._notice_failed_saves()
                     if self._due(self.cfg.logging_steps):
-                        figures = self.window.close(batches.wait_seconds)
-                        figures |= self.watch.look(self.step, figures)
-                        figures |= {"compilations": compilations.count}
-                        self._log(figures | {"failed_saves": self.failed_saves})
+                        self._log_window(batches.wait_seconds, compilations.count)
                     if self._score_and_save() or self.step == self.made.updates:
                         return
+
+    def _dispatch(
+        self, update: int, groups: Sequence[loader.Planned], sums: step.Sums | None
+    ) -> tuple[step.Sums | None, step.Metrics]:
+        """Hands an update to the devices; gives the sums, empty again, and the figures to come.
+
+        Where an update is one program, which keeps its sums to itself, they are None.
+        """
+        function, shapes = self.made.train_function(update), self.made.plan.shapes
+        for batch, group in groups:
+            program = self.programs[function, shapes[group.shape]]
+            for micro in self.devices.micro_batches(batch, self.cfg.per_device_train_batch_size):
+                if sums is None:
+                    self.state, metrics = program(self.state, micro)
+                else:
+                    sums = program(self.state, sums, micro)
+        if sums is not None:
+            self.state, sums, metrics = self.programs["update", 0](self.state, sums)
+        return sums, metrics
 
     def _due(self, *intervals: int) -> bool:
         return self.step == self.made.updates or any(self.step % n == 0 for n in intervals)
@@ -248,6 +245,13 @@ class Run:
         plan = self.made.plan
         self.window.add(self.step, metrics, groups, plan.lengths, plan.shapes)
         bar.advance(1, **self.window.facts(), **self.watch.facts())
+
+    def _log_window(self, waited_seconds: float, compilations: int) -> None:
+        """The line of the log about the updates since the last one."""
+        figures = self.window.close(waited_seconds)
+        figures |= self.watch.look(self.step, figures)
+        figures |= {"compilations": compilations, "failed_saves": self.failed_saves}
+        self._log(figures)
 
     def _log(self, figures: dict[str, float]) -> None:
         epoch = round(self.made.plan.epoch(self.step), 2)

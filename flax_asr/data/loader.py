@@ -44,6 +44,10 @@ class CachedBatch(NamedTuple):
     weights: Float32[np.ndarray, " rows"]
 
 
+Planned = tuple[Batch | CachedBatch, buckets.Group]
+"""This host's rows of a group, and the group."""
+
+
 def label_widths(
     data: examples.Examples,
     shapes: Sequence[int],
@@ -201,7 +205,7 @@ def updates(
     tokens: Sequence[int] | None = None,
     augmentation: augment.Augmentation | None = None,
     kept: features.Features | None = None,
-) -> Prefetched[tuple[int, list[tuple[Batch | CachedBatch, buckets.Group]]]]:
+) -> Prefetched[tuple[int, list[Planned]]]:
     """Endless `(step, [(batch, group), ...])` from `start_step` on, `prefetch` updates ahead.
 
     A batch holds this host's share of the group's rows, the `host_index`-th of `host_count` equal
@@ -216,7 +220,7 @@ def updates(
         data, plan.shapes, tokens, plan.group_rows, host_index, host_count, augmentation, kept
     )
 
-    def produce() -> Iterator[tuple[int, list[tuple[Batch | CachedBatch, buckets.Group]]]]:
+    def produce() -> Iterator[tuple[int, list[Planned]]]:
         step = start_step
         while True:
             yield (

@@ -89,7 +89,7 @@ class Loop:
     def params(self) -> dict[str, np.ndarray]:
         tensors = {name: value.numpy() for name, value in self.model.state_dict().items()}
         tree = convert.params_from_torch(tensors, self.model.config, head=True)
-        return step.split(tree, lambda path: True)[0]
+        return step.flat(tree)
 
 
 def main() -> None:

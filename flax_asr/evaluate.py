@@ -180,8 +180,7 @@ def compiled(
 ) -> Forward:
     """The model on the devices, compiled for these shapes."""
     per_device = cfg.train.per_device_eval_batch_size
-    flat, _ = step.split(loaded.params, lambda path: True)
-    params = devices.replicate(flat)
+    params = devices.replicate(step.flat(loaded.params))
     function = parallel.evaluate(loaded.objective(cfg.train.mixed_precision), devices)
     jobs = {
         ("evaluate", samples): (

@@ -370,7 +370,7 @@ class Run:
         self.audio.wait()
         saved = self.made.described(finishing.best(self.folder, self.hosts, self.mirrored))
         if self.made.scores("test"):
-            flat, _ = step.split(saved.params, lambda path: True)
+            flat = step.flat(saved.params)
             self.state = self.state.replace(
                 trainable=self.devices.replicate({p: flat[p] for p in self.state.trainable}),
                 frozen=self.devices.replicate({p: flat[p] for p in self.state.frozen}),

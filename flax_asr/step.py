@@ -118,11 +118,16 @@ class Rule(NamedTuple):
     clips_an_update: int | None = None
 
 
+def flat(params: PyTree) -> Parameters:
+    """A nested tree by path."""
+    return flax.traverse_util.flatten_dict(params, sep="/")
+
+
 def split(params: PyTree, is_trained) -> tuple[Parameters, Parameters]:
     """A nested tree -> (trainable, frozen), flat."""
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    trained = {path: leaf for path, leaf in flat.items() if is_trained(path)}
-    return trained, {path: leaf for path, leaf in flat.items() if path not in trained}
+    every = flat(params)
+    trained = {path: leaf for path, leaf in every.items() if is_trained(path)}
+    return trained, {path: leaf for path, leaf in every.items() if path not in trained}
 
 
 def merge(trainable: Parameters, frozen: Parameters) -> PyTree:

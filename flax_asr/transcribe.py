@@ -98,8 +98,7 @@ class Recogniser:
     def __init__(self, loaded: loading.LoadedModel, mixed_precision: str, rows: int):
         self._model, self._rows = loaded, rows
         self._devices = parallel.Devices(jax.local_devices()[:1])
-        flat, _ = step.split(loaded.params, lambda path: True)
-        self._params = self._devices.replicate(flat)
+        self._params = self._devices.replicate(step.flat(loaded.params))
         self._evaluate = parallel.evaluate(loaded.objective(mixed_precision), self._devices)
         self._programs: dict[tuple[int, int], Callable] = {}
         self._shapes = tuple(self._samples(seconds) for seconds in (*SHAPE_SECONDS, WINDOW_SECONDS))

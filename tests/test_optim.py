@@ -129,7 +129,5 @@ def test_what_decays_is_what_the_trainer_decays():
         name: np.full(p.shape, float(name in theirs), np.float32)
         for name, p in model.named_parameters()
     }
-    flat, _ = step.split(
-        convert.params_from_torch(marked, model.config, head=True), lambda path: True
-    )
+    flat = step.flat(convert.params_from_torch(marked, model.config, head=True))
     assert {p for p, v in flat.items() if v.max() == 1} == {p for p in flat if optim.decays(p)}

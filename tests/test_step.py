@@ -82,9 +82,7 @@ def _torch_loop(half=False):
         schedule.step()
         adamw.zero_grad()
         torch_losses.append(sum(losses).item() / len(losses))
-    params, _ = step.split(
-        convert.params_from_torch(small_torch.tensors(model), config, head=True), lambda path: True
-    )
+    params = step.flat(convert.params_from_torch(small_torch.tensors(model), config, head=True))
     return np.array(torch_losses), params
 
 
@@ -192,9 +190,7 @@ def test_an_overflow_in_one_micro_batch_skips_the_update_as_torchs_scaler_does()
     count = next(leaf for leaf in jax.tree.leaves(ours.state.optimiser) if leaf.ndim == 0)
     (their_count,) = {int(adamw.state[p]["step"]) for p in named.values()}
     assert int(count) == their_count == 4
-    theirs, _ = step.split(
-        convert.params_from_torch(small_torch.tensors(model), config, head=True), lambda path: True
-    )
+    theirs = step.flat(convert.params_from_torch(small_torch.tensors(model), config, head=True))
     for path, value in ours.params.items():
         if not path.endswith(("k_proj/bias", "masked_spec_embed")):
             np.testing.assert_allclose(value, theirs[path], atol=1e-4, err_msg=path)
@@ -208,11 +204,10 @@ def test_loss_and_gradient_of_a_padded_batch_equal_pytorch(architecture):
     ours = _gradients(config, params, [batch], devices=2)
     loss = _torch_loss(model, batch)
     loss.backward()
-    theirs, _ = step.split(
+    theirs = step.flat(
         convert.params_from_torch(
             {name: p.grad.numpy() for name, p in model.named_parameters()}, config, head=True
-        ),
-        lambda path: True,
+        )
     )
     np.testing.assert_allclose(ours.loss, loss.item(), rtol=1e-5)
     # torch's class has no mask embedding when nothing is masked
@@ -483,9 +478,7 @@ def test_a_waiting_encoder_and_a_rate_for_the_head_are_those_of_a_pytorch_loop()
             assert waiting == {p for p in before if not p.startswith("lm_head/")} | head_too
     assert waiting == set(ours.state.frozen)
 
-    theirs, _ = step.split(
-        convert.params_from_torch(small_torch.tensors(model), config, head=True), lambda path: True
-    )
+    theirs = step.flat(convert.params_from_torch(small_torch.tensors(model), config, head=True))
     for path, value in ours.params.items():
         if not path.endswith(("k_proj/bias", "masked_spec_embed")):
             np.testing.assert_allclose(value, theirs[path], atol=1e-4, err_msg=path)

@@ -262,16 +262,20 @@ def _score_splits(
             line = _result(name, scores, data)
             if legacy:
                 in_order = buckets.InOrder(data.samples, shapes.samples, rows)
-                old = scored(plan=in_order, padded=True).padded
-                rule = scoring.rule(normalize.spec, scores.spaced, padded=True)
-                line |= {"legacy_wer": old.wer.value, "legacy_cer": old.cer.value}
-                line["legacy_rule"] = rule
-                terminal.show(
-                    f"  as the scripts of 2022 scored, padded in batches of {rows}: CER"
-                    f" {old.cer.value:.4f}, WER {old.wer.value:.4f}; {rule}",
-                    people,
-                )
+                old = scored(plan=in_order, padded=True)
+                line |= _legacy_result(old, rows, people)
             write(line)
+
+
+def _legacy_result(old: scoring.Scores, rows: int, people: io.TextIOBase) -> dict[str, Any]:
+    """What `--legacy` adds to a split's object; people are told too."""
+    cer, wer = old.padded.cer.value, old.padded.wer.value
+    terminal.show(
+        f"  as the scripts of 2022 scored, padded in batches of {rows}: CER {cer:.4f}, WER"
+        f" {wer:.4f}; {old.rule}",
+        people,
+    )
+    return {"legacy_wer": wer, "legacy_cer": cer, "legacy_rule": old.rule}
 
 
 def _examples(

@@ -85,7 +85,8 @@ class Scores:
         Where padded ones were asked for, these are the error rates, and those over real frames
         stand beside them as `PREFIX_real_wer` and `PREFIX_real_cer`.
         """
-        wer, cer = (self.wer, self.cer) if self.padded is None else vars(self.padded).values()
+        chosen = self if self.padded is None else self.padded
+        wer, cer = chosen.wer, chosen.cer
         figures = {
             "loss": self.loss,
             "wer": wer.value,

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from flax_asr import config, text
+from flax_asr import config, vocabulary
 from flax_asr.data import augment, buckets, examples, shard_writer, shards
 
 BATCH = 16
@@ -42,7 +42,7 @@ def prepared(folder: str, clips: int) -> examples.Examples:
     return examples.build(
         [shards.PreparedSplit.open(folder)],
         normalize=str,
-        vocabulary=text.Vocabulary.from_transcripts(["abcdefgh"]),
+        vocabulary=vocabulary.Vocabulary.from_transcripts(["abcdefgh"]),
         frame_lengths=lambda lengths: (lengths - 80) // 320,
     )
 

@@ -25,7 +25,7 @@ import sidebyside  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from flax_asr import text  # noqa: E402
+from flax_asr import vocabulary  # noqa: E402
 from flax_asr.data import buckets, examples, loader, shard_writer, shards  # noqa: E402
 
 CLIPS, BATCH = 256, 32
@@ -45,7 +45,7 @@ def prepared(folder: str) -> examples.Examples:
     return examples.build(
         [split],
         normalize=str,
-        vocabulary=text.Vocabulary.from_transcripts(split.sentences),
+        vocabulary=vocabulary.Vocabulary.from_transcripts(split.sentences),
         frame_lengths=lambda lengths: (lengths - 80) // 320,
     )
 

@@ -114,7 +114,7 @@ def repeated_hours(folder: pathlib.Path, hours: int) -> None:
 
 def reading_cost(folder: pathlib.Path) -> dict[str, float]:
     """Opens, encodes, plans and reads an epoch; seconds, and bytes that the process allocates."""
-    from flax_asr import text
+    from flax_asr import vocabulary
     from flax_asr.data import buckets, examples, loader, shards
 
     # Imported and started before anything is measured.
@@ -124,7 +124,7 @@ def reading_cost(folder: pathlib.Path) -> dict[str, float]:
     data = examples.build(
         [split],
         normalize=str,
-        vocabulary=text.Vocabulary.from_transcripts(split.sentences),
+        vocabulary=vocabulary.Vocabulary.from_transcripts(split.sentences),
         frame_lengths=lambda lengths: (lengths - 80) // 320,
     )
     shapes = buckets.choose_shapes(data.samples, 12, group_rows=32)

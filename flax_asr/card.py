@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import flax_asr
-from flax_asr import checkpoint, config, hyperparameters, inventory, run_folder, scoring, text
+from flax_asr import (
+    checkpoint,
+    config,
+    hyperparameters,
+    inventory,
+    languages,
+    run_folder,
+    scoring,
+)
 from flax_asr.console import terminal
 from flax_asr.record import curves, lineage, runlog
 
@@ -180,7 +188,7 @@ def _scores(
 
 
 def _spaced(cfg: config.Config) -> bool:
-    return not text.writes_without_spaces(cfg.data.language)
+    return not languages.writes_without_spaces(cfg.data.language)
 
 
 def _split_names(cfg: config.Config, which: str) -> str:

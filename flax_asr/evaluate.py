@@ -19,6 +19,7 @@ from flax_asr import (
     config,
     errors,
     experiment,
+    languages,
     loading,
     metrics,
     parallel,
@@ -74,7 +75,7 @@ def score(
         rewrite: what is done to the model's text before it is compared, where it was trained on
             transcripts of other rules: capitals or marks would be errors that nobody hears.
     """
-    spaced = not text.writes_without_spaces(language)
+    spaced = not languages.writes_without_spaces(language)
     counts = scoring.Counts.empty(len(data))
     host, hosts = jax.process_index(), jax.process_count()
     with (

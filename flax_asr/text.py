@@ -25,10 +25,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from flax_asr import errors, languages, vocabulary
-
-Vocabulary = vocabulary.Vocabulary
-writes_without_spaces = languages.writes_without_spaces
+from flax_asr import errors, languages
 
 _HALFWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 _PLAIN_MARKS = str.maketrans(

@@ -12,7 +12,9 @@ from transformers import AutoTokenizer, Wav2Vec2CTCTokenizer
 
 from flax_asr import languages
 from flax_asr.errors import ConfigError, DataError, ModelError
-from flax_asr.text import Vocabulary, normalizer, writes_without_spaces
+from flax_asr.languages import writes_without_spaces
+from flax_asr.text import normalizer
+from flax_asr.vocabulary import Vocabulary
 
 WRITTEN = {
     "zh-HK": ("你好，世界！ Hello (World) 第 ３ 章 𠮷野家。", "你好世界hello world第3章𠮷野家"),

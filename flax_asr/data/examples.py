@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int, Int16, Int32, Int64
 
-from flax_asr import alignment, audio, errors, text
+from flax_asr import alignment, audio, errors, vocabulary
 from flax_asr.data import shards
 
 FrameLengths = Callable[[Int[np.ndarray, " rows"]], Int[np.ndarray, " rows"]]
@@ -137,7 +137,7 @@ def build(
     splits: Sequence[Split],
     *,
     normalize: Callable[[str], str],
-    vocabulary: text.Vocabulary,
+    vocabulary: vocabulary.Vocabulary,
     frame_lengths: FrameLengths,
     exclude: Sequence[Split] = (),
     between: tuple[float, float] | None = None,

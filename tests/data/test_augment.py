@@ -6,7 +6,7 @@ from small_splits import add, write_split
 
 from flax_asr import alignment, audio, config
 from flax_asr.data import augment, buckets, examples, loader, shard_writer, shards
-from flax_asr.text import Vocabulary
+from flax_asr.vocabulary import Vocabulary
 
 SENTENCES = ["abcde"[: 1 + i % 5] * (1 + i % 3) for i in range(23)]
 LENGTHS = np.random.default_rng(0).integers(7000, 40_000, len(SENTENCES)).tolist()

@@ -6,7 +6,7 @@ from small_splits import noise, write_split
 
 from flax_asr import errors
 from flax_asr.data.examples import build
-from flax_asr.text import Vocabulary
+from flax_asr.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_transcripts(["abcdefgh 你好嗎"])
 

@@ -14,7 +14,7 @@ from flax_asr import errors
 from flax_asr.data.buckets import EvalPlan, TrainPlan, choose_shapes
 from flax_asr.data.examples import build
 from flax_asr.data.loader import Batch, Prefetched, assemble, evaluation, label_widths, updates
-from flax_asr.text import Vocabulary
+from flax_asr.vocabulary import Vocabulary
 
 CLIPS = 23
 

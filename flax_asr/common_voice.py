@@ -3,17 +3,19 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 import os
 import pathlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from flax_asr import errors
-from flax_asr.sources import archives, clips, hub, spontaneous, tables
+from flax_asr.sources import archives, clips, hub, manifests, spontaneous, tables
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +23,9 @@ _Rows = Callable[[], Iterator[tables.Row]]
 
 Clip = clips.Clip
 Source = clips.Source
-names_of = clips.names_of
-parquet_files = hub.parquet_files
-dataset_fingerprint = hub.fingerprint
 
 # Tables of a release that are no splits.
 _NO_SPLITS = ("reported", "clip_durations", "validated_sentences", "unvalidated_sentences")
-# Columns that say where in a recording a row begins, or where its own clip was cut from.
-_STARTS = "offset start start_time begin begin_time".split()
 _FORMS = (
     "a release folder, its .tar.gz, parquet:GLOB, hf:NAME[:CONFIG], or a .csv, .tsv or .jsonl "
     "manifest with the columns path and sentence"
@@ -39,6 +36,7 @@ _MENDED = {
     ".parquet": "; write parquet: before it",
     ".json": "; a file with one object a line is called .jsonl",
 }
+_HASHED_BYTES = 512 * 2**20
 
 
 def open_source(source: str, *, language: str, text_column: str | None = None) -> Source:
@@ -67,13 +65,44 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
             f"data.source {source}: nothing is there{errors.seen_from(path)}. It may be {_FORMS}"
         )
     if path.suffix.lower() in tables.SUFFIXES:
-        return _manifest(path, column)
+        return manifests.source(path, column)
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
         return _archive(path, language, text_column)
     mend = _MENDED.get(path.suffix.lower(), "")
     raise errors.DataError(
         f"data.source {source}: cannot tell what it is{mend}. It may be {_FORMS}"
     )
+
+
+def is_path(source: str) -> bool:
+    """Whether `data.source` names a file or a folder: neither parquet files nor a dataset."""
+    return not source.startswith(("parquet:", "hf:"))
+
+
+def fingerprint(source: str, *, language: str | None, split: str) -> str | None:
+    """Tells one version of a split's source from another; None where there is nothing.
+
+    Args:
+        source, language: as for `open_source`.
+        split: under any of its names.
+    """
+    if source.startswith("hf:"):
+        return hub.fingerprint(source.removeprefix("hf:"))
+    if source.startswith("parquet:"):
+        files = hub.parquet_files(source.removeprefix("parquet:"))
+        found = next((files[name] for name in clips.names_of(split) if name in files), None)
+        sizes = found and [(os.path.basename(file), os.path.getsize(file)) for file in found]
+        return found and hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    table = path = pathlib.Path(source)
+    if not path.is_file():
+        table = _table_of(path, str(language), split)
+    if table is None:
+        return None
+    size = table.stat().st_size
+    if size > _HASHED_BYTES:  # an archive: reading it all takes minutes
+        return f"{table.name} {size} bytes"
+    with open(table, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _member_clip(number: int, row: Mapping[str, Any], column: str) -> Clip:
@@ -103,12 +132,12 @@ def _folders_of(release: pathlib.Path, language: str) -> list[pathlib.Path]:
     return [release, release / language, *sorted(release.glob(f"cv-corpus-*/{language}"))]
 
 
-def table_of(release: pathlib.Path, language: str, split: str) -> pathlib.Path | None:
+def _table_of(release: pathlib.Path, language: str, split: str) -> pathlib.Path | None:
     """The table of a split in a release's folder, under either of its names."""
     folders = [folder for folder in _folders_of(release, language) if _tables_of(folder)]
     if not folders:
         return spontaneous.tables_below(release).get(language)
-    files = (folder / f"{name}.tsv" for folder in folders for name in names_of(split))
+    files = (folder / f"{name}.tsv" for folder in folders for name in clips.names_of(split))
     return next((file for file in files if file.is_file()), None)
 
 
@@ -314,63 +343,3 @@ def _archive_clips(path: pathlib.Path, rows: _Rows, marker: str, column: str) ->
     for same in wanted.values():
         refused.extend(dataclasses.replace(clip, refused="not in the archive") for clip in same)
     yield from refused
-
-
-# A manifest
-
-
-def _manifest(path: pathlib.Path, column: str) -> Source:
-    """A table with the columns path and sentence; without a column split all of it is train."""
-    splits: dict[str | None, None] = {}
-    starts: dict[str, object] = {}
-    cut = set()
-    for number, row in _manifest_rows(path, column):
-        name, start = row.get("path"), next((row[key] for key in _STARTS if key in row), None)
-        if isinstance(name, str) and start is not None and starts.setdefault(name, start) != start:
-            cut.add(name)
-        split = _split_of(row)
-        # A short line, or an object without the key, would belong to every split.
-        if split in ("", None) and ("split" in row or splits.keys() - {None}):
-            raise errors.DataError(f"{path}, line {number}: the column split is empty")
-        if split is not None and None in splits:
-            raise errors.DataError(f"{path}, line {number}: has a split, but no line before it")
-        splits[split] = None
-    if not splits:
-        raise errors.DataError(f"{path}: a header and no clips")
-    readers = {
-        split or "train": functools.partial(_manifest_clips, path, split, column, frozenset(cut))
-        for split in splits
-    }
-    return Source(str(path), path.stem, readers)
-
-
-def _split_of(row: Mapping[str, Any]) -> str | None:
-    split = row.get("split")
-    return None if split is None else str(split).strip()
-
-
-def _manifest_rows(path: pathlib.Path, column: str) -> Iterator[tables.Row]:
-    with tables.opened(path) as stream:
-        yield from tables.rows(stream, str(path), path.suffix.lower(), ("path", column))
-
-
-def _manifest_clips(
-    path: pathlib.Path, split: str | None, column: str, cut: Set[str]
-) -> Iterator[Clip]:
-    """The clips of a split; those of recordings in `cut`, which have rows for parts, refused."""
-    for number, row in _manifest_rows(path, column):
-        if split is not None and _split_of(row) != split:
-            continue
-        name = row.get("path")
-        if row.get("offset") not in (None, "", 0, "0", "0.0"):
-            why = f"it begins {row['offset']} s into its recording; cut such clips out first"
-            yield clips.from_row(row, f"line {number}", column, refused=why)
-            continue
-        if not isinstance(name, str) or not name or "\0" in name:
-            yield clips.from_row(row, f"line {number}", column, refused="the row has no path")
-            continue
-        if name in cut:
-            why = f"{name} has rows that begin elsewhere in it; cut such clips out first"
-            yield clips.from_row(row, f"line {number}", column, refused=why)
-            continue
-        yield clips.from_row(row, name, column, audio=str(path.parent / os.path.expanduser(name)))

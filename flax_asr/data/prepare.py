@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 CLIP_LIMIT_SECONDS = 60.0
 _FLUSH_CLIPS = 64
 _BATCH_CLIPS = 4
-_FINGERPRINTED_BYTES = 512 * 2**20
 
 
 def prepared_folder(cfg: config.Config) -> Path:
@@ -43,8 +42,8 @@ def prepared_folder(cfg: config.Config) -> Path:
         return store.local_folder(cfg.data.prepared_dir, kind="prepared")
     cfg.require("output_dir", "data.source", "data.language")
     source = cfg.data.source
-    is_path = not source.startswith(("parquet:", "hf:"))
-    content = _settings(cfg) | {"source": os.path.abspath(source) if is_path else source}
+    place = os.path.abspath(source) if common_voice.is_path(source) else source
+    content = _settings(cfg) | {"source": place}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     if store.is_remote(cfg.output_dir):
         parent = store.cache_folder()
@@ -104,7 +103,7 @@ def prepare(
             source.read(split)  # refuses an unknown name now, not after hours of other splits
     prepared = {}
     for split in folders:
-        settings = _settings(cfg) | {"fingerprint": _fingerprint(cfg, split)}
+        settings = _made_from(cfg, split)
         if split in missing:
             with alone_in(folders[split]):
                 # Another process may have finished it while this one waited.
@@ -165,28 +164,11 @@ def _settings(cfg: config.Config) -> dict[str, Any]:
     }
 
 
-def _fingerprint(cfg: config.Config, split: str) -> str | None:
-    """Tells one version of the split's source from another; None if the source is not there."""
-    if cfg.data.source is None:
-        return None
-    if cfg.data.source.startswith("hf:"):
-        return common_voice.dataset_fingerprint(cfg.data.source.removeprefix("hf:"))
-    names = common_voice.names_of(split)
-    if cfg.data.source.startswith("parquet:"):
-        files = common_voice.parquet_files(cfg.data.source.removeprefix("parquet:"))
-        found = next((files[name] for name in names if name in files), None)
-        sizes = found and [(os.path.basename(file), os.path.getsize(file)) for file in found]
-        return found and hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-    table = source = Path(cfg.data.source)
-    if not source.is_file():
-        table = common_voice.table_of(source, str(cfg.data.language), split)
-    if table is None:
-        return None
-    size = table.stat().st_size
-    if size > _FINGERPRINTED_BYTES:  # an archive: reading it all takes minutes
-        return f"{table.name} {size} bytes"
-    with open(table, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _made_from(cfg: config.Config, split: str) -> dict[str, Any]:
+    """What a prepared split is made from: the options that change it, and its source."""
+    source, language = cfg.data.source, cfg.data.language
+    found = source and common_voice.fingerprint(source, language=language, split=split)
+    return _settings(cfg) | {"fingerprint": found}
 
 
 def _check_settings(split: shards.PreparedSplit, settings: dict[str, Any]) -> None:

@@ -286,7 +286,7 @@ def test_two_at_once_in_one_folder_end_alike(release, tmp_path):
 def test_a_source_that_changed_in_between_is_refused(release, tmp_path):
     cfg = configuration(release, tmp_path / "run", eval_splits=(), test_splits=())
     folder = prepare.prepared_folder(cfg) / "train"
-    settings = prepare._settings(cfg) | {"fingerprint": prepare._fingerprint(cfg, "train")}
+    settings = prepare._made_from(cfg, "train")
     with shard_writer.ShardWriter(folder, settings=settings) as writer:
         writer.leave_out("another", shards.LeftOut("0.wav", "missing", ""))
     with pytest.raises(errors.DataError, match=r"changed since .* was interrupted: the clip 0.wav"):
@@ -391,7 +391,7 @@ def test_a_full_disk_is_reported_and_what_is_done_is_kept(release, tmp_path, mon
     with contextlib.closing(
         shard_writer.ShardWriter(
             prepare.prepared_folder(cfg) / "train",
-            settings=prepare._settings(cfg) | {"fingerprint": prepare._fingerprint(cfg, "train")},
+            settings=prepare._made_from(cfg, "train"),
         )
     ) as writer:
         assert len(writer.done) == 5

@@ -336,7 +336,7 @@ def test_a_foreign_model_s_text_is_normalised_and_our_own_is_as_it_is(
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "model"
     shutil.copytree(exported, model)
-    options = [f"--data.source={release}", "--data.num_workers=1", "--data.num_buckets=1"]
+    options = _scored_on(release)
     if not known:
         (model / "flax_asr.json").unlink()
         options += ["--data.language=eu", "--text.normalization=[lower, spaces]"]
@@ -397,6 +397,17 @@ def release(tmp_path_factory):
     return folder
 
 
+def _scored_on(release, buckets=1) -> list[str]:
+    """Options: its test split, which the first of these tests decodes for all."""
+    prepared = release.parent / "prepared"
+    return [
+        f"--data.source={release}",
+        f"--data.prepared_dir={prepared}",
+        "--data.num_workers=1",
+        f"--data.num_buckets={buckets}",
+    ]
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, saved):
     folder = tmp_path_factory.mktemp("model") / "export"
@@ -408,12 +419,7 @@ def test_the_command_scores_an_export_without_its_run(
     exported, release, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    evaluate.command(
-        str(exported),
-        [f"--data.source={release}", "--data.num_workers=1", "--data.num_buckets=2"],
-        "-",
-        legacy=True,
-    )
+    evaluate.command(str(exported), _scored_on(release, buckets=2), "-", legacy=True)
     output = capsys.readouterr()
     (line,) = map(json.loads, output.out.splitlines())
     assert line["split"] == "test"
@@ -432,8 +438,7 @@ def test_the_command_scores_without_normalisation_where_there_is_to_be_none(
     exported, release, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    options = [f"--data.source={release}", "--data.num_buckets=1", "--text.normalization=[]"]
-    evaluate.command(str(exported), options, "-")
+    evaluate.command(str(exported), [*_scored_on(release), "--text.normalization=[]"], "-")
     assert "normalisation: none" in json.loads(capsys.readouterr().out)["rule"]
     lines = (tmp_path / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()
     found = {json.loads(line)["reference"] for line in lines}
@@ -453,7 +458,7 @@ def run(saved, tmp_path, monkeypatch):
 
 
 def test_a_named_checkpoint_leaves_the_predictions_of_the_best_one_alone(run, release, capsys):
-    options = [f"--data.source={release}", "--data.num_buckets=1"]
+    options = _scored_on(release)
     evaluate.command(str(run / "checkpoints" / "30"), options, None)
     assert (run / "predictions-test.jsonl").read_text() == "of the best one"
     written = run / "predictions-test-step-30.jsonl"
@@ -466,7 +471,7 @@ def test_a_named_checkpoint_leaves_the_predictions_of_the_best_one_alone(run, re
 def test_a_run_that_only_others_may_write_can_be_scored(run, release, capsys, monkeypatch):
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != run and may(path, mode))
-    evaluate.command(str(run), [f"--data.source={release}", "--data.num_buckets=1"], None)
+    evaluate.command(str(run), _scored_on(release), None)
     assert (run / "predictions-test.jsonl").read_text() == "of the best one"
     written = run.parent / "predictions-test.jsonl"
     assert len(written.read_text(encoding="utf-8").splitlines()) == len(SENTENCES)

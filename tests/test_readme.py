@@ -19,7 +19,7 @@ import sys
 
 import pytest
 
-from flax_asr import __main__, config, trainer_names
+from flax_asr import __main__, common_voice, config, trainer_names
 from flax_asr.console import option_help
 from flax_asr.hosts import cluster, multihost
 
@@ -129,6 +129,22 @@ def test_a_shown_configuration_loads_and_is_complete():
 
         cfg = config.build(YAML(typ="safe").load(block.text))
         cfg.require("output_dir", "data.source", "data.language")
+
+
+def test_the_table_of_own_recordings_that_is_shown_is_a_source(tmp_path):
+    (shown,) = [block for block in BLOCKS if block.text.startswith("path,")]
+    (command,) = [block for block in SHELL if "clips.csv" in block.text]
+    ((_, *words),) = _our_commands(command.text)
+    cfg = config.load(None, words[words.index("--data.language") :])
+    table = tmp_path / cfg.data.source
+    table.parent.mkdir()
+    table.write_text(shown.text, encoding="utf-8")
+    source = common_voice.open_source(str(table), language=cfg.data.language)
+    (trained,) = (clip for split in cfg.data.train_splits for clip in source.read(split))
+    (scored,) = (clip for split in cfg.data.eval_splits for clip in source.read(split))
+    assert (trained.sentence, scored.sentence) == ("Mae hi'n braf heddiw.", "Bore da, bawb.")
+    assert trained.audio == str(table.parent / "monday" / "0001.wav")
+    assert [clip.refused for clip in source.read(*cfg.data.test_splits)] == [""]
 
 
 def test_ci_runs_the_readme_s_test_command():

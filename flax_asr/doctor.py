@@ -112,7 +112,9 @@ class Examination:
             start = start.sized(corpus.vocabulary)
             with self._noting("model"):
                 wav2vec2.check(start.model_config)
-                asked = self._shapes(start, corpus)
+                self._lengths(corpus.train)
+                self._losses(start, corpus)
+                asked = self._asked(start, corpus.train)
         devices, timed = self._trial(asked)
         if corpus is not None and asked is not None and devices is not None:
             with self._noting("batches"):
@@ -221,14 +223,7 @@ class Examination:
             drawn = spectrograms.draw(Path(self.pictures), recordings)
             self.facts["spectrograms"] = [str(path) for path in drawn]
 
-    def _shapes(self, start: origins.Origin, corpus: corpora.Corpus) -> trial.Asked:
-        cfg = self.cfg
-        train = corpus.train
-        shapes = experiment.shapes(cfg, start.model_config, [train], cfg.data.augment.fastest)
-        counts = np.bincount(
-            buckets.row_shapes(train.samples, shapes.samples), minlength=len(shapes.samples)
-        )
-        commonest = int(counts.argmax())
+    def _lengths(self, train: examples.Examples) -> None:
         seconds = train.samples / audio.SAMPLE_RATE_HZ
         edges = [*range(0, math.ceil(float(seconds.max())) + 1)]
         self.facts["durations"] = {
@@ -244,11 +239,22 @@ class Examination:
             "clips": forecast.histogram(lengths, edges),
             "mean": float(lengths.mean()),
         }
-        expected = forecast.losses(train, start.model_config, corpus.vocabulary.size)
+
+    def _losses(self, start: origins.Origin, corpus: corpora.Corpus) -> None:
+        expected = forecast.losses(corpus.train, start.model_config, corpus.vocabulary.size)
         self.facts["losses"] = dataclasses.asdict(expected) | {
             "reduction": start.model_config.ctc_loss_reduction,
-            "fresh_head": not experiment.keeps_head(cfg, start, corpus.vocabulary),
+            "fresh_head": not experiment.keeps_head(self.cfg, start, corpus.vocabulary),
         }
+
+    def _asked(self, start: origins.Origin, train: examples.Examples) -> trial.Asked:
+        """The shapes of training batches, and an update in the commonest of them to be timed."""
+        cfg = self.cfg
+        shapes = experiment.shapes(cfg, start.model_config, [train], cfg.data.augment.fastest)
+        counts = np.bincount(
+            buckets.row_shapes(train.samples, shapes.samples), minlength=len(shapes.samples)
+        )
+        commonest = int(counts.argmax())
         self.facts["shapes"] = [
             {"samples": samples, "tokens": tokens, "clips": int(count)}
             for (samples, tokens), count in zip(shapes, counts, strict=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import jax
 
-from flax_asr import config, errors, parallel, partition, programs, run_folder
+from flax_asr import audio, config, errors, parallel, partition, programs, run_folder
 from flax_asr.console import results
 from flax_asr.estimate import chips, hlo, outlook, workload
 from flax_asr.hosts import cluster
@@ -219,14 +219,14 @@ def _opening(
 
 
 def _seconds(samples: Sequence[int]) -> str:
-    return " ".join(f"{n / 16_000:.1f}" for n in samples)
+    return " ".join(f"{n / audio.SAMPLE_RATE_HZ:.1f}" for n in samples)
 
 
 def describe_program(program: outlook.Program, described: chips.Slice) -> str:
     """A few lines for people: cycles, time, share of peak, parts of half a percent and more."""
     title = program.function
     if program.rows:
-        title += f", {program.rows} x {program.samples / 16_000:.1f} s a device"
+        title += f", {program.rows} x {program.samples / audio.SAMPLE_RATE_HZ:.1f} s a device"
     if program.refused:
         return f"\n{title}: DOES NOT FIT. {program.refused}"
     clock = described.chip.clock_hz

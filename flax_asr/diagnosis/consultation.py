@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flax_asr import audio
 from flax_asr.diagnosis import findings
 
 _BAR = 40
@@ -123,7 +124,7 @@ def _batches(facts: Mapping[str, Any]) -> Iterator[str]:
     batches = facts["batches"]
     yield f"{batches['train_clips']} clips, {batches['train_hours']:.2f} h to train on"
     for shape in facts["shapes"]:
-        seconds = shape["samples"] / 16_000
+        seconds = shape["samples"] / audio.SAMPLE_RATE_HZ
         yield f"shape {seconds:6.2f} s x {shape['tokens']:3d} labels: {shape['clips']} clips"
     yield f"padding {batches['padding']:.1%}"
     yield (

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -157,17 +157,15 @@ def of(cfg: config.Config, device_count: int) -> Workload:
     """
     start = origin(cfg.model)
     feature_cache.check(cfg, start)
-    found = corpora.prepared(cfg, start) if is_prepared(cfg) else None
-    measured = (
-        _measured(cfg, start, found, device_count) if found is not None else _guessed(cfg, start)
-    )
-    sizes = {"vocab_size": measured.pop("symbols"), "pad_token_id": 0}
+    if is_prepared(cfg):
+        data = _measured(cfg, start, corpora.prepared(cfg, start), device_count)
+    else:
+        data = _guessed(cfg, start)
     model_config = copy.deepcopy(start.model_config)
-    configuration.override(model_config, sizes)
+    configuration.override(model_config, {"vocab_size": data.symbols, "pad_token_id": 0})
     start = dataclasses.replace(start, model_config=model_config)
     objective = experiment.objective(cfg, start)
-    updates = measured["updates"]
-    rule = experiment.rule(cfg, PLANNED_UPDATES if updates is None else updates)
+    rule = experiment.rule(cfg, PLANNED_UPDATES if data.updates is None else data.updates)
     params = experiment.parameter_shapes(objective)
     state = jax.eval_shape(
         lambda p: experiment.fresh_state(cfg, model_config, p, rule.optimiser), params
@@ -179,8 +177,27 @@ def of(cfg: config.Config, device_count: int) -> Workload:
         device_count=device_count,
         rule=rule,
         is_trained=optim.trainable(cfg.model, model_config),
-        **measured,
+        train_shapes=data.train_shapes,
+        train_portions=data.train_portions,
+        eval_shapes=data.eval_shapes,
+        scored_groups=data.scored_groups,
+        audio_seconds=data.audio_seconds,
+        updates=data.updates,
+        guesses=data.guesses,
     )
+
+
+class _Data(NamedTuple):
+    """What the data decide of a `Workload`, and the size of the vocabulary."""
+
+    symbols: int
+    train_shapes: experiment.Shapes
+    train_portions: tuple[float, ...]
+    eval_shapes: experiment.Shapes
+    scored_groups: dict[str, tuple[int, ...]] | None
+    audio_seconds: float
+    updates: int | None
+    guesses: tuple[str, ...]
 
 
 def origin(model: config.ModelConfig) -> origins.Origin:
@@ -201,7 +218,9 @@ def is_prepared(cfg: config.Config) -> bool:
     return prepare.is_prepared(cfg)
 
 
-def _measured(cfg, start, corpus: corpora.Corpus, device_count: int) -> dict[str, Any]:
+def _measured(
+    cfg: config.Config, start: origins.Origin, corpus: corpora.Corpus, device_count: int
+) -> _Data:
     train, scored = cfg.train, corpus.scored()
     train_shapes = experiment.shapes(
         cfg, start.model_config, [corpus.train], cfg.data.augment.fastest
@@ -212,19 +231,19 @@ def _measured(cfg, start, corpus: corpora.Corpus, device_count: int) -> dict[str
     epoch = plan.updates_per_epoch
     counted = collections.Counter(group.shape for u in range(epoch) for group in plan.update(u))
     portions = [counted[shape] / counted.total() for shape in range(len(train_shapes.samples))]
-    return {
-        "symbols": corpus.vocabulary.size,
-        "train_shapes": train_shapes,
-        "train_portions": tuple(portions),
-        "eval_shapes": eval_shapes,
-        "scored_groups": {
+    return _Data(
+        symbols=corpus.vocabulary.size,
+        train_shapes=train_shapes,
+        train_portions=tuple(portions),
+        eval_shapes=eval_shapes,
+        scored_groups={
             name: _groups(data.samples, eval_shapes.samples, train, device_count)
             for name, data in scored.items()
         },
-        "audio_seconds": float(corpus.train.samples.sum()) / audio.SAMPLE_RATE_HZ / epoch,
-        "updates": experiment.total_updates(train, epoch),
-        "guesses": (),
-    }
+        audio_seconds=float(corpus.train.samples.sum()) / audio.SAMPLE_RATE_HZ / epoch,
+        updates=experiment.total_updates(train, epoch),
+        guesses=(),
+    )
 
 
 def _groups(samples, shapes, train: config.TrainConfig, device_count: int) -> tuple[int, ...]:
@@ -233,7 +252,7 @@ def _groups(samples, shapes, train: config.TrainConfig, device_count: int) -> tu
     return tuple(counted[shape] for shape in range(len(shapes)))
 
 
-def _guessed(cfg: config.Config, start: origins.Origin) -> dict[str, Any]:
+def _guessed(cfg: config.Config, start: origins.Origin) -> _Data:
     data, train = cfg.data, cfg.train
     shapes = even_shapes(data.max_seconds, data.num_buckets, start.model_config)
     symbols, reason = _symbols(cfg, start)
@@ -243,21 +262,21 @@ def _guessed(cfg: config.Config, start: origins.Origin) -> dict[str, Any]:
             data.max_seconds, experiment.scoring_buckets(data.num_buckets), start.model_config
         )
     seconds = float(np.mean(shapes.samples)) / audio.SAMPLE_RATE_HZ
-    return {
-        "symbols": symbols,
-        "train_shapes": shapes,
-        "train_portions": (1 / len(shapes.samples),) * len(shapes.samples),
-        "eval_shapes": eval_shapes,
-        "scored_groups": None,
-        "audio_seconds": seconds * train.global_batch_size,
-        "updates": train.max_steps,
-        "guesses": (
+    return _Data(
+        symbols=symbols,
+        train_shapes=shapes,
+        train_portions=(1 / len(shapes.samples),) * len(shapes.samples),
+        eval_shapes=eval_shapes,
+        scored_groups=None,
+        audio_seconds=seconds * train.global_batch_size,
+        updates=train.max_steps,
+        guesses=(
             f"nothing is prepared; {len(shapes.samples)} shapes up to data.max_seconds"
             f" {data.max_seconds:g}, evenly, all equally frequent and full",
             f"{LABELS_PER_SECOND} labels a second",
             f"{symbols} symbols ({reason})",
         ),
-    }
+    )
 
 
 def even_shapes(

@@ -45,6 +45,19 @@ class Assembly:
         devices: what it runs on.
         past: the checkpoint that it goes on from.
 
+    Attributes:
+        start: where the weights come from, with the final configuration of the model.
+        corpus: the examples, and the vocabulary that they share.
+        objective: the model to differentiate.
+        train_shapes, eval_shapes: static shapes of training and of scoring.
+        plan: which clips are trained on together, and when.
+        augmentation: what is done to them; None where nothing is.
+        group_rows: rows of a batch group, over all devices.
+        updates: of the whole run.
+        expected: the losses to expect.
+        semantics: what `train.compat` asks for.
+        layout: what of the state is cut over the devices.
+
     Raises:
         FlaxAsrError: data, model or devices do not fit the configuration or the checkpoint.
     """

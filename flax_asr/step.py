@@ -51,9 +51,9 @@ class TrainState:
 
     @property
     def scored(self) -> dict[str, Any]:
-        """The parameters that evaluation and export look at: averaged ones where there are.
+        """The parameters that are scored and exported: the average where one is kept.
 
-        For `partition.Layout.state`, which has axes in place of arrays, the axes of these.
+        Of a `partition.Layout.state`, whose leaves are axes instead of arrays, their axes.
         """
         return {**self.trainable, **self.frozen, **self.average}
 

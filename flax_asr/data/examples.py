@@ -22,9 +22,9 @@ FrameLengths = Callable[[Int[np.ndarray, " rows"]], Int[np.ndarray, " rows"]]
 class Split(Protocol):
     """What examples are built from: a `shards.PreparedSplit`, or a split that was only looked at.
 
-    The latter serves estimates only: it has no audio, so its `maps` are empty. What a prepared
-    split has beside these members is asked of no other: `shards` and `offsets` where there are
-    `maps`, `hash` and the facts of speakers where rows are scored.
+    One that was only looked at serves estimates: it has no audio, and its `maps` are empty. Of a
+    prepared split further members are used: `shards` and `offsets` where there are `maps`, `hash`
+    and the facts of speakers where rows are scored.
     """
 
     split: str

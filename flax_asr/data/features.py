@@ -40,7 +40,7 @@ class Features:
         samples: of each row.
         frame_lengths: how many frames come of so many samples.
         width: numbers in a frame.
-        dtype: of the numbers; one that numpy knows by name only with another library serves too.
+        dtype: of the numbers; also bfloat16, which numpy has from ml_dtypes.
 
     Attributes:
         bytes: on the disk.

@@ -76,7 +76,7 @@ def assemble(
 ) -> Batch:
     """One batch: `rows` of the examples (-1 = filler) padded to `samples` and `tokens`.
 
-    With `heard`, one for each real row, these are the recordings.
+    `heard` takes the place of the examples' own recordings: one clip for each real row.
     """
     real = rows >= 0
     found = np.where(real, rows, 0)
@@ -208,10 +208,17 @@ def updates(
 ) -> Prefetched[tuple[int, list[Planned]]]:
     """Endless `(step, [(batch, group), ...])` from `start_step` on, `prefetch` updates ahead.
 
-    A batch holds this host's share of the group's rows, the `host_index`-th of `host_count` equal
-    parts; the group names all of them. `tokens` are the widths of the labels in each shape, where
-    several sets share their shapes; by default `label_widths` of this one. An `augmentation` is
-    that of the plan. With what is `kept` of the rows, batches are made of that.
+    Args:
+        data: what is trained on.
+        plan: which rows form which group.
+        start_step: the first update.
+        host_index, host_count: a batch holds the `host_index`-th of `host_count` equal parts of
+            its group's rows.
+        prefetch: how many updates are made ahead.
+        tokens: width of the labels in each shape, where several sets share them; by default
+            `label_widths` of these examples.
+        augmentation: the one whose lengths the plan is made for.
+        kept: the frozen layers' output, which takes the place of audio.
 
     Raises:
         errors.DataError: the group does not divide by the hosts.

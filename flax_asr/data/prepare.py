@@ -65,7 +65,7 @@ def is_prepared(cfg: config.Config) -> bool:
 
 
 def is_in_bucket(cfg: config.Config) -> bool:
-    """Whether what one machine prepares is there for all."""
+    """Whether prepared data lie in a bucket, where all machines find what one of them prepares."""
     return cfg.data.prepared_dir is not None and store.is_remote(cfg.data.prepared_dir)
 
 

@@ -31,7 +31,7 @@ def _model(architecture="xls-r", **changes):
     return config, built, params
 
 
-def _torch_loss(model, batch, use_mask=True):
+def _torch_loss(model, batch):
     """The mean over clips of each one's loss, by transformers' own feature extractor and model."""
     extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
     clips = [
@@ -53,6 +53,18 @@ def _torch_loss(model, batch, use_mask=True):
 OPTIM = {"learning_rate": 3e-3, "warmup_steps": 5, "weight_decay": 0.01, "max_grad_norm": 0.5}
 
 
+def _adamw(model):
+    """PyTorch's, of all that is trained; weights decay as the Trainer has them."""
+    kept = transformers.trainer_pt_utils.get_parameter_names(model, [torch.nn.LayerNorm])
+    groups = {0.01: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[0.01 if name in kept and "bias" not in name else 0.0].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "weight_decay": decay} for decay, params in groups.items()], lr=3e-3
+    )
+
+
 def _fifty_groups(vocab):
     return [[small_run.batch(4, 100 * s + g, vocab) for g in range(4)] for s in range(50)]
 
@@ -61,16 +73,7 @@ def _torch_loop(half=False):
     """Losses and final parameters of fifty updates in PyTorch; `half` is its own bf16."""
     config, model, _ = _model()
     model.freeze_feature_encoder()
-    kept = transformers.trainer_pt_utils.get_parameter_names(model, [torch.nn.LayerNorm])
-    decayed = {name for name in kept if "bias" not in name}
-    named = dict(model.named_parameters())
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p for n, p in named.items() if n in decayed], "weight_decay": 0.01},
-            {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
-        ],
-        lr=3e-3,
-    )
+    adamw = _adamw(model)
     schedule = transformers.get_linear_schedule_with_warmup(adamw, 5, 50)
     torch_losses = []
     for update in _fifty_groups(config.vocab_size):
@@ -151,16 +154,7 @@ def test_an_overflow_in_one_micro_batch_skips_the_update_as_torchs_scaler_does()
     ours = small_run.Trainer(
         small_run.objective(config), params, updates=10, mixed_precision="fp16", optim=OPTIM
     )
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    kept = transformers.trainer_pt_utils.get_parameter_names(model, [torch.nn.LayerNorm])
-    decayed = {name for name in kept if "bias" not in name}
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p for n, p in named.items() if n in decayed], "weight_decay": 0.01},
-            {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
-        ],
-        lr=3e-3,
-    )
+    adamw = _adamw(model)
     schedule = transformers.get_linear_schedule_with_warmup(adamw, 5, 10)
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=2000)
     for number in range(5):
@@ -174,7 +168,7 @@ def test_an_overflow_in_one_micro_batch_skips_the_update_as_torchs_scaler_does()
             if number == 1 and place == 2:
                 model.lm_head.weight.grad[0, 0] = torch.inf
         scaler.unscale_(adamw)
-        torch.nn.utils.clip_grad_norm_(named.values(), 0.5)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         scale, rate = scaler.get_scale(), schedule.get_last_lr()[0]
         scaler.step(adamw)
         scaler.update()
@@ -188,7 +182,7 @@ def test_an_overflow_in_one_micro_batch_skips_the_update_as_torchs_scaler_does()
         assert metrics.learning_rate == pytest.approx(rate, rel=1e-6)
     assert ours.state.loss_scale.value == scaler.get_scale() == 32768
     count = next(leaf for leaf in jax.tree.leaves(ours.state.optimiser) if leaf.ndim == 0)
-    (their_count,) = {int(adamw.state[p]["step"]) for p in named.values()}
+    (their_count,) = {int(of_parameter["step"]) for of_parameter in adamw.state.values()}
     assert int(count) == their_count == 4
     theirs = step.flat(convert.params_from_torch(small_torch.tensors(model), config, head=True))
     for path, value in ours.params.items():

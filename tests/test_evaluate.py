@@ -27,6 +27,8 @@ from flax_asr.data import buckets, examples
 from flax_asr.models import wav2vec2
 from flax_asr.record import lineage
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WRITES = small_saved.VOCABULARY
 SENTENCES = ["a b", "abc de", "h", "gg a", "fed cab", "b", "ab ab", "ce", "d e f", "hag", "bad"]
 

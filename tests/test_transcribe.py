@@ -14,6 +14,8 @@ import transformers
 from flax_asr import alignment, audio, errors, loading, transcribe
 from flax_asr.models import wav2vec2
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SECONDS = (0.11, 0.17, 0.4, 0.55)
 
 

@@ -346,6 +346,7 @@ def _check_options(model: type, config: "Wav2Vec2Config", options: Mapping[str, 
 
 
 def _cast(params: Mapping[str, Any], dtype: Any, mask: Any) -> pretrained.Tree:
+    params, mask = flax.core.unfreeze(params), flax.core.unfreeze(mask)
     if mask is None:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     return jax.tree.map(lambda leaf, chosen: leaf.astype(dtype) if chosen else leaf, params, mask)

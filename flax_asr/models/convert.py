@@ -10,7 +10,7 @@ modeling_flax_wav2vec2.py of its version 4.57 (ours).
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -289,9 +289,12 @@ def torch_names(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """A Flax checkpoint of transformers 4 under torch's names and layouts, nothing checked."""
     tensors = {}
     for path, leaf in _leaves(tree):
-        values, last = np.asarray(leaf), path[-1]
-        if last == "kernel":
-            values = values.transpose()
-        renamed = "weight" if last in ("kernel", "scale") else last
-        tensors[".".join((*path[:-1], renamed))] = values
+        values = np.asarray(leaf)
+        tensors[torch_name(path)] = values.transpose() if path[-1] == "kernel" else values
     return tensors
+
+
+def torch_name(path: Sequence[str]) -> str:
+    """What torch calls the parameter of this path."""
+    *parents, last = path
+    return ".".join((*parents, "weight" if last in ("kernel", "scale") else last))

@@ -24,6 +24,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 MSGPACK = "flax_model.msgpack"
+MSGPACK_INDEX = "flax_model.msgpack.index.json"
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -196,7 +197,14 @@ def _read_msgpack(path: Path) -> Tensors:
     return tensors
 
 
-def _read_index(path: Path, read_shard: Callable[[Path], Tensors]) -> Tensors:
+def _torch_name(flax_name: str) -> str:
+    return convert.torch_name(flax_name.split("/"))
+
+
+def _read_index(
+    path: Path, read_shard: Callable[[Path], Tensors], name: Callable[[str], str] = str
+) -> Tensors:
+    """`name` makes of a name in the index the one that `read_shard` gives."""
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise errors.ModelError(f"{path}: refused, too large for an index.")
     index = _parse_json(path, path.read_bytes())
@@ -210,7 +218,7 @@ def _read_index(path: Path, read_shard: Callable[[Path], Tensors]) -> Tensors:
         if not (path.parent / shard).is_file():
             raise errors.ModelError(f"{path.parent / shard} is missing: {path.name} names it.")
         content = read_shard(path.parent / shard)
-        listed = {name for name, place in places.items() if place == shard}
+        listed = {name(key) for key, place in places.items() if place == shard}
         if listed != content.keys():
             differs = min(listed ^ content.keys())
             raise _damaged(path.parent / shard, f"it and {path.name} disagree about {differs!r}")
@@ -224,6 +232,7 @@ _READERS: dict[str, Callable[[Path], Tensors]] = {
     TORCH: _read_torch,
     TORCH_INDEX: lambda path: _read_index(path, _read_torch),
     MSGPACK: _read_msgpack,
+    MSGPACK_INDEX: lambda path: _read_index(path, _read_msgpack, _torch_name),
 }
 # In the order of preference when a folder has several.
 FILES = tuple(_READERS)

@@ -490,6 +490,8 @@ def test_parameters_can_be_cast_in_part(model):
     assert cast["lm_head"]["bias"].dtype == jnp.float32
     assert model.to_fp16(model.params)["lm_head"]["bias"].dtype == jnp.float16
     assert model.to_fp32(cast)["lm_head"]["kernel"].dtype == jnp.float32
+    frozen = model.to_bf16(flax.core.freeze(model.params), mask)
+    jax.tree.map(np.testing.assert_array_equal, frozen, cast)
 
 
 def test_a_configuration_given_is_used_as_it_is(folder):

@@ -5,12 +5,13 @@ import pickle
 import struct
 import zipfile
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import small_torch
 import torch
-from flax import serialization
+from flax import serialization, traverse_util
 from safetensors import torch as safetensors_torch
 
 from flax_asr import errors
@@ -114,6 +115,22 @@ def test_flax_msgpack_and_flax_safetensors_hold_the_deleted_classes_tree(tmp_pat
         read = convert.params_from_torch(weights.read(folder), config, head=True)
         after = convert.torch_from_params(read, config)
         assert all(np.array_equal(after[key], state[key]) for key in state)
+
+
+def test_sharded_msgpack_of_the_deleted_classes_is_read(tmp_path):
+    state = _state()
+    tensors = {key: value.numpy() for key, value in state.items()}
+    params = convert.params_from_torch(tensors, small_torch.config(), head=True)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    places = {}
+    for number, keys in enumerate((list(flat)[::2], list(flat)[1::2])):
+        name = f"flax_model-0000{number + 1}-of-00002.msgpack"
+        shard = traverse_util.unflatten_dict({key: flat[key] for key in keys}, sep="/")
+        (tmp_path / name).write_bytes(serialization.to_bytes(shard))
+        places |= dict.fromkeys(keys, name)
+    (tmp_path / weights.MSGPACK_INDEX).write_text(json.dumps({"weight_map": places}))
+    ours = convert.params_from_torch(weights.read(tmp_path), small_torch.config(), head=True)
+    jax.tree.map(np.testing.assert_array_equal, ours, params)
 
 
 def test_safetensors_come_before_the_others(tmp_path):

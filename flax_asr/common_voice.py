@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from flax_asr import errors
+from flax_asr import errors, seals
 from flax_asr.sources import archives, clips, hub, manifests, spontaneous, tables
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,7 @@ def fingerprint(source: str, *, language: str | None, split: str) -> str | None:
     size = table.stat().st_size
     if size > _HASHED_BYTES:  # an archive: reading it all takes minutes
         return f"{table.name} {size} bytes"
-    with open(table, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return seals.sha256(table)
 
 
 def _member_clip(number: int, row: Mapping[str, Any], column: str) -> Clip:

@@ -11,16 +11,21 @@ from flax_asr import errors
 FILE = "seal.json"
 
 
+def sha256(path: Path) -> str:
+    """The hash of a file's content, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write(folder: Path) -> None:
     """Seals a folder, once its files are safe on the disk."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != FILE):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            # A machine that is taken away takes what the system has not yet written.
-            os.fsync(file.fileno())
         name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        # A machine that is taken away takes what the system has not yet written.
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     with open(folder / FILE, "w", encoding="utf-8") as file:
         json.dump(files, file, indent=1)
         file.flush()
@@ -45,8 +50,7 @@ def verify(folder: Path, *names: str) -> None:
         if size != expected["bytes"]:
             raise errors.CheckpointError(f"{path} has {size} bytes instead of {expected['bytes']}")
         try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256(path)
         except OSError as error:
             raise errors.CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         if digest != expected["sha256"]:

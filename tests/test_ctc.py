@@ -336,6 +336,14 @@ def test_float32_is_at_least_as_exact_as_torch(shift):
     assert np.abs(gradient - true_gradient).max() <= np.abs(torch_gradient - true_gradient).max()
 
 
+def test_the_series_for_a_logarithm_is_exact_to_three_units_in_the_last_place():
+    ratios = np.concatenate([np.linspace(0, 1, 100_001), np.logspace(-37, 0, 10_001)])
+    ratios = ratios.astype(np.float32)
+    exact = np.log1p(ratios.astype(np.float64))
+    found = np.asarray(ctc._log_one_plus(ratios), np.float64)
+    assert (np.abs(found - exact) < 3 * np.spacing(exact.astype(np.float32))).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_half_precision_logits_are_computed_in_float32(dtype):
     rng = np.random.default_rng(6)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int16, UInt8
 
-from flax_asr import audio
+from flax_asr import audio, seals
 from flax_asr.data import shards
 
 SHARD_BYTES = 256 * 2**20
@@ -108,7 +108,7 @@ class ShardWriter:
             for number, digest in enumerate(self._hashes)
         }
         for name in [f"{name}.npy" for name in shards.INDEX] + ["clips.jsonl", "left_out.jsonl"]:
-            files[name] = shards.file_sha256(self.folder / name)
+            files[name] = seals.sha256(self.folder / name)
         manifest = {
             "format": shards.FORMAT,
             "source": source,

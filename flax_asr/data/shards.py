@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int16, Int32, Int64
 
-from flax_asr import errors
+from flax_asr import errors, seals
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -162,7 +162,7 @@ def _is_audio(name: str) -> bool:
 
 def _verify(path: Path, sha256: str) -> None:
     try:
-        digest = file_sha256(path)
+        digest = seals.sha256(path)
     except OSError as error:
         raise _damaged(path, f"cannot be read: {error.strerror}") from error
     if digest != sha256:
@@ -216,8 +216,3 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as lines:
         for line in lines:
             yield json.loads(line)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,3 +1,5 @@
+"""Torch's tensors to our tree and back: exact to the bit, every difference named."""
+
 import functools
 import logging
 import math

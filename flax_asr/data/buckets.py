@@ -91,7 +91,6 @@ def choose_shapes(
         through[np.tril_indices(len(candidates))] = _NEVER
         previous = through.argmin(axis=0)
         cost = through[previous, np.arange(len(candidates))]
-        cost[:bucket] = _NEVER
         previous_edges.append(previous)
         best = min(best, (cost[-1], bucket))
 

@@ -51,15 +51,15 @@ def test_the_epochs_of_the_log_are_those_of_the_published_card(clips):
         assert round(plan.epoch(int(row["step"])), 2) == float(row["epoch"])
 
 
-def _replayed(epochs: list[list], groups_per_update: int) -> list[list]:
-    """What the old loop adds up before each of its updates, as it runs through the epochs."""
+def _replayed(epochs: list[list], groups_per_update: int) -> list[tuple[list, float]]:
+    """What the old loop adds up before each of its updates, and the epoch that it logs then."""
     updates, sums = [], []
-    for micro_batches in epochs:
+    for epoch, micro_batches in enumerate(epochs):
         for i, micro_batch in enumerate(micro_batches):
             sums.append(micro_batch)
             last = i + 1 == len(micro_batches) <= groups_per_update
             if (i + 1) % groups_per_update == 0 or last:
-                updates.append(sums)
+                updates.append((sums, epoch + (i + 1) / len(micro_batches)))
                 sums = []
     return updates
 
@@ -78,7 +78,8 @@ def test_left_over_micro_batches_join_the_next_update(clips):
     ]
     expected = _replayed(epochs, 4)
     assert len(expected) == 4 * plan.updates_per_epoch
-    for number, groups in enumerate(expected):
+    for number, (groups, epoch) in enumerate(expected):
+        assert plan.epoch(number + 1) == pytest.approx(epoch, rel=1e-12)
         found = plan.update(number)
         assert [g.rows.tolist() for g in found] == [g.rows.tolist() for g in groups]
 

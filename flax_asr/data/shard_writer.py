@@ -153,10 +153,8 @@ class ShardWriter:
         self.close()
 
     def _opens_shard(self, clip_bytes: int) -> bool:
-        if not self._hashes:
-            return True
-        size = self._shard_sizes[-1]
-        return size > 0 and size + clip_bytes > self._shard_bytes
+        # A shard is opened for a clip: none is empty, and a long clip has one of its own.
+        return not self._hashes or self._shard_sizes[-1] + clip_bytes > self._shard_bytes
 
     def _next_shard(self) -> None:
         if self._audio is not None:

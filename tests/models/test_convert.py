@@ -204,12 +204,21 @@ def test_a_missing_mask_embedding_starts_fresh_and_says_so(caplog):
     assert fresh.std() > 0.1
 
 
-def test_models_without_masking_are_written_as_torch_has_them():
-    config = small_torch.config(mask_time_prob=0.0, mask_feature_prob=0.0)
+@pytest.mark.parametrize(("time", "feature"), [(0.0, 0.0), (0.0, 0.1), (0.1, 0.0)])
+def test_the_mask_embedding_is_written_where_torch_has_it(time, feature):
+    config = small_torch.config(mask_time_prob=time, mask_feature_prob=feature)
     before = _tensors(config=config)
-    assert EMBEDDING not in before
+    assert (EMBEDDING in before) == (time + feature > 0)
     params = convert.params_from_torch(before, config, head=True)
     assert convert.torch_from_params(params, config).keys() == before.keys()
+
+
+def test_parameters_share_no_memory_with_the_file():
+    tensors = _tensors()
+    params = convert.params_from_torch(tensors, small_torch.config(), head=True)
+    for values in tensors.values():
+        values.fill(0)
+    assert all(leaf.any() for leaf in _flat(params).values())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

@@ -185,6 +185,14 @@ def test_the_old_example_deletes_all_from_exclamation_mark_to_semicolon():
     assert counts == {"'": 1, "4": 2, "2": 1, "(": 1, "-": 1, ")": 1, "I": 1}
 
 
+def test_of_several_texts_to_replace_the_longest_counts_whatever_their_order():
+    assert normalizer([{"replace": {"a": "x", "ab": "y", "b": "a"}}])("aab b") == "xy a"
+
+
+def test_variation_selectors_of_characters_are_taken_out():
+    assert normalizer("ja")("葛\U000e0100城、❤\ufe0f市") == normalizer("ja")("葛城、❤市")
+
+
 def test_the_report_counts_every_place():
     changes = normalizer(["lower", {"replace": {"ab": "x"}}, {"remove": "!"}]).report(
         ["AB!", "!ab"]

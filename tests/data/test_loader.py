@@ -108,6 +108,17 @@ def test_label_width_covers_rows_that_move_up_from_smaller_shapes(data):
     assert label_widths(talkative_first, (10_320, 15_440), multiple=1) == (20, 20)
 
 
+def test_label_width_covers_rows_that_speed_moves_into_smaller_shapes(data):
+    talkative_second = dataclasses.replace(
+        data,
+        samples=np.resize(np.array([5000, 10_000, 15_000], np.int32), len(data)),
+        label_lengths=np.resize(np.array([3, 20, 9], np.int32), len(data)),
+    )
+    shapes = (5200, 10_320, 15_440)
+    assert label_widths(talkative_second, shapes) == (8, 24, 24)
+    assert label_widths(talkative_second, shapes, fastest=2.0) == (24, 24, 24)
+
+
 def test_hosts_share_each_group_between_them(data, shapes):
     plan = TrainPlan(data.samples, shapes, 4, 2, seed=0)
     with (

@@ -68,6 +68,18 @@ def test_the_interval_covers_the_true_rate_as_often_as_it_says():
     assert 60 <= covered <= 97
 
 
+def test_the_interval_leaves_half_of_the_rest_on_either_side():
+    generator = np.random.default_rng(0)
+    units = generator.integers(5, 20, size=80)
+    errors = generator.binomial(units, 0.3)
+    low, high = bootstrap_interval(errors, units, seed=1, resamples=4000, level=0.8)
+    drawn = generator.integers(80, size=(4000, 80))
+    rates = errors[drawn].sum(axis=1) / units[drawn].sum(axis=1)
+    # Five standard deviations of the difference between two such shares.
+    assert (rates < low).mean() == pytest.approx(0.1, abs=0.034)
+    assert (rates > high).mean() == pytest.approx(0.1, abs=0.034)
+
+
 def test_the_interval_depends_on_the_seed_alone():
     errors, units = np.array([0, 1, 5, 2]), np.array([4, 4, 9, 3])
     assert bootstrap_interval(errors, units, seed=1) == bootstrap_interval(errors, units, seed=1)

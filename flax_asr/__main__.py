@@ -57,7 +57,11 @@ def command() -> int:
         os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
     # A shard that is cut while it is mapped ends the process by a signal: this prints where it was.
     faulthandler.enable()
-    return main()
+    try:
+        return main()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            terminal.leave(stream)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,13 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own, options = split(arguments)
         return _run(_parser().parse_args(own), options)
     except errors.Interrupted as stop:
-        terminal.show(str(stop), sys.stderr)
+        terminal.tell(str(stop), sys.stderr)
         return INTERRUPTED
     except errors.FlaxAsrError as error:
-        terminal.show(f"flax-asr: {error}", sys.stderr)
+        terminal.tell(f"flax-asr: {error}", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        terminal.show("flax-asr: stopped.", sys.stderr)
+        terminal.tell("flax-asr: stopped.", sys.stderr)
         return BROKEN_OFF
     except BrokenPipeError:
         if not terminal.is_unread(sys.stdout):

@@ -211,7 +211,7 @@ def command(
 
     Reference and hypothesis of every clip go to `predictions-SPLIT.jsonl` in the run's folder (of
     a checkpoint that is named, to `predictions-SPLIT-step-N.jsonl` there); of other models, and of
-    runs whose folder cannot be written, to the present one.
+    runs whose folder cannot be written, to the present one; where neither can, nowhere.
     """
     cluster.join()
     with multihost.Hosts() as hosts:
@@ -257,7 +257,8 @@ def _score_splits(
             scores = scored(
                 plan=buckets.EvalPlan(data.samples, shapes.samples, rows), predictions=written
             )
-            caveats = f"  {_caveats(loaded, data)}{written}"
+            where = written or "no predictions are kept: the current folder cannot be written"
+            caveats = f"  {_caveats(loaded, data)}{where}"
             lines = filter(None, (scores.describe(name), scores.table(), caveats))
             terminal.show("\n".join(lines), people)
             line = _result(name, scores, data)
@@ -305,11 +306,13 @@ def _examples(
     }
 
 
-def _predictions_file(loaded: loading.LoadedModel, split: str) -> Path:
-    """In the run's folder where that can be written; the name without a step is the best one's."""
-    writable = loaded.run is not None and os.access(loaded.run, os.W_OK)
+def _predictions_file(loaded: loading.LoadedModel, split: str) -> Path | None:
+    """In the run's folder or the present one; the name without a step is the best one's."""
     step = "" if loaded.step is None else f"-step-{loaded.step}"
-    return (loaded.run if writable else Path()) / f"predictions-{split}{step}.jsonl"
+    for folder in (loaded.run, Path()):
+        if folder is not None and os.access(folder, os.W_OK):
+            return folder / f"predictions-{split}{step}.jsonl"
+    return None
 
 
 def _result(name: str, scores: scoring.Scores, data: examples.Examples) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
 
     Raises:
         FlaxAsrError: something that the user can mend.
-        Interrupted: SIGTERM or SIGINT came; everything is saved.
+        Interrupted: asked to stop by a signal; everything is saved.
     """
     asked.require("output_dir", "data.source", "data.language")
     cluster.join()

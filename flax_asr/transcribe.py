@@ -82,7 +82,7 @@ def command(
             write(line)
             bar.advance()
     if failed:
-        terminal.show(f"flax-asr: {failed} of {len(files)} files could not be read", sys.stderr)
+        terminal.tell(f"flax-asr: {failed} of {len(files)} files could not be read", sys.stderr)
     return 2 if failed else 0
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import shutil
 
 import jax
@@ -477,6 +478,17 @@ def test_a_run_that_only_others_may_write_can_be_scored(run, release, capsys, mo
     assert (run / "predictions-test.jsonl").read_text() == "of the best one"
     written = run.parent / "predictions-test.jsonl"
     assert len(written.read_text(encoding="utf-8").splitlines()) == len(SENTENCES)
+
+
+def test_a_model_is_scored_where_nothing_can_be_written(
+    exported, release, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != pathlib.Path() and may(path, mode))
+    evaluate.command(str(exported), _scored_on(release), None)
+    assert "no predictions are kept" in capsys.readouterr().out
+    assert not list(tmp_path.glob("predictions-*"))
 
 
 def test_a_model_of_unknown_language_must_be_told_it(exported, release, tmp_path):

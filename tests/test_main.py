@@ -273,6 +273,43 @@ def test_output_that_nobody_reads_ends_the_command_without_a_traceback(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
+def test_output_that_does_not_fit_on_the_disk_is_one_message(train_that, monkeypatch, capsys):
+    monkeypatch.setattr(__main__.hidden, "hide", lambda name: None)
+    monkeypatch.setattr(__main__.faulthandler, "enable", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["flax-asr", "train", "--config", RECIPE])
+    train_that(lambda cfg, restart: terminal.show("one"))
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert __main__.command() == 2
+        stream.write("more")  # which the interpreter's end would do
+    message = "flax-asr: the output cannot be written: No space left on device. Send it elsewhere"
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [(errors.Interrupted("stopped"), 75), (errors.DataError("bad"), 2), (KeyboardInterrupt(), 130)],
+)
+def test_the_status_is_the_same_where_nobody_reads_the_message(
+    train_that, monkeypatch, end, status
+):
+    def ends(cfg, restart):
+        raise end
+
+    train_that(ends)
+    monkeypatch.setattr(__main__.hidden, "hide", lambda name: None)
+    monkeypatch.setattr(__main__.faulthandler, "enable", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["flax-asr", "train", "--config", RECIPE])
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert __main__.command() == status
+        stream.write("more")  # which the interpreter's end would do
+        stream.flush()
+
+
 def test_what_follows_two_dashes_is_no_option():
     words = ["transcribe", "--model", "m", "--train.mixed_precision", "fp32", "--", "-a.wav", "--b"]
     own, options = __main__.split(words)

@@ -1,5 +1,6 @@
 """Progress on standard error: a bar on a terminal, a plain line now and then in a log."""
 
+import contextlib
 import io
 import sys
 import time
@@ -83,10 +84,11 @@ class Progress:
 
     def write(self, line: str) -> None:
         """A line of text that does not break the bar."""
-        if self._bar is not None:
+        if self._bar is None:
+            terminal.tell(line, self._stream)
+            return
+        with contextlib.suppress(OSError):  # as `tell`
             self._bar.write(terminal.plain(line), file=self._stream)
-        else:
-            terminal.show(line, self._stream)
 
     def _write_line(self) -> None:
         self._last_line, self._last_written = time.monotonic(), self.done
@@ -100,7 +102,7 @@ class Progress:
             parts.append(f"{_duration((self.total - self.done) / per_second)} left")
         if self._facts:
             parts.append(self._facts_text())
-        terminal.show(", ".join(parts), self._stream)
+        terminal.tell(", ".join(parts), self._stream)
 
     def _facts_text(self) -> str:
         return ", ".join(f"{name} {_short(value)}" for name, value in self._facts.items())

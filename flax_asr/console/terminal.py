@@ -5,11 +5,14 @@ terminal, control characters among them could delete what was written, change th
 for the user, and directional overrides could show a line in another order than it has.
 """
 
+import contextlib
 import io
 import logging
 import os
 import re
 from typing import Any
+
+from flax_asr import errors
 
 # Control characters but tab and new line, line separators, directional embeddings, overrides and
 # isolates, and halves of surrogate pairs, which no encoding can write. Source: Unicode Standard
@@ -36,17 +39,51 @@ def is_unread(stream: Any) -> bool:
     try:
         stream.flush()
     except BrokenPipeError:
-        # Or the interpreter's last flush would complain.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        _silence(stream)
         return True
     return False
 
 
+def leave(stream: Any) -> None:
+    """Before the process ends: what the stream still cannot take is lost in silence."""
+    try:
+        stream.flush()
+    except OSError:
+        _silence(stream)
+
+
+def _silence(stream: Any) -> None:
+    """What is left goes nowhere, or the interpreter's last flush would complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def tell(text: str, stream: io.TextIOBase) -> None:
+    """Shows what the work does not depend on.
+
+    A closed terminal, a pipe that nobody reads any more (Ctrl-C ends `| tee` too) and a full disk
+    under a log cost the text, not the run.
+    """
+    with contextlib.suppress(OSError):
+        print(plain(text), file=stream, flush=True)
+
+
 def show(text: str, file: io.TextIOBase | None = None) -> None:
-    """Prints a text, by default to standard output, at once."""
-    print(plain(text), file=file, flush=True)
+    """Prints a text, by default to standard output, at once.
+
+    Raises:
+        ConfigError: it cannot be written, as on a full disk.
+        BrokenPipeError: whoever reads has gone.
+    """
+    try:
+        print(plain(text), file=file, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise errors.ConfigError(
+            f"the output cannot be written: {error.strerror}. Send it elsewhere (`> FILE`)."
+        ) from error
 
 
 class Formatter(logging.Formatter):

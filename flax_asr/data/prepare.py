@@ -203,7 +203,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            terminal.show(f"Waiting for another process to prepare {folder}", sys.stderr)
+            terminal.tell(f"Waiting for another process to prepare {folder}", sys.stderr)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):

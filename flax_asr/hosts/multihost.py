@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from flax_asr import errors
+from flax_asr.console import terminal
 from flax_asr.hosts import cluster, stopping
 
 _Result = TypeVar("_Result")
@@ -200,8 +201,8 @@ class Hosts:
                     if time.monotonic() > limit:
                         break
                     time.sleep(0.05)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        terminal.leave(sys.stdout)
+        terminal.leave(sys.stderr)
         os._exit(status)
 
     def _listen(self) -> None:

@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM (preemption, a scheduler) and SIGINT (a person)."""
+"""Asked to stop: SIGTERM (preemption, a scheduler), SIGINT (a person), SIGHUP (a lost terminal)."""
 
 import contextlib
 import os
@@ -11,11 +11,12 @@ STATUS = 75
 
 
 class Stop:
-    """What SIGTERM and SIGINT do while a run owns the process.
+    """What these signals do while a run owns the process.
 
     Outside of `deferred` there is nothing to save, and the process ends at once: a compilation in
     another thread could not be broken off in any other way. Inside, the signal is noted for the
-    loop to see, and a second one ends the process.
+    loop to see, and a second one ends the process; not SIGHUP, which comes twice of one terminal,
+    by the system and by the shell. Where `nohup` has SIGHUP ignored it stays so.
 
     Args:
         leave: ends the process with a status, having told others why.
@@ -30,7 +31,10 @@ class Stop:
         self._leave = leave or (lambda status, message: os._exit(status))
 
     def __enter__(self) -> "Stop":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        asking = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            asking.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in asking}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -55,6 +59,8 @@ class Stop:
         name = signal.Signals(number).name
         if not self._deferred:
             self._end(f"{name}: stopped. Run the same command to go on.")
+        if self.asked and number == signal.SIGHUP:
+            return
         if self.asked:
             self._end(
                 f"{name} again: stopped at once. Run the same command to go on from what is saved."
@@ -69,5 +75,7 @@ class Stop:
 
 def say(message: str) -> None:
     """A line on standard error, from a signal's handler or a thread."""
-    # Not print: it may have come in the middle of another line of the same stream.
-    os.write(2, f"\n{message}\n".encode())
+    # The terminal may be closed, and Ctrl-C ends a `| tee` behind the run as well.
+    with contextlib.suppress(OSError):
+        # Not print: it may have come in the middle of another line of the same stream.
+        os.write(2, f"\n{message}\n".encode())

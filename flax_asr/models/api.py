@@ -172,7 +172,7 @@ class _PretrainedModel:
                 f"input_values has the shape {input_values.shape}: it must be [batch samples], with"
                 f" {least} samples or more, which give a frame."
             )
-        batch = len(input_values)
+        batch = input_values.shape[0]
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
@@ -185,7 +185,7 @@ class _PretrainedModel:
         if mask_time_indices is not None:
             mask_time_indices = jnp.asarray(mask_time_indices).astype(bool)
             _check_shape("mask_time_indices", mask_time_indices, (batch, frames), "frames")
-        if not batch:  # which kernels do not take
+        if batch == 0:  # which kernels do not take
             input_values, attention_mask, mask_time_indices = jax.tree.map(
                 lambda rows: jnp.zeros((1, rows.shape[1]), rows.dtype),
                 (input_values, attention_mask, mask_time_indices),
@@ -201,7 +201,7 @@ class _PretrainedModel:
             freeze_feature_encoder=freeze_feature_encoder,
             rngs={} if dropout_rng is None else {"dropout": dropout_rng},
         )
-        if not batch:
+        if batch == 0:
             result = jax.tree.map(lambda rows: rows[:0], result)
         output = self.output_class(**result._asdict())
         return output if return_dict else output.to_tuple()

@@ -1,16 +1,56 @@
 """A bar on a terminal, plain lines in a log."""
 
 import io
+import os
 
 import pytest
 
-from flax_asr.console import progress
+from flax_asr import errors
+from flax_asr.console import progress, terminal
 from flax_asr.console.progress import Progress
 
 
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+@pytest.fixture(params=["pipe", "terminal", "disk"])
+def unheard(request):
+    """A stream that takes nothing: nobody reads it, or it is closed or full."""
+    if request.param == "disk":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("a disk that is always full")
+        write = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, write = os.pipe() if request.param == "pipe" else os.openpty()
+        os.close(read)
+    with open(write, "w") as stream:
+        yield stream
+        terminal.leave(stream)
+
+
+def test_what_nobody_can_read_stops_no_work(unheard):
+    with pytest.raises((OSError, errors.ConfigError), match=r"Broken pipe|output error|No space"):
+        terminal.show("a", unheard)
+    with Progress(2, "compiling", "programs", stream=unheard, line_seconds=0) as bar:
+        for _ in range(2000):
+            bar.write("line " * 10)
+        bar.advance(2, loss=0.1)
+    assert bar.done == 2
+
+
+def test_a_bar_on_a_terminal_that_is_closed_stops_no_work():
+    read, write = os.openpty()
+    with open(write, "w") as stream:
+        with Progress(2, "compiling", "programs", stream=stream) as bar:
+            bar.advance()
+            os.close(read)
+            bar.write("line")
+            bar.advance()
+            bar.write("line")
+        assert bar.done == 2
+        terminal.leave(stream)
 
 
 def test_a_log_gets_a_line_at_the_end_and_now_and_then(monkeypatch):

@@ -1,5 +1,6 @@
-"""SIGTERM and SIGINT: noted where there is something to save, at once elsewhere."""
+"""Signals that ask to stop: noted where there is something to save, at once elsewhere."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from flax_asr.hosts import stopping
 
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP")
 SCRIPT = """
 import contextlib, os, signal, sys, time
 from flax_asr.hosts import stopping
@@ -21,24 +23,25 @@ print("end", flush=True)
 """
 
 
-def run(where: str, signals: str) -> subprocess.CompletedProcess:
+def run(where: str, signals: str, *before: str, stderr: int = subprocess.PIPE):
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, where, signals],
-        capture_output=True,
+        [*before, sys.executable, "-c", SCRIPT, where, signals],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         timeout=60,
         check=False,
     )
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", NAMES)
 def test_outside_of_updates_the_process_ends_at_once(name):
     done = run("compiling", name)
     assert (done.returncode, done.stdout) == (75, "")
     assert done.stderr == f"\n{name}: stopped. Run the same command to go on.\n"
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", NAMES)
 def test_among_updates_the_signal_is_noted(name):
     done = run("deferred", name)
     assert (done.returncode, done.stdout) == (0, f"after {name} True\nend\n")
@@ -50,6 +53,30 @@ def test_a_second_signal_ends_the_process_at_once(second):
     done = run("deferred", f"SIGINT,{second}")
     assert (done.returncode, done.stdout) == (75, "after SIGINT True\n")
     assert f"{second} again: stopped at once." in done.stderr
+
+
+@pytest.mark.parametrize("first", NAMES)
+def test_a_closed_terminal_does_not_hurry(first):
+    """One that closes sends SIGHUP twice, by the system and by the shell."""
+    done = run("deferred", f"{first},SIGHUP")
+    assert (done.returncode, done.stdout) == (0, f"after {first} True\nafter SIGHUP True\nend\n")
+
+
+def test_nohup_keeps_a_run_going():
+    done = run("deferred", "SIGHUP", "nohup")
+    assert (done.returncode, done.stdout) == (0, "after SIGHUP False\nend\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_is_noted_where_nobody_reads_what_is_said(name):
+    """As where Ctrl-C ends both the run and a `| tee` behind it."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = run("deferred", name, stderr=write)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stdout) == (0, f"after {name} True\nend\n")
 
 
 def test_afterwards_the_signals_are_as_they_were():

@@ -363,11 +363,21 @@ def test_only_the_top_layers_train_where_asked(norm_comes_last):
 
 
 @pytest.mark.parametrize("changes", [{"hidden_dropout": 0.5}, {"mask_time_prob": 0.5}])
-def test_dropout_and_masks_change_training_from_one_update_to_the_next(changes):
+def test_dropout_and_masks_differ_by_update_micro_batch_and_device(changes):
     config, _, params = _model(mask_time_length=2, **changes)
-    trainer = small_run.Trainer(small_run.objective(config), params, optim={"learning_rate": 1e-12})
-    group = small_run.batch(4, 1, config.vocab_size)
-    assert trainer.update(group).loss != trainer.update(group).loss
+    trainer = small_run.Trainer(small_run.objective(config), params, devices=2)
+    clips = small_run.batch(2, 1, config.vocab_size)
+    (micro,) = trainer.devices.micro_batches(small_run.joined(clips, clips), 2)
+    losses = []
+    for number in range(2):
+        update = trainer.state.replace(step=trainer.devices.replicate(np.int32(number)))
+        sums, before = trainer.devices.zero_sums(update.trainable), 0.0
+        for _ in range(2):
+            sums = trainer.accumulate(update, sums, micro)
+            losses += list(jax.device_get(sums.loss) - before)
+            before = jax.device_get(sums.loss)
+    # Far more than rounding between any two of these eight passes over the same clips.
+    assert np.diff(np.sort(losses)).min() > 1e-4 * max(losses)
 
 
 @pytest.mark.parametrize("mixed_precision", ["fp32", "bf16", "fp16"])

@@ -325,6 +325,21 @@ def test_replicas_are_bit_equal_after_training(updates):
         assert first.tobytes() == second.tobytes()
 
 
+@pytest.mark.parametrize(("bias", "share"), [(100.0, 1.0), (-100.0, 0.0)])
+def test_the_share_of_blanks_is_that_of_the_real_frames(bias, share):
+    config, _, params = _model()
+    params["lm_head"]["bias"][config.pad_token_id] = bias
+    trainer = small_run.Trainer(small_run.objective(config), params, optim=OPTIM)
+    group = small_run.batch(4, 1, config.vocab_size, fillers=1)
+    assert trainer.update(group).blank_fraction == share
+
+
+def test_of_equally_likely_symbols_the_first_counts():
+    logits = np.random.default_rng(0).integers(0, 3, (3, 50, 7)).astype(np.float32)
+    logits[0, 0] = -np.inf
+    np.testing.assert_array_equal(step.first_maximum(jnp.asarray(logits)), logits.argmax(-1))
+
+
 def test_the_feature_encoder_has_no_optimiser_state_when_frozen():
     config, _, params = _model()
     trainer = small_run.Trainer(small_run.objective(config), params, optim=OPTIM)

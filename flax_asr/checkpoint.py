@@ -95,6 +95,8 @@ class Checkpoints:
         # What fails is raised here as one message; orbax would print tracebacks of it as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         _quieten_loose_ends()
+        self._link = contextlib.ExitStack()
+        self._reachable = self._link.enter_context(inventory.reachable(self._folder))
         self._writer = _writer()
 
     def save(self, state: PyTree, meta: inventory.Meta) -> None:
@@ -118,7 +120,7 @@ class Checkpoints:
             content = json.dumps(dataclasses.asdict(meta), indent=1, default=str)
             (unfinished / inventory.META).write_text(content + "\n", encoding="utf-8")
             self._writer.save(
-                (unfinished / inventory.STATE).absolute(),
+                self._reachable / unfinished.name / inventory.STATE,
                 args=ocp.args.StandardSave(arrays),
             )
         except _WRITE_ERRORS as error:
@@ -152,6 +154,7 @@ class Checkpoints:
         finally:
             if self._writes:
                 _close(self._writer)
+                self._link.close()
 
     def _publish(self, step: int) -> None:
         unfinished, folder = inventory.unfinished(self._run, step), self._folder / str(step)
@@ -251,11 +254,12 @@ def restore(run: Path, step: int, like: PyTree) -> PyTree:
         CheckpointError: it is the state of another model or optimiser; names the difference.
     """
     template = flax.serialization.to_state_dict(like)
-    folder = (run / inventory.FOLDER / str(step) / inventory.STATE).absolute()
-    with _reader() as checkpointer:
+    saved = run / inventory.FOLDER / str(step)
+    with _reader() as checkpointer, inventory.reachable(saved) as folder:
+        state = folder / inventory.STATE
         shapes = jax.tree.map(_as_stored, template)
-        _check_same(folder, _kinds(shapes), _kinds(_stored(checkpointer, folder)))
-        restored = jax.tree.map(_placed, template, checkpointer.restore(folder, shapes))
+        _check_same(saved, _kinds(shapes), _kinds(_stored(checkpointer, state)))
+        restored = jax.tree.map(_placed, template, checkpointer.restore(state, shapes))
     return flax.serialization.from_state_dict(like, restored)
 
 
@@ -319,13 +323,14 @@ def _host() -> jax.sharding.Sharding:
 
 def _read_model(run: Path, step: int) -> SavedModel:
     meta = inventory.read_meta(run, step)
-    folder = (run / inventory.FOLDER / str(step) / inventory.STATE).absolute()
-    with _reader() as checkpointer:
+    saved = run / inventory.FOLDER / str(step)
+    with _reader() as checkpointer, inventory.reachable(saved) as folder:
+        place = folder / inventory.STATE
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_host()),
-            _stored(checkpointer, folder),
+            _stored(checkpointer, place),
         )
-        state = checkpointer.restore(folder, shapes)
+        state = checkpointer.restore(place, shapes)
     # As `TrainState.scored`; without an average there is nothing under its name.
     averaged = state.get("average", {})
     flat = {**state["trainable"], **state["frozen"], **averaged}
@@ -373,6 +378,6 @@ def _check_same(folder: Path, ours: dict[str, str], theirs: dict[str, str]) -> N
     if differing:
         more = f"; {len(differing) - 3} more" if len(differing) > 3 else ""
         raise errors.CheckpointError(
-            f"{folder.parent} is of another model or optimiser: {'; '.join(differing[:3])}{more}."
+            f"{folder} is of another model or optimiser: {'; '.join(differing[:3])}{more}."
             " Use another --output_dir, or --restart."
         )

@@ -4,8 +4,10 @@ import contextlib
 import json
 import logging
 import math
+import re
 import shutil
-from collections.abc import Collection, Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,23 @@ class Meta:
 def unfinished(run: Path, step: int) -> Path:
     """Where a checkpoint is until it is whole; what a kill leaves there is swept away."""
     return run / FOLDER / f"{UNFINISHED}{step}"
+
+
+@contextlib.contextmanager
+def reachable(folder: Path) -> Iterator[Path]:
+    """The folder by a path that orbax and tensorstore take, a link where it has to be.
+
+    orbax looks for its parts by a pattern that begins with the whole path, and finds none in a
+    folder `[a]`; tensorstore refuses a backslash.
+    """
+    path = folder.absolute()
+    if not re.search(r"[*?\[\\]", str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="flax-asr-") as place:
+        link = Path(place) / "link"
+        link.symlink_to(path)
+        yield link
 
 
 def steps(run: Path) -> list[int]:

@@ -99,6 +99,17 @@ def run(two, tmp_path):
     return pathlib.Path(shutil.copytree(two, tmp_path / "run"))
 
 
+@pytest.mark.parametrize("name", ["rate [1e-4]", "a\\b", "**"])
+def test_a_state_comes_back_from_a_folder_whose_name_is_a_pattern(tmp_path, name):
+    run, state = tmp_path / name, fresh()
+    run.mkdir()
+    save(run, {1: state})
+    seals.verify(run / inventory.FOLDER / "1")
+    assert_equal(checkpoint.restore(run, 1, shapes(state)), state)
+    moved = run.rename(tmp_path / f"moved {name}")
+    assert checkpoint.load_model(moved).step == 1
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_state_comes_back_bit_for_bit_on_any_devices(two, devices):
     wanted = fresh(4, devices)

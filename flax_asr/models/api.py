@@ -331,7 +331,7 @@ class _PretrainedModel:
         return _cast(params, jnp.float32, mask)
 
 
-def _check_shape(name: str, mask: Array, shape: tuple[int, ...], unit: str) -> None:
+def _check_shape(name: str, mask: Array, shape: tuple[Any, ...], unit: str) -> None:
     if mask.shape != shape:
         raise ValueError(f"{name} has the shape {mask.shape}: it must be [batch {unit}], {shape}.")
 

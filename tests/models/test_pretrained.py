@@ -3,6 +3,7 @@ import logging
 
 import flax
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -392,6 +393,16 @@ def test_a_frozen_feature_encoder_changes_gradients_only(model, batch):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(encoder[0]))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(encoder[1]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, still)
+
+
+def test_a_model_is_exported_for_any_number_of_clips(model, batch):
+    audio, mask = batch
+    clips = jax.export.symbolic_shape(f"clips, {SAMPLES}")
+    program = jax.export.export(jax.jit(lambda a, m: model(a, attention_mask=m).logits))(
+        jax.ShapeDtypeStruct(clips, jnp.float32), jax.ShapeDtypeStruct(clips, jnp.int32)
+    )
+    expected = model(audio, attention_mask=mask).logits
+    np.testing.assert_allclose(program.call(audio, mask), expected, atol=1e-5)
 
 
 def test_results_pass_through_jit_and_carry_names_and_numbers(model, batch):

@@ -49,6 +49,7 @@ def command() -> int:
     transformers' configuration classes import torch wherever it is installed: seconds and hundreds
     of megabytes that no command needs. The check of an export has a process of its own.
     """
+    terminal.open_what_was_closed()
     hidden.hide("torch")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that torch is missing
     # Checkpoints are read, and exports checked, on the CPU, whatever device is asked for.

@@ -310,6 +310,20 @@ def test_the_status_is_the_same_where_nobody_reads_the_message(
         stream.flush()
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(closed, tmp_path):
+    """The file that is opened first would take the place of one, and get what is said there."""
+    script = (
+        "import os, sys\n"
+        "from flax_asr import __main__\n"
+        "__main__.main = lambda: int(os.open(sys.argv[1], os.O_CREAT | os.O_RDWR) < 3)\n"
+        "sys.exit(__main__.command())"
+    )
+    words = ["bash", "-c", f'exec "$@" {closed}', "-", sys.executable, "-c", script]
+    done = subprocess.run([*words, str(tmp_path / "file")], check=False)
+    assert done.returncode == 0
+
+
 def test_what_follows_two_dashes_is_no_option():
     words = ["transcribe", "--model", "m", "--train.mixed_precision", "fp32", "--", "-a.wav", "--b"]
     own, options = __main__.split(words)

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import re
+import sys
 from typing import Any
 
 from flax_asr import errors
@@ -32,6 +33,21 @@ def write_what_can_be_written(*streams: Any) -> None:
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")
+
+
+def open_what_was_closed() -> None:
+    """Standard streams that the process began without (`2>&-`, some daemons) lead nowhere.
+
+    Python has none then, and the next file that is opened would get the number that other
+    libraries write their messages to.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number is this
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def is_unread(stream: Any) -> bool:

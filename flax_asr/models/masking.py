@@ -6,7 +6,7 @@ a batch rounds the number of spans of every row; starts are drawn without replac
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 AnyKey = Key[Array, ""] | UInt32[Array, "2"]
 
@@ -47,10 +47,18 @@ def time_mask(
     positions = jnp.arange(frames)
     draws = jax.random.uniform(starts_key, (*lengths.shape, frames))
     draws = jnp.where(positions < places[:, None], draws, 2.0)
-    ranks = jnp.argsort(jnp.argsort(draws, axis=-1), axis=-1)
-    started = jnp.cumsum(ranks < spans[:, None], axis=-1)
+    started = jnp.cumsum(_least(draws, spans), axis=-1)
     ended = jnp.pad(started, ((0, 0), (length, 0)))[:, :frames]
     return started > ended
+
+
+def _least(draws: Float[Array, "batch n"], counts: Int[Array, " batch"]) -> Bool[Array, "batch n"]:
+    """Which are the `counts` least of each row, the first ones where draws are equal."""
+    nth = jnp.maximum(counts - 1, 0)[:, None]
+    greatest = jnp.take_along_axis(jnp.sort(draws, axis=-1, stable=False), nth, axis=-1)
+    below, equal = draws < greatest, draws == greatest
+    still = counts[:, None] - below.sum(axis=-1, keepdims=True)
+    return below | (equal & (jnp.cumsum(equal, axis=-1) <= still))
 
 
 def feature_mask(

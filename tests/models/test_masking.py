@@ -136,3 +136,11 @@ def test_equal_keys_give_equal_masks_and_others_do_not():
     case = CASES["seed recipe, time"]
     np.testing.assert_array_equal(ours(5, *case), ours(5, *case))
     assert (ours(5, *case) != ours(5, *case, first_key=1)).any()
+
+
+def test_starts_are_the_least_draws_the_first_ones_where_they_are_equal():
+    rng = np.random.default_rng(0)
+    draws = rng.integers(0, 6, (200, 17)).astype(np.float32)
+    counts = rng.integers(0, 18, 200)
+    ranks = draws.argsort(axis=-1, kind="stable").argsort(axis=-1)
+    np.testing.assert_array_equal(masking._least(draws, counts), ranks < counts[:, None])

@@ -225,12 +225,17 @@ class Run:
     def _due(self, *intervals: int) -> bool:
         return self.step == self.made.updates or any(self.step % n == 0 for n in intervals)
 
-    def _count(self, update, bar: progress.Progress) -> None:
+    def _count(
+        self,
+        update: tuple[step.Metrics, Sequence[loader.Planned]] | None,
+        bar: progress.Progress,
+    ) -> None:
         """Adds an update's figures to the window; stops the run where they are bad for too long."""
         if update is None:
             return
-        metrics = jax.device_get(update[0])
-        groups = [group for _, group in update[1]]
+        figures, planned = update
+        metrics = jax.device_get(figures)
+        groups = [group for _, group in planned]
         data = self.made.corpus.train
         if metrics.bad_in_a_row >= self.cfg.max_bad_updates:
             ids = [data.ids[row] for group in groups for row in group.rows if row >= 0]

@@ -6,10 +6,8 @@ estimate: they are priced here, pessimistically, from their bytes and operations
 estimate, and the text that is printed says so.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
-import io
 import os
 import re
 import time
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 import jax
 
 from flax_asr import audio, config, errors, parallel, partition, programs, run_folder
-from flax_asr.console import results
+from flax_asr.console import results, terminal
 from flax_asr.estimate import chips, hlo, outlook, workload
 from flax_asr.hosts import cluster
 
@@ -57,16 +55,16 @@ def command(
     cfg = run_folder.resolve(cfg, devices.count)
     work = workload.of(cfg, devices.count)
     people = results.people(json_file)
-    print(_opening(described, devices, work, every_shape), file=people, flush=True)
+    terminal.show(_opening(described, devices, work, every_shape), people)
     with results.writer(json_file) as write:
         compiled: list[outlook.Program] = []
         for job in jobs(cfg, work, devices, every_shape):
             compiled.append(job.compile(described))
             write(compiled[-1].as_json())
-            print(describe_program(compiled[-1], described), file=people, flush=True)
+            terminal.show(describe_program(compiled[-1], described), people)
         seen = outlook.Outlook.of(cfg, work, compiled, described, devices.count)
         write(seen.as_json())
-        _print_outlook(seen, compiled, people, cfg.train.zero_sharding)
+        terminal.show(_describe_outlook(seen, compiled, cfg.train.zero_sharding), people)
 
 
 def describe(described: chips.Slice) -> parallel.Devices:
@@ -246,49 +244,46 @@ def describe_program(program: outlook.Program, described: chips.Slice) -> str:
     return "\n".join(lines)
 
 
-def _print_outlook(
-    seen: outlook.Outlook,
-    compiled: Sequence[outlook.Program],
-    people: io.TextIOBase,
-    zero_sharding: bool,
-) -> None:
-    with contextlib.redirect_stdout(people):
-        print("\nmemory of a device:")
-        for name, size in seen.held_bytes.items():
-            print(f"  {name:36s} {size / GIB:7.2f} GiB")
-        total, there = seen.peak_bytes / GIB, seen.described.hbm_bytes / GIB
-        verdict = "fits" if seen.fits else "DOES NOT FIT"
-        print(f"  together {total:.2f} of {there:.2f} GiB: {verdict}")
-        spared = f"train.zero_sharding {{}} {seen.zero_sharding_bytes / GIB:.2f} GiB of a device"
-        if seen.zero_sharding_bytes:
-            print(f"  {spared.format('saves' if zero_sharding else 'would save')}")
-        print(
-            f"  largest train.per_device_train_batch_size: about {seen.largest_rows}"
-            " (linear in the batch, not compiled)"
+def _describe_outlook(
+    seen: outlook.Outlook, compiled: Sequence[outlook.Program], zero_sharding: bool
+) -> str:
+    total, there = seen.peak_bytes / GIB, seen.described.hbm_bytes / GIB
+    verdict = "fits" if seen.fits else "DOES NOT FIT"
+    lines = [
+        "\nmemory of a device:",
+        *(f"  {name:36s} {size / GIB:7.2f} GiB" for name, size in seen.held_bytes.items()),
+        f"  together {total:.2f} of {there:.2f} GiB: {verdict}",
+    ]
+    if seen.zero_sharding_bytes:
+        saves = "saves" if zero_sharding else "would save"
+        size = seen.zero_sharding_bytes / GIB
+        lines.append(f"  train.zero_sharding {saves} {size:.2f} GiB of a device")
+    lines.append(
+        f"  largest train.per_device_train_batch_size: about {seen.largest_rows}"
+        " (linear in the batch, not compiled)"
+    )
+    if not seen.fits:
+        lines.append(
+            "  ways out: a smaller train.per_device_train_batch_size,"
+            " train.gradient_checkpointing true, a lower data.max_seconds, a larger slice"
         )
-        if not seen.fits:
-            print(
-                "  ways out: a smaller train.per_device_train_batch_size,"
-                " train.gradient_checkpointing true, a lower data.max_seconds, a larger slice"
-            )
-        if seen.update_seconds is None:
-            return
-        print(
-            f"\nan update: {1e3 * seen.update_seconds:.1f} ms on average,"
-            f" {100 * seen.peak_share:.0f} % of peak,"
-            f" {seen.audio_seconds / seen.update_seconds:.0f} hours of audio an hour"
-        )
-        if seen.hours is None:
-            print("the run: no estimate of its hours, the number of clips is not known")
-        else:
-            print(f"the run: {seen.updates} updates, {seen.hours:.2f} hours on the TPU")
-        print(
-            f"compilation: {seen.compile_seconds:.0f} s here, {seen.compile_cpu_seconds:.0f} s of"
-            f" processor time, for {len(compiled)} programs; a run compiles {seen.programs}"
-        )
-        print(
-            "Not counted: saving, waiting for data, the pass of data.cache_features, what runs"
-            f" beside the arithmetic. Parts that end in{outlook.NO_ESTIMATE} are upper bounds of"
-            " ours, the others the compiler's guess;"
-            " shapes that were not compiled are taken to cost in proportion to their FLOPs."
-        )
+    if seen.update_seconds is None:
+        return "\n".join(lines)
+    lines.append(
+        f"\nan update: {1e3 * seen.update_seconds:.1f} ms on average,"
+        f" {100 * seen.peak_share:.0f} % of peak,"
+        f" {seen.audio_seconds / seen.update_seconds:.0f} hours of audio an hour"
+    )
+    if seen.hours is None:
+        lines.append("the run: no estimate of its hours, the number of clips is not known")
+    else:
+        lines.append(f"the run: {seen.updates} updates, {seen.hours:.2f} hours on the TPU")
+    lines += [
+        f"compilation: {seen.compile_seconds:.0f} s here, {seen.compile_cpu_seconds:.0f} s of"
+        f" processor time, for {len(compiled)} programs; a run compiles {seen.programs}",
+        "Not counted: saving, waiting for data, the pass of data.cache_features, what runs"
+        f" beside the arithmetic. Parts that end in{outlook.NO_ESTIMATE} are upper bounds of"
+        " ours, the others the compiler's guess;"
+        " shapes that were not compiled are taken to cost in proportion to their FLOPs.",
+    ]
+    return "\n".join(lines)

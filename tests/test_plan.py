@@ -1,5 +1,6 @@
 """Planning a run: the arithmetic on programs of ours, the whole command on the CPU's compiler."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import pytest
 import soundfile
 
 from flax_asr import __main__, config, corpora, errors, experiment, parallel, partition, plan
+from flax_asr.console import terminal
 from flax_asr.data import prepare
 from flax_asr.estimate import chips, flops, hlo, outlook, workload
 from flax_asr.models import wav2vec2
@@ -543,3 +545,10 @@ def test_equal_layers_share_their_code_on_tpu(topology):
         return compiled.memory_analysis().generated_code_size_in_bytes
 
     assert code_bytes(16) < 2 * code_bytes(4)
+
+
+def test_what_a_full_disk_does_not_take_is_one_message(compiled_at_once):
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        with pytest.raises(errors.ConfigError, match="the output cannot be written: No space left"):
+            plan.command(tiny(train={"global_batch_size": 4}), "v5e:2x4", None)
+        terminal.leave(full)

@@ -18,6 +18,7 @@ from flax_asr import (
     experiment,
     feature_cache,
     inventory,
+    kept_programs,
     origins,
     parallel,
     programs,
@@ -200,8 +201,9 @@ class Assembly:
     def compile(self, folder: Path) -> Programs:
         """Compiles every step in every shape, largest first; nothing is compiled later.
 
-        Compiled programs are kept in `folder`.
+        Compiled programs are kept in `folder`; damaged ones that are there are compiled again.
         """
+        kept_programs.discard_damaged(folder)
         begin = 0 if self.past is None else self.past.step
         jobs = programs.jobs(
             programs.Steps(

@@ -1,0 +1,58 @@
+"""Compiled programs as JAX keeps them for the next start: what a kill left half written goes.
+
+JAX writes an entry in place, and never again while its file is there. So one that was cut short by
+a kill or a full disk, or has changed since, would be warned of and compiled anew at every start.
+"""
+
+import concurrent.futures
+import contextlib
+import logging
+import zlib
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_ENTRIES = "*-cache"  # jax/_src/lru_cache.py
+_BYTES_AT_ONCE = 2**16
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"
+
+
+def discard_damaged(folder: Path) -> None:
+    """Removes the entries of a folder that cannot be unpacked, and says how many.
+
+    To be called before JAX reads them. Entries are packed by zlib, whose checksum tells; those that
+    JAX packs by Zstandard, where that is installed, are left as they are.
+    """
+    entries = sorted(folder.glob(_ENTRIES))
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        damaged = [
+            entry
+            for entry, whole in zip(entries, threads.map(_is_whole, entries), strict=True)
+            if not whole
+        ]
+    for entry in damaged:
+        with contextlib.suppress(OSError):
+            entry.unlink()
+    if damaged:
+        logger.warning(
+            "warning: %d of %d compiled programs in %s were damaged or half written: they are"
+            " compiled again.",
+            len(damaged),
+            len(entries),
+            folder,
+        )
+
+
+def _is_whole(entry: Path) -> bool:
+    unpacked = zlib.decompressobj()
+    try:
+        with entry.open("rb") as file:
+            piece = file.read(_BYTES_AT_ONCE)
+            if piece.startswith(_ZSTANDARD):
+                return True
+            while piece:
+                unpacked.decompress(piece)
+                piece = file.read(_BYTES_AT_ONCE)
+    except (OSError, zlib.error):
+        return False
+    return unpacked.eof

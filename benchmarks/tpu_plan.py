@@ -58,7 +58,8 @@ def workload_of(cfg: config.Config, seconds: float, devices: int) -> workload.Wo
     """The planned workload with exactly so many samples and labels, and without evaluation."""
     work = workload.of(cfg, devices)
     exact = experiment.Shapes((int(seconds * SAMPLE_RATE_HZ),), (TOKENS,))
-    return dataclasses.replace(work, train_shapes=exact, eval_shapes=experiment.Shapes((), ()))
+    data = work.data._replace(train_shapes=exact, eval_shapes=experiment.Shapes((), ()))
+    return dataclasses.replace(work, data=data)
 
 
 def main():
@@ -114,7 +115,7 @@ def main():
     print(f"{1e3 * seconds:.1f} ms, {100 * share:.0f} % of peak ({count:.3g} FLOPs)")
     print("\ncycles worth its FLOPs at peak, by part:")
     counted = flops.gradient(
-        work.objective.config, arguments.rows, work.train_shapes.samples[0], work.is_trained
+        work.objective.config, arguments.rows, work.data.train_shapes.samples[0], work.is_trained
     )
     for part, count in counted.items():
         ideal = count / described.flops * described.chip.clock_hz

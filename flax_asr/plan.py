@@ -62,7 +62,7 @@ def command(
             compiled.append(job.compile(described))
             write(compiled[-1].as_json())
             terminal.show(describe_program(compiled[-1], described), people)
-        seen = outlook.Outlook.of(cfg, work, compiled, described, devices.count)
+        seen = outlook.Outlook.of(cfg, work, compiled, described)
         write(seen.as_json())
         terminal.show(_describe_outlook(seen, compiled, cfg.train.zero_sharding), people)
 
@@ -167,7 +167,7 @@ def jobs(
     every_shape: bool = False,
 ) -> Iterator[Job]:
     """The pmapped functions of the run, in every shape or in their largest ones."""
-    updates = workload.PLANNED_UPDATES if work.updates is None else work.updates
+    updates = workload.PLANNED_UPDATES if work.data.updates is None else work.data.updates
     found = programs.jobs(work.steps(cfg), devices, (0, updates - 1))
     held = work.state_bytes
     if ("update", 0) in found:  # which the sums outlive the micro-batches for
@@ -208,8 +208,8 @@ def _opening(
         f"{described.name}: {described.chips} chips, {devices.count} devices of"
         f" {described.hbm_bytes / GIB:.2f} GiB and {described.flops / 1e12:.0f} TFLOP/s in bf16.",
         "Compiled with the real TPU compiler, never run: what follows is an estimate.",
-        *(f"guessed: {guess}" for guess in work.guesses),
-        f"train shapes (seconds): {_seconds(work.train_shapes.samples)}; {what} compiled.",
+        *(f"guessed: {guess}" for guess in work.data.guesses),
+        f"train shapes (seconds): {_seconds(work.data.train_shapes.samples)}; {what} compiled.",
     ]
     if chip.devices > 1:
         lines.append(f"A {chip.name} machine may show its {chip.devices} cores as one device.")

@@ -121,19 +121,19 @@ def test_parts_add_up_with_bounds_on_their_own_lines():
 
 def test_guessed_shapes_reach_the_longest_clip_in_whole_multiples_of_frames():
     work = workload.of(tiny(data={"max_seconds": 7.3, "num_buckets": 3}), 2)
-    samples = work.train_shapes.samples
+    samples = work.data.train_shapes.samples
     assert len(samples) == 3
     assert 7.3 * 16_000 <= samples[-1] < 7.3 * 16_000 + 17 * 160
     assert all(wav2vec2.frame_lengths(work.objective.config, n) % 16 == 0 for n in samples)
     gaps = np.diff([0, *samples])
     assert max(gaps) - min(gaps) <= 2 * 16 * 160
-    assert all(n % 8 == 0 for n in work.train_shapes.tokens)
-    scored = work.eval_shapes.samples
+    assert all(n % 8 == 0 for n in work.data.train_shapes.tokens)
+    scored = work.data.eval_shapes.samples
     assert len(scored) == 2  # half as many, rounded up
     assert scored[-1] == samples[-1]
-    assert work.updates == 100
-    assert sum(work.train_portions) == pytest.approx(1)
-    assert any("labels a second" in guess for guess in work.guesses)
+    assert work.data.updates == 100
+    assert sum(work.data.train_portions) == pytest.approx(1)
+    assert any("labels a second" in guess for guess in work.data.guesses)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_the_vocabulary_is_guessed_from_the_language(sections, symbols):
     work = workload.of(tiny(**sections), 2)
     assert work.objective.config.vocab_size == symbols
     assert work.state.trainable["lm_head/kernel"].shape == (16, symbols)
-    assert any(f"{symbols} symbols" in guess for guess in work.guesses)
+    assert any(f"{symbols} symbols" in guess for guess in work.data.guesses)
 
 
 def test_a_well_known_encoder_is_planned_without_its_weights():
@@ -193,20 +193,22 @@ def prepared(tmp_path) -> config.Config:
 def test_prepared_data_take_the_place_of_guesses(prepared):
     assert workload.is_prepared(prepared)
     work = workload.of(prepared, 2)
-    assert work.guesses == ()
-    assert work.updates == 3 * 2  # ten clips in updates of eight
+    assert work.data.guesses == ()
+    assert work.data.updates == 3 * 2  # ten clips in updates of eight
     corpus = corpora.prepared(prepared, workload.origin(prepared.model))
     assert work.objective.config.vocab_size == corpus.vocabulary.size
     expected = experiment.shapes(prepared, work.objective.config, [corpus.train])
-    assert (work.train_shapes.samples, work.train_shapes.tokens) == (
+    assert (work.data.train_shapes.samples, work.data.train_shapes.tokens) == (
         expected.samples,
         expected.tokens,
     )
     scored = list(corpus.scored().values())
-    assert work.eval_shapes == experiment.scoring_shapes(prepared, work.objective.config, scored)
-    assert len(work.eval_shapes.samples) == 1  # of two buckets
-    assert work.audio_seconds == pytest.approx(sum(0.5 + 0.125 * n for n in range(10)) / 2)
-    assert sum(work.scored_groups["eval"]) == 1
+    assert work.data.eval_shapes == experiment.scoring_shapes(
+        prepared, work.objective.config, scored
+    )
+    assert len(work.data.eval_shapes.samples) == 1  # of two buckets
+    assert work.data.audio_seconds == pytest.approx(sum(0.5 + 0.125 * n for n in range(10)) / 2)
+    assert sum(work.data.scored_groups["eval"]) == 1
 
 
 def test_data_that_are_not_decoded_are_not_touched(prepared, tmp_path):
@@ -214,7 +216,7 @@ def test_data_that_are_not_decoded_are_not_touched(prepared, tmp_path):
         prepared, data=dataclasses.replace(prepared.data, prepared_dir=str(tmp_path / "new"))
     )
     assert not workload.is_prepared(elsewhere)
-    assert workload.of(elsewhere, 2).guesses != ()
+    assert workload.of(elsewhere, 2).data.guesses != ()
     assert not (tmp_path / "new").exists()
 
 
@@ -231,9 +233,15 @@ def test_moments_that_are_cut_take_their_share_of_the_memory():
 # Outlook
 
 
+def unscored(cfg: config.Config) -> workload.Workload:
+    work = workload.of(cfg, 2)
+    nothing = experiment.Shapes((), ())
+    return dataclasses.replace(work, data=work.data._replace(eval_shapes=nothing))
+
+
 def programs(work, temporary: int = 3 * 2**30):
     state = partition.tree_bytes(work.state)
-    samples = work.train_shapes.largest[0]
+    samples = work.data.train_shapes.largest[0]
     return [
         outlook.Program(
             "accumulate", 2, samples, 4_000, {"CTC": 3e9}, state + 300, temporary, 10, None, 60.0
@@ -244,8 +252,8 @@ def programs(work, temporary: int = 3 * 2**30):
 
 def test_an_update_is_its_micro_batches_and_one_move_of_the_parameters():
     cfg = tiny(data={"num_buckets": 1})
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
-    seen = outlook.Outlook.of(cfg, work, programs(work), V5E, device_count=2)
+    work = unscored(cfg)
+    seen = outlook.Outlook.of(cfg, work, programs(work), V5E)
     assert seen.update_seconds == pytest.approx(2 * 2.0 + 1.0)
     assert seen.peak_share == pytest.approx(2 * 4_000 / 5.0 / 197e12)
     assert seen.hours == pytest.approx(100 * 5.0 / 3600)
@@ -254,14 +262,13 @@ def test_an_update_is_its_micro_batches_and_one_move_of_the_parameters():
 
 def test_an_update_of_one_program_moves_the_parameters_at_the_same_cost_in_every_shape():
     cfg = tiny(train={"global_batch_size": 4})
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
+    work = unscored(cfg)
     accumulate, update = programs(work)
     both = dataclasses.replace(
         accumulate, function="update_from", by_part={**accumulate.by_part, **update.by_part}
     )
     apart, together = (
-        outlook.Outlook.of(cfg, work, found, V5E, device_count=2)
-        for found in ([accumulate, update], [both])
+        outlook.Outlook.of(cfg, work, found, V5E) for found in ([accumulate, update], [both])
     )
     assert together.update_seconds == pytest.approx(apart.update_seconds)
     assert together.held_bytes["gradient sums"] == 0
@@ -271,21 +278,21 @@ def test_an_update_of_one_program_moves_the_parameters_at_the_same_cost_in_every
 
 def test_smaller_shapes_cost_in_proportion_to_their_operations():
     cfg = tiny()
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
-    seen = outlook.Outlook.of(cfg, work, programs(work), V5E, device_count=2)
-    short, long = work.train_shapes.samples
+    work = unscored(cfg)
+    seen = outlook.Outlook.of(cfg, work, programs(work), V5E)
+    short, long = work.data.train_shapes.samples
     ratio = short / long  # products grow with the length, attention with its square
     assert 1.0 + 4.0 * (1 + ratio**2) / 2 < seen.update_seconds < 1.0 + 4.0 * (1 + ratio) / 2
 
 
 def test_a_shape_that_was_compiled_costs_what_the_compiler_says():
     cfg = tiny()
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
+    work = unscored(cfg)
     accumulate, update = programs(work)
     short = dataclasses.replace(
-        accumulate, samples=work.train_shapes.samples[0], by_part={"CTC": 2.4e9}, code_bytes=30
+        accumulate, samples=work.data.train_shapes.samples[0], by_part={"CTC": 2.4e9}, code_bytes=30
     )
-    seen = outlook.Outlook.of(cfg, work, [accumulate, short, update], V5E, device_count=2)
+    seen = outlook.Outlook.of(cfg, work, [accumulate, short, update], V5E)
     assert seen.update_seconds == pytest.approx(2 * (2.0 + 1.6) / 2 + 1.0)
     assert seen.held_bytes["programs"] == 10 + 30 + 20
     assert seen.programs == 3
@@ -293,10 +300,10 @@ def test_a_shape_that_was_compiled_costs_what_the_compiler_says():
 
 def test_updates_of_the_head_alone_have_a_cost_of_their_own():
     cfg = tiny(data={"num_buckets": 1}, model={"config": TINY, "freeze_encoder_steps": 40})
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
+    work = unscored(cfg)
     accumulate, update = programs(work)
     head = dataclasses.replace(accumulate, function="accumulate_head", by_part={"CTC": 0.75e9})
-    seen = outlook.Outlook.of(cfg, work, [accumulate, head, update], V5E, device_count=2)
+    seen = outlook.Outlook.of(cfg, work, [accumulate, head, update], V5E)
     assert seen.update_seconds == pytest.approx(5.0)
     assert seen.hours == pytest.approx((40 * (2 * 0.5 + 1.0) + 60 * 5.0) / 3600)
     assert seen.programs == 3
@@ -304,10 +311,10 @@ def test_updates_of_the_head_alone_have_a_cost_of_their_own():
 
 def test_a_run_may_end_before_the_encoder_is_trained():
     cfg = tiny(data={"num_buckets": 1}, model={"config": TINY, "freeze_encoder_steps": 100})
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
+    work = unscored(cfg)
     accumulate, update = programs(work)
     head = dataclasses.replace(accumulate, function="accumulate_head")
-    seen = outlook.Outlook.of(cfg, work, [head, update], V5E, device_count=2)
+    seen = outlook.Outlook.of(cfg, work, [head, update], V5E)
     assert seen.hours == pytest.approx(100 * 5.0 / 3600)
 
 
@@ -322,22 +329,22 @@ def test_the_gradient_of_the_head_alone_is_a_forward_pass_and_one_product():
 
 def test_memory_counts_what_is_there_at_once_and_the_batch_that_fits_follows():
     cfg = tiny(data={"num_buckets": 1})
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
-    seen = outlook.Outlook.of(cfg, work, programs(work), V5E, device_count=2)
+    work = unscored(cfg)
+    seen = outlook.Outlook.of(cfg, work, programs(work), V5E)
     state = partition.tree_bytes(work.state)
     assert seen.peak_bytes == state + 300 + 3 * 2**30 + 10 + 20
     assert seen.fits
     assert seen.largest_rows == 10  # 15.75 GiB at 1.5 GiB a clip
     crowded = programs(work, temporary=16 * 2**30)
-    assert not outlook.Outlook.of(cfg, work, crowded, V5E, 2).fits
+    assert not outlook.Outlook.of(cfg, work, crowded, V5E).fits
 
 
 def test_a_program_that_the_compiler_refused_leaves_no_times():
     cfg = tiny(data={"num_buckets": 1})
-    work = dataclasses.replace(workload.of(cfg, 2), eval_shapes=experiment.Shapes((), ()))
+    work = unscored(cfg)
     accumulate, update = programs(work)
     refused = dataclasses.replace(accumulate, by_part={}, refused="RESOURCE_EXHAUSTED: 90.00G")
-    seen = outlook.Outlook.of(cfg, work, [refused, update], V5E, 2)
+    seen = outlook.Outlook.of(cfg, work, [refused, update], V5E)
     assert not seen.fits
     assert (seen.update_seconds, seen.hours, seen.peak_share) == (None, None, None)
     json.dumps(seen.as_json())

@@ -154,10 +154,9 @@ class Outlook:
         work: workload.Workload,
         programs: Sequence[Program],
         described: chips.Slice,
-        device_count: int,
     ) -> "Outlook":
         """Everything from the compiled programs; other shapes cost in proportion to FLOPs."""
-        times = _Times(cfg, work, programs, described, device_count)
+        times = _Times(cfg, work, programs, described)
         kinds = ("update_from", "accumulate", "accumulate_head")
         learn = next(program for kind in kinds if (program := times.largest(kind)))
         held = _held_bytes(work, programs)
@@ -180,8 +179,8 @@ class Outlook:
             head_update_seconds=head_seconds,
             head_updates=cfg.model.freeze_encoder_steps,
             peak_share=share,
-            audio_seconds=work.audio_seconds,
-            updates=work.updates,
+            audio_seconds=work.data.audio_seconds,
+            updates=work.data.updates,
             evaluation_seconds=scored,
             programs=sum(_shapes(work, name) for name in {p.function for p in programs}),
             compile_seconds=sum(program.compile_seconds for program in programs),
@@ -263,7 +262,8 @@ def _shapes(work: workload.Workload, function: str) -> int:
     """In how many shapes a run compiles it."""
     if function == "update":
         return 1
-    return len((work.eval_shapes if function == "evaluate" else work.train_shapes).samples)
+    data = work.data
+    return len((data.eval_shapes if function == "evaluate" else data.train_shapes).samples)
 
 
 class _Times:
@@ -275,10 +275,8 @@ class _Times:
         work: workload.Workload,
         programs: Sequence[Program],
         described: chips.Slice,
-        device_count: int,
     ) -> None:
         self._cfg, self._work, self._described = cfg, work, described
-        self._devices = device_count
         self._programs = {(program.function, program.samples): program for program in programs}
 
     def largest(self, function: str) -> Program | None:
@@ -294,31 +292,32 @@ class _Times:
             move = largest.by_part.get("optimiser", 0.0)
         else:
             move = self._programs["update", 0].cycles
-        shapes = self._work.train_shapes.samples
-        mean = np.dot(self._cycles(function, shapes, move), self._work.train_portions)
+        data = self._work.data
+        mean = np.dot(self._cycles(function, data.train_shapes.samples, move), data.train_portions)
         return float(self._micro_batches(largest) * mean + move) / self._described.chip.clock_hz
 
     def update_flops(self, function: str) -> float:
         """Of a device."""
-        largest, shapes = self.largest(function), self._work.train_shapes.samples
-        mean = np.dot([self._share(largest, n) for n in shapes], self._work.train_portions)
+        largest, data = self.largest(function), self._work.data
+        shares = [self._share(largest, samples) for samples in data.train_shapes.samples]
+        mean = np.dot(shares, data.train_portions)
         return self._micro_batches(largest) * largest.flops * float(mean)
 
     def evaluation_seconds(self) -> float | None:
         """Of all evaluations of the run; None where their number or the data are not known."""
-        work = self._work
-        if self.largest("evaluate") is None or None in (work.updates, work.scored_groups):
+        data = self._work.data
+        if self.largest("evaluate") is None or None in (data.updates, data.scored_groups):
             return None
-        passes = {"eval": -(-work.updates // self._cfg.train.eval_steps), "test": 1}
-        cycles = self._cycles("evaluate", work.eval_shapes.samples)
+        passes = {"eval": -(-data.updates // self._cfg.train.eval_steps), "test": 1}
+        cycles = self._cycles("evaluate", data.eval_shapes.samples)
         total = sum(
             passes[name] * float(np.dot(cycles, groups))
-            for name, groups in work.scored_groups.items()
+            for name, groups in data.scored_groups.items()
         )
         return total / self._described.chip.clock_hz
 
     def _micro_batches(self, program: Program) -> int:
-        return self._cfg.train.global_batch_size // (self._devices * program.rows)
+        return self._cfg.train.global_batch_size // (self._work.device_count * program.rows)
 
     def _cycles(self, function: str, shapes: Sequence[int], move: float = 0.0) -> list[float]:
         """Of a call in each of these shapes, without what moves the parameters."""

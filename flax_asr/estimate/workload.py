@@ -63,6 +63,31 @@ Source: their config.json on the Hugging Face hub.
 """
 
 
+class Data(NamedTuple):
+    """What the data decide of a run, measured or guessed.
+
+    Attributes:
+        symbols: size of the vocabulary.
+        train_shapes: of training.
+        train_portions: share of the micro-batches that each of them has.
+        eval_shapes: of scoring, empty if nothing is scored.
+        scored_groups: groups of each shape in a pass over the eval and test splits, by name; None
+            without data.
+        audio_seconds: audio of an update.
+        updates: of the run, None where it cannot be known.
+        guesses: what was guessed, in words.
+    """
+
+    symbols: int
+    train_shapes: experiment.Shapes
+    train_portions: tuple[float, ...]
+    eval_shapes: experiment.Shapes
+    scored_groups: dict[str, tuple[int, ...]] | None
+    audio_seconds: float
+    updates: int | None
+    guesses: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a run computes, without any of its numbers.
@@ -74,14 +99,7 @@ class Workload:
         device_count: how many they are.
         rule: how an update moves the parameters.
         is_trained: whether the parameter of a path gets a gradient.
-        train_shapes: of training.
-        train_portions: share of the micro-batches that each of them has.
-        eval_shapes: of scoring, empty if nothing is scored.
-        scored_groups: groups of each shape in a pass over the eval and test splits, by name; None
-            without data.
-        audio_seconds: audio of an update.
-        updates: of the run, None where it cannot be known.
-        guesses: what was guessed, in words.
+        data: what its data decide.
     """
 
     objective: criterion.Objective
@@ -90,13 +108,7 @@ class Workload:
     device_count: int
     rule: step.Rule
     is_trained: Callable[[str], bool]
-    train_shapes: experiment.Shapes
-    train_portions: tuple[float, ...]
-    eval_shapes: experiment.Shapes
-    scored_groups: dict[str, tuple[int, ...]] | None
-    audio_seconds: float
-    updates: int | None
-    guesses: tuple[str, ...]
+    data: Data
 
     @property
     def state_bytes(self) -> int:
@@ -118,8 +130,8 @@ class Workload:
             self.rule,
             self.layout,
             self.state,
-            self.train_shapes,
-            self.eval_shapes,
+            self.data.train_shapes,
+            self.data.eval_shapes,
         )
 
     def flops(self, function: str, rows: int, samples: int) -> int:
@@ -177,27 +189,8 @@ def of(cfg: config.Config, device_count: int) -> Workload:
         device_count=device_count,
         rule=rule,
         is_trained=optim.trainable(cfg.model, model_config),
-        train_shapes=data.train_shapes,
-        train_portions=data.train_portions,
-        eval_shapes=data.eval_shapes,
-        scored_groups=data.scored_groups,
-        audio_seconds=data.audio_seconds,
-        updates=data.updates,
-        guesses=data.guesses,
+        data=data,
     )
-
-
-class _Data(NamedTuple):
-    """What the data decide of a `Workload`, and the size of the vocabulary."""
-
-    symbols: int
-    train_shapes: experiment.Shapes
-    train_portions: tuple[float, ...]
-    eval_shapes: experiment.Shapes
-    scored_groups: dict[str, tuple[int, ...]] | None
-    audio_seconds: float
-    updates: int | None
-    guesses: tuple[str, ...]
 
 
 def origin(model: config.ModelConfig) -> origins.Origin:
@@ -220,7 +213,7 @@ def is_prepared(cfg: config.Config) -> bool:
 
 def _measured(
     cfg: config.Config, start: origins.Origin, corpus: corpora.Corpus, device_count: int
-) -> _Data:
+) -> Data:
     train, scored = cfg.train, corpus.scored()
     train_shapes = experiment.shapes(
         cfg, start.model_config, [corpus.train], cfg.data.augment.fastest
@@ -231,7 +224,7 @@ def _measured(
     epoch = plan.updates_per_epoch
     counted = collections.Counter(group.shape for u in range(epoch) for group in plan.update(u))
     portions = [counted[shape] / counted.total() for shape in range(len(train_shapes.samples))]
-    return _Data(
+    return Data(
         symbols=corpus.vocabulary.size,
         train_shapes=train_shapes,
         train_portions=tuple(portions),
@@ -252,7 +245,7 @@ def _groups(samples, shapes, train: config.TrainConfig, device_count: int) -> tu
     return tuple(counted[shape] for shape in range(len(shapes)))
 
 
-def _guessed(cfg: config.Config, start: origins.Origin) -> _Data:
+def _guessed(cfg: config.Config, start: origins.Origin) -> Data:
     data, train = cfg.data, cfg.train
     shapes = even_shapes(data.max_seconds, data.num_buckets, start.model_config)
     symbols, reason = _symbols(cfg, start)
@@ -262,7 +255,7 @@ def _guessed(cfg: config.Config, start: origins.Origin) -> _Data:
             data.max_seconds, experiment.scoring_buckets(data.num_buckets), start.model_config
         )
     seconds = float(np.mean(shapes.samples)) / audio.SAMPLE_RATE_HZ
-    return _Data(
+    return Data(
         symbols=symbols,
         train_shapes=shapes,
         train_portions=(1 / len(shapes.samples),) * len(shapes.samples),

@@ -1,4 +1,4 @@
-"""JSON objects in small files of strangers: settings of a model, its symbols, its history."""
+"""JSON objects in files of strangers: settings of a model, its symbols, its history."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,30 @@ from flax_asr import errors
 _MOST_BYTES = 64 * 2**20
 
 
+def parse(content: bytes) -> dict[str, Any]:
+    """An object of UTF-8 text, in which every name stands once.
+
+    Raises:
+        ValueError: says what it is instead.
+    """
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, not a JSON object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
 def read(path: Path) -> dict[str, Any] | None:
-    """What a file holds; None where there is no such file.
+    """What a small file holds; None where there is no such file.
 
     Raises:
         ModelError: it cannot be read, is larger than 64 MiB, or holds no JSON object.
@@ -21,9 +43,6 @@ def read(path: Path) -> dict[str, Any] | None:
         size = path.stat().st_size
         if size > _MOST_BYTES:
             raise errors.ModelError(f"{path}: {size} bytes are too many for such a file.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parse(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise errors.ModelError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise errors.ModelError(f"{path} holds a {type(content).__name__}, not a JSON object.")
-    return content

@@ -17,6 +17,7 @@ def test_an_object_is_read_and_no_file_is_none(tmp_path):
         (b"[1]", "holds a list, not a JSON object"),
         (b"{", "cannot be read: Expecting property name"),
         (b"\xff{}", "cannot be read: 'utf-8' codec"),
+        (b'{"a": 1, "a": 2}', "cannot be read: a name stands twice"),
         (b"[" * 100_000, "cannot be read: maximum recursion depth"),
         (b" " * (64 * 2**20 + 1), "67108865 bytes are too many"),
     ],

@@ -316,7 +316,7 @@ class _PretrainedModel:
         types = {tensor.dtype.name for tensor in tensors.values()}
         stored.dtype = types.pop() if len(types) == 1 else "float32"
         weights.write(save_directory, tensors)
-        weights.write_config(Path(save_directory), stored.to_json_string(use_diff=False))
+        configuration.write(Path(save_directory), stored)
 
     def to_bf16(self, params: Mapping[str, Any], mask: Any = None) -> pretrained.Tree:
         """`params` in bfloat16, where `mask` (a tree of booleans) is true."""

@@ -4,19 +4,21 @@ transformers is imported inside of functions: it imports torch where it can.
 """
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_asr import errors
-from flax_asr.models import weights
+from flax_asr import errors, json_object
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config
 
 
-# What a config.json can ask of PyTorch's loader: a type, kernels or code from elsewhere. It means
-# nothing here, and would go on into what we export.
+_FILE = "config.json"
+
+# What it can ask of PyTorch's loader: a type, kernels or code from elsewhere. It means nothing
+# here, and would go on into what we export.
 _NOT_OURS = frozenset(
     "dtype torch_dtype quantization_config auto_map custom_pipelines num_labels id2label label2id"
     " attn_implementation _attn_implementation _attn_implementation_internal"
@@ -35,7 +37,12 @@ def read(folder: Path) -> "Wav2Vec2Config":
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Wav2Vec2Config
 
-    content = weights.read_config(folder)
+    path = folder / _FILE
+    content = json_object.read(path)
+    if content is None:
+        export = folder / "export"
+        there = f" Its model is in {export}." if (export / _FILE).is_file() else ""
+        raise errors.ModelError(f"{folder} has no {_FILE}: it is not a model's folder.{there}")
     kind = content.get("model_type")
     if kind != Wav2Vec2Config.model_type:
         raise errors.ModelError(
@@ -47,11 +54,26 @@ def read(folder: Path) -> "Wav2Vec2Config":
         for size in value if isinstance(value, list) else [value]:
             most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
             if isinstance(size, int) and abs(size) > most:
-                raise errors.ModelError(f"{folder / 'config.json'}: {key} is {size!r:.40}.")
+                raise errors.ModelError(f"{path}: {key} is {size!r:.40}.")
     try:
         return Wav2Vec2Config(**content)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise errors.ModelError(f"{folder / 'config.json'}: {error}") from error
+        raise errors.ModelError(f"{path}: {error}") from error
+
+
+def write(folder: Path, config: "Wav2Vec2Config") -> None:
+    """Writes config.json with every field, whole or not at all.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+    path = folder / _FILE
+    part = path.with_name(f".{_FILE}.{os.getpid()}.part")
+    try:
+        part.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise errors.ModelError(f"{path} cannot be written: {error}.") from error
 
 
 def override(config: "Wav2Vec2Config", changes: Mapping[str, Any]) -> None:

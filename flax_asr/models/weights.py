@@ -1,11 +1,10 @@
-"""Weight files and configurations of models, read and written.
+"""Weight files of models, read and written.
 
 Read are safetensors and torch's zip (one file or several with an index) and Flax's msgpack, all
 with torch's names; written is safetensors. Nothing in a file is trusted: no code is run, and sizes
 that a header states are compared with the file's before memory is taken.
 """
 
-import json
 import math
 import os
 import zipfile
@@ -16,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flax_asr import errors
+from flax_asr import errors, json_object
 from flax_asr.models import convert, torch_pickle
 
 SAFETENSORS = "model.safetensors"
@@ -42,7 +41,6 @@ SAFETENSORS_DTYPES = {
 MAX_HEADER_BYTES = 100_000_000
 # XLS-R 2B's program has 0.2 MB.
 MAX_PROGRAM_BYTES = 16_000_000
-MAX_INDEX_BYTES = 16_000_000
 
 Tensors = dict[str, np.ndarray]
 
@@ -57,21 +55,6 @@ def _refuse_pointer(path: Path) -> None:
             raise errors.ModelError(
                 f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder."
             )
-
-
-def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) < len(pairs):
-            raise ValueError("a name stands twice")
-        return dict(pairs)
-
-    try:
-        content = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its JSON cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise _damaged(path, "its JSON is not a table of names")
-    return content
 
 
 def _is_size(value: Any) -> bool:
@@ -107,7 +90,10 @@ def _read_safetensors(path: Path) -> Tensors:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
             raise _damaged(path, "it is shorter than its header says")
-        header = _parse_json(path, file.read(header_bytes))
+        try:
+            header = json_object.parse(file.read(header_bytes))
+        except ValueError as error:
+            raise _damaged(path, f"its header cannot be read: {error}") from error
     metadata = header.pop("__metadata__", {})
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
 
@@ -205,10 +191,7 @@ def _read_index(
     path: Path, read_shard: Callable[[Path], Tensors], name: Callable[[str], str] = str
 ) -> Tensors:
     """`name` makes of a name in the index the one that `read_shard` gives."""
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise errors.ModelError(f"{path}: refused, too large for an index.")
-    index = _parse_json(path, path.read_bytes())
-    places = index.get("weight_map")
+    places = (json_object.read(path) or {}).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
         raise _damaged(path, "it has no weight_map of tensor names to files")
     tensors: Tensors = {}
@@ -291,34 +274,3 @@ def write(
     except (OSError, safetensors.SafetensorError) as error:
         raise errors.ModelError(f"{path} cannot be written: {error}.") from error
     return path
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a model folder's config.json.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        export = folder / "export"
-        there = f" Its model is in {export}." if (export / path.name).is_file() else ""
-        raise errors.ModelError(f"{folder} has no config.json: it is not a model's folder.{there}")
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise errors.ModelError(f"{path}: refused, too large for a configuration.")
-    return _parse_json(path, path.read_bytes())
-
-
-def write_config(folder: Path, text: str) -> None:
-    """Writes config.json, whole or not at all.
-
-    Raises:
-        ModelError: the folder cannot be written.
-    """
-    path = folder / "config.json"
-    part = path.with_name(f".config.json.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise errors.ModelError(f"{path} cannot be written: {error}.") from error

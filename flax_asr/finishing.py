@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from flax_asr import card, checkpoint, config, errors, export, resume, run_folder
+from flax_asr import card, checkpoint, config, errors, export, run_folder
+from flax_asr.bucket import mirror
 from flax_asr.hosts import multihost
 from flax_asr.record import curves, runlog
 
 
-def best(folder: Path, hosts: multihost.Hosts, mirrored: resume.Mirrored) -> checkpoint.SavedModel:
+def best(folder: Path, hosts: multihost.Hosts, mirrored: mirror.Mirrored) -> checkpoint.SavedModel:
     """The best checkpoint, as the first host sees it."""
     if hosts.is_first:
         saved = checkpoint.load_model(folder)

@@ -108,7 +108,7 @@ class Run:
         folder: Path,
         stop: stopping.Stop,
         hosts: multihost.Hosts,
-        mirrored: resume.Mirrored,
+        mirrored: mirror.Mirrored,
         audio: rereading.Rereading,
     ):
         self.made, self.programs, self.folder, self.hosts = made, programs, folder, hosts

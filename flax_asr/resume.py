@@ -2,16 +2,9 @@
 
 from pathlib import Path
 
-from flax_asr import (
-    config,
-    errors,
-    inventory,
-    run_folder,
-)
-from flax_asr.bucket import follower, mirror, store
+from flax_asr import config, errors, inventory, run_folder
+from flax_asr.bucket import mirror, store
 from flax_asr.hosts import multihost
-
-Mirrored = mirror.Mirror | follower.Follower | follower.Nowhere
 
 
 def point(
@@ -19,7 +12,7 @@ def point(
     folder: Path,
     cfg: config.Config,
     restart: bool,
-    mirrored: Mirrored,
+    mirrored: mirror.Mirrored,
 ) -> inventory.Meta | None:
     """Where all hosts go on; the first one looks.
 

@@ -16,23 +16,7 @@ from flax_asr.record import runlog
 logger = logging.getLogger(__name__)
 
 
-class Nowhere:
-    """For a run in a folder that all hosts see: there is nothing to keep in step."""
-
-    def check(self) -> None:
-        pass
-
-    def wait(self) -> None:
-        pass
-
-    def bring(self, step: int | None) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class Follower(Nowhere):
+class Follower:
     """Brings what the first host has put under the URL.
 
     Args:
@@ -62,6 +46,17 @@ class Follower(Nowhere):
             same = local.is_file() and local.read_bytes() == self._store.read(seal(step))
             if not (same and inventory.is_sound(self._folder, step)):
                 fetch_checkpoint(self._store, listed, self._folder, step)
+
+    # This host writes nothing there: nothing fails, is waited for or is let go.
+
+    def check(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def _take_over(self) -> None:
         """Puts aside what this machine has of the time when it was the one that wrote."""

@@ -322,10 +322,28 @@ def _put_aside(place: store.Store, url: str) -> None:
         logger.info("the old run is kept in %s", url)
 
 
-def attached(
-    cfg: config.Config, folder: Path, restart: bool, hosts: multihost.Hosts
-) -> Mirror | follower.Follower | follower.Nowhere:
-    """What keeps `output_dir` in step with its local folder; the first host alone writes there.
+class Nowhere:
+    """For a run in a folder that all hosts see: there is nothing to keep in step."""
+
+    def check(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def bring(self, step: int | None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+Mirrored = Mirror | follower.Follower | Nowhere
+"""What keeps `output_dir` in step with its local folder."""
+
+
+def attached(cfg: config.Config, folder: Path, restart: bool, hosts: multihost.Hosts) -> Mirrored:
+    """Follows from the place and the host: in a bucket the first one alone writes.
 
     Raises:
         ConfigError: it is in a bucket on one host and not on another.
@@ -333,8 +351,8 @@ def attached(
     url = cfg.output_dir
     hosts.agree("bucket", {"output_dir": url} if store.is_remote(url) else {})
     if not store.is_remote(url):
-        return follower.Nowhere()
+        return Nowhere()
     shared = hosts.share(folder)
     if hosts.is_first:
         return Mirror(url, folder, cfg.train.save_total_limit, restart)
-    return follower.Nowhere() if shared else follower.Follower(url, folder)
+    return Nowhere() if shared else follower.Follower(url, folder)

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,9 @@ def prepare(
     """Opens every split that the configuration names, preparing those that are not there yet.
 
     Left out are clips whose audio `audio.decode` refuses or whose length is out of bounds, clips
-    with an empty transcript, a clip id that came before, and audio that sounds bit for bit like an
-    earlier clip's (one of the two transcripts would be wrong, or a test clip count twice), both
-    `duplicate`. Processes that die or hang cost their clip (`crashed`, `timeout`).
+    with an empty transcript, a clip id that came before (`duplicate`), and audio that sounds bit
+    for bit like an earlier clip's (`same_audio`: one of the two transcripts would be wrong, or a
+    test clip count twice). Processes that die or hang cost their clip (`crashed`, `timeout`).
 
     Args:
         cfg: `data` says what; `output_dir` where, unless `data.prepared_dir` does.
@@ -296,17 +296,20 @@ def _tasks(
             )
         seen.add(clip.id)
     for clip in clip_iterator:
-        left_out, task = None, None
-        if clip.id in seen:
-            left_out = shards.LeftOut(clip.id, "duplicate", "the same id as an earlier clip")
-        elif clip.refused:
-            left_out = shards.LeftOut(clip.id, "missing", clip.refused)
-        elif not clip.sentence.strip():
-            left_out = shards.LeftOut(clip.id, "empty_transcript", "")
-        else:
-            task = decoding_task(cfg, clip)
+        left_out = left_out_unheard(clip, seen)
         seen.add(clip.id)
-        yield (clip, left_out), task
+        yield (clip, left_out), None if left_out else decoding_task(cfg, clip)
+
+
+def left_out_unheard(clip: common_voice.Clip, seen: Set[str]) -> shards.LeftOut | None:
+    """Why a clip need not be decoded; `seen` are the ids of those before it."""
+    if clip.id in seen:
+        return shards.LeftOut(clip.id, "duplicate", "the same id as an earlier clip")
+    if clip.refused:
+        return shards.LeftOut(clip.id, "missing", clip.refused)
+    if not clip.sentence.strip():
+        return shards.LeftOut(clip.id, "empty_transcript", "")
+    return None
 
 
 def decoding_task(cfg: config.Config, clip: common_voice.Clip) -> decoding.Task:
@@ -329,7 +332,7 @@ def _record(
         result = shards.LeftOut(clip.id, result.reason, result.detail)
     elif isinstance(result, decoding.Decoded) and result.digest in writer.digests:
         twin = writer.digests[result.digest]
-        result = shards.LeftOut(clip.id, "duplicate", f"the same audio as {twin}")
+        result = shards.LeftOut(clip.id, "same_audio", f"as {twin}")
     if isinstance(result, shards.LeftOut):
         writer.leave_out(clip.sentence, result)
         return

@@ -290,14 +290,8 @@ def _judge(
     seen: set[str] = set()
     owners: dict[str, str] = {}
     for row, clip in enumerate(found.clips):
-        result = heard.get((name, clip.id))
-        if clip.id in seen:
-            result = shards.LeftOut(clip.id, "duplicate", "the same id as an earlier clip")
-        elif clip.refused:
-            result = shards.LeftOut(clip.id, "missing", clip.refused)
-        elif not clip.sentence.strip():
-            result = shards.LeftOut(clip.id, "empty_transcript", "")
-        elif isinstance(result, Heard):
+        result = prepare.left_out_unheard(clip, seen) or heard.get((name, clip.id))
+        if isinstance(result, Heard):
             keys[clip.id] = result.key
             if owners.setdefault(result.key, clip.id) != clip.id:
                 twin = owners[result.key]

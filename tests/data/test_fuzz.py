@@ -44,7 +44,7 @@ def test_spoilt_recordings_cost_their_clips_and_are_named_the_same_every_time(tm
     assert len(ends) == len(first) + len(first.left_out) == CLIPS
     for kind, path in files:
         wanted = spoilt.PROMISED.get(kind, ends[path.name])
-        same = wanted == "decoded" and ends[path.name] == "duplicate"
+        same = wanted == "decoded" and ends[path.name] == "same_audio"
         assert ends[path.name] == wanted or same, (kind, path.name)
     assert set(ends.values()) - {"decoded"} <= set(findings.REASONS)
     assert not {"crashed", "timeout", "failed"} & set(ends.values())

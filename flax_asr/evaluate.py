@@ -203,15 +203,15 @@ def command(
 ) -> None:
     """`flax-asr evaluate`: scores the test splits of the model's configuration.
 
+    Reference and hypothesis of every clip go to `predictions-SPLIT.jsonl` in the run's folder (of
+    a checkpoint that is named, to `predictions-SPLIT-step-N.jsonl` there); of other models, and of
+    runs whose folder cannot be written, to the present one; where neither can, nowhere.
+
     Args:
         model: what `loading.load` takes.
         overrides: options of the configuration.
         json_file: one object a split, one a line; "-" is standard output.
         legacy: also score as the scripts of 2022 did.
-
-    Reference and hypothesis of every clip go to `predictions-SPLIT.jsonl` in the run's folder (of
-    a checkpoint that is named, to `predictions-SPLIT-step-N.jsonl` there); of other models, and of
-    runs whose folder cannot be written, to the present one; where neither can, nowhere.
     """
     cluster.join()
     with multihost.Hosts() as hosts:

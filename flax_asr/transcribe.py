@@ -83,7 +83,7 @@ def command(
             bar.advance()
     if failed:
         terminal.tell(f"flax-asr: {failed} of {len(files)} files could not be read", sys.stderr)
-    return 2 if failed else 0
+    return errors.STATUS if failed else 0
 
 
 class Recogniser:

@@ -14,6 +14,7 @@ from flax_asr.bucket import store
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(rf"(.+)/{inventory.FOLDER}/(\d+)/?")
+_SEAL = re.compile(rf"{inventory.FOLDER}/(\d+)/{re.escape(seals.FILE)}")
 
 
 def model(url: str, step: int | None = None) -> Path:
@@ -35,9 +36,9 @@ def model(url: str, step: int | None = None) -> Path:
     if not listed:
         raise errors.ModelError(f"there is nothing in {place.url}: name a run or a model folder.")
     logger.info("copying what is needed of %s to %s", place.url, folder)
-    sealed = [n.split("/")[1] for n in listed if re.fullmatch(r"checkpoints/\d+/seal\.json", n)]
+    sealed = sorted(int(found[1]) for found in map(_SEAL.fullmatch, listed) if found)
     if run_folder.CONFIG in listed and sealed:
-        _copy_run(place, listed, folder, sorted(map(int, sealed)), step)
+        _copy_run(place, listed, folder, sealed, step)
     else:
         _copy_all(place, listed, folder)
     return folder

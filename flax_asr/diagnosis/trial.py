@@ -158,13 +158,7 @@ def _extended(trainable_layers: int | None, layers: int, shallow: Timed, deeper:
 
 def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
     """The times of a model of so many layers, at most `trained` of them trained on purpose."""
-    cfg = asked.cfg
-    if cfg.model.trainable_layers is not None:
-        model = dataclasses.replace(
-            cfg.model, trainable_layers=min(cfg.model.trainable_layers, trained)
-        )
-        cfg = dataclasses.replace(cfg, model=model)
-    devices = parallel.Devices()
+    cfg, devices = _with_trained(asked.cfg, trained), parallel.Devices()
     model_config = Wav2Vec2Config(**(asked.model_config | {"num_hidden_layers": layers}))
     origin = origins.Origin(
         model_config, None, None, asked.do_normalize, asked.use_attention_mask, {}
@@ -215,6 +209,14 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
         temporary_bytes=programs["accumulate"].memory_analysis().temp_size_in_bytes,
         layers=layers,
     )
+
+
+def _with_trained(cfg: config.Config, layers: int) -> config.Config:
+    """The configuration with at most so many `trainable_layers`, where it asks for some."""
+    if cfg.model.trainable_layers is None:
+        return cfg
+    fewer = min(cfg.model.trainable_layers, layers)
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, trainable_layers=fewer))
 
 
 def _batch(rows: int, samples: int, tokens: int) -> loader.Batch:

@@ -51,6 +51,8 @@ _MP3_SLACK_FRAMES = 3 * 1152
 # Channels whose mean is this much quieter than the first of them cancel each other.
 _CANCELLED = 0.01
 _GLANCE_SAMPLES = 4096
+# What is so much quieter than the loudest moment is silence at the ends.
+_QUIET_DB = 40.0
 # 64 ms, for voices.
 _VOCODER_SAMPLES = 1024
 
@@ -272,13 +274,11 @@ def encode_int16(
     return integers.astype(np.int16), gain
 
 
-def trim_silence(
-    samples: Float32[np.ndarray, " samples"], *, below_peak_db: float = 40.0
-) -> Float32[np.ndarray, " kept"]:
+def trim_silence(samples: Float32[np.ndarray, " samples"]) -> Float32[np.ndarray, " kept"]:
     """Cuts quiet ends, and leaves a tenth of a second of them; what is all quiet stays as it is."""
     import librosa
 
-    _, (start, end) = librosa.effects.trim(samples, top_db=below_peak_db)
+    _, (start, end) = librosa.effects.trim(samples, top_db=_QUIET_DB)
     margin = SAMPLE_RATE_HZ // 10
     return samples[max(0, start - margin) : end + margin] if end > start else samples
 

@@ -75,12 +75,8 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int, writes: bool = True):
-        self._run, self._folder, self._keep, self._writes = (
-            run,
-            run / inventory.FOLDER,
-            keep,
-            writes,
-        )
+        self._run, self._folder = run, run / inventory.FOLDER
+        self._keep, self._writes = keep, writes
         self._publishing: threading.Thread | None = None
         self._failure: Exception | None = None
         if not writes:
@@ -297,9 +293,9 @@ def load_model(run: Path, step: int | None = None) -> SavedModel:
     return _read_model(run, step)
 
 
-def _remove(folder: Path, tries: int = 20) -> None:
+def _remove(folder: Path) -> None:
     """Removes a folder in which orbax, one of whose threads has failed, may still be writing."""
-    for _ in range(tries):
+    for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return

@@ -246,10 +246,8 @@ def _archive(path: pathlib.Path, language: str, text_column: str | None) -> Sour
             parts = pathlib.PurePosixPath(name).parts
             if not name.endswith(".tsv") or not clips.is_inside(name):
                 continue
-            split, spoken_language = (
-                parts[-1].removesuffix(".tsv"),
-                spontaneous.language_of(parts[-1]),
-            )
+            split = parts[-1].removesuffix(".tsv")
+            spoken_language = spontaneous.language_of(parts[-1])
             if spoken_language is None and not _is_split(split):
                 continue
             if parts[0].startswith(("cv-corpus-", "sps-corpus-")):

@@ -205,10 +205,10 @@ class Change:
         )
 
 
-def shown(characters: Iterable[str], most: int = 20) -> str:
-    """Some characters for people, those that cannot be seen as escapes."""
+def shown(characters: Iterable[str]) -> str:
+    """The first twenty characters for people, those that cannot be seen as escapes."""
     visible = [_visible(character) for character in characters]
-    return " ".join(visible[:most]) + (" ..." if len(visible) > most else "")
+    return " ".join(visible[:20]) + (" ..." if len(visible) > 20 else "")
 
 
 def _visible(text: str) -> str:

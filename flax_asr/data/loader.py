@@ -51,20 +51,19 @@ Planned = tuple[Batch | CachedBatch, buckets.Group]
 def label_widths(
     data: examples.Examples,
     shapes: Sequence[int],
-    multiple: int = LABEL_MULTIPLE,
     fastest: float = 1.0,
 ) -> tuple[int, ...]:
     """Tokens to which labels are padded in each shape: static, so that nothing is compiled twice.
 
     The longest label of a row that can ever be in the shape (rows move up from smaller ones),
-    rounded up to a multiple of 8. Where augmentation makes rows shorter, by `fastest` at most, they
-    come into smaller ones too.
+    rounded up to a multiple of `LABEL_MULTIPLE`. Where augmentation makes rows shorter, by
+    `fastest` at most, they come into smaller ones too.
     """
     longest = np.zeros(len(shapes), np.int64)
     shortest = np.floor(data.samples / fastest).astype(np.int32)
     np.maximum.at(longest, buckets.row_shapes(shortest, shapes), data.label_lengths)
-    widths = -(-np.maximum.accumulate(np.maximum(longest, 1)) // multiple) * multiple
-    return tuple(int(width) for width in widths)
+    longest = np.maximum.accumulate(np.maximum(longest, 1))
+    return tuple((-(-longest // LABEL_MULTIPLE) * LABEL_MULTIPLE).tolist())
 
 
 def assemble(
@@ -201,12 +200,11 @@ def updates(
     start_step: int = 0,
     host_index: int = 0,
     host_count: int = 1,
-    prefetch: int = 2,
     tokens: Sequence[int] | None = None,
     augmentation: augment.Augmentation | None = None,
     kept: features.Features | None = None,
 ) -> Prefetched[tuple[int, list[Planned]]]:
-    """Endless `(step, [(batch, group), ...])` from `start_step` on, `prefetch` updates ahead.
+    """Endless `(step, [(batch, group), ...])` from `start_step` on, two updates ahead.
 
     Args:
         data: what is trained on.
@@ -214,7 +212,6 @@ def updates(
         start_step: the first update.
         host_index, host_count: a batch holds the `host_index`-th of `host_count` equal parts of
             its group's rows.
-        prefetch: how many updates are made ahead.
         tokens: width of the labels in each shape, where several sets share them; by default
             `label_widths` of these examples.
         augmentation: the one whose lengths the plan is made for.
@@ -239,7 +236,7 @@ def updates(
             )
             step += 1
 
-    return Prefetched(produce(), prefetch)
+    return Prefetched(produce(), depth=2)
 
 
 def evaluation(
@@ -247,16 +244,15 @@ def evaluation(
     plan: buckets.EvalPlan | buckets.InOrder,
     host_index: int = 0,
     host_count: int = 1,
-    prefetch: int = 4,
     tokens: Sequence[int] | None = None,
 ) -> Prefetched[tuple[Batch, buckets.Group]]:
-    """Every group of the plan once, as `(batch, group)`, `prefetch` groups ahead; see `updates`.
+    """Every group of the plan once, as `(batch, group)`, four groups ahead; see `updates`.
 
     Raises:
         errors.DataError: the group does not divide by the hosts.
     """
     share = _Share(data, plan.shapes, tokens, plan.group_rows, host_index, host_count)
-    return Prefetched(((share.batch(group), group) for group in plan), prefetch)
+    return Prefetched(((share.batch(group), group) for group in plan), depth=4)
 
 
 class _Share:

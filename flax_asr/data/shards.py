@@ -9,6 +9,7 @@ A finished folder holds
     manifest.json        what it was made from, and size and sha256 of every file; written last
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,7 +28,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PCM = np.dtype("<i2")
 INDEX = {"samples": np.int32, "gains": np.float32, "shards": np.int32, "offsets": np.int64}
-FACTS = ("id", "sentence", "speaker", "age", "gender", "accent")
 
 
 class LeftOut(NamedTuple):
@@ -54,6 +54,9 @@ class ClipFacts:
     age: str = ""
     gender: str = ""
     accent: str = ""
+
+
+FACTS = tuple(field.name for field in dataclasses.fields(ClipFacts))
 
 
 def pcm_digest(pcm: Int16[np.ndarray, " samples"], gain: float) -> str:

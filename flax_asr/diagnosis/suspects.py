@@ -11,6 +11,7 @@ from flax_asr.data import examples
 from flax_asr.diagnosis import survey
 
 _ODD = 4.0  # so many times the usual audio for a text, or so small a part of it
+_MOST = 8  # clips that are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Odd:
         )
 
 
-def oddest(data: examples.Examples, most: int = 8) -> list[Odd]:
+def oddest(data: examples.Examples) -> list[Odd]:
     """Clips with far too little or too much audio for their text, the oddest first."""
     rates = data.samples / audio.SAMPLE_RATE_HZ / data.label_lengths
     times = rates / np.median(rates)
-    rows = np.argsort(-np.abs(np.log(times)), kind="stable")[:most]
+    rows = np.argsort(-np.abs(np.log(times)), kind="stable")[:_MOST]
     return [
         Odd(
             id=data.ids[row],

@@ -98,14 +98,15 @@ def test_label_width_depends_on_the_shape_alone(data, shapes):
             assert data.label_lengths[rows].max() <= widths[group.shape]
 
 
-def test_label_width_covers_rows_that_move_up_from_smaller_shapes(data):
+def test_label_width_covers_rows_that_move_up_from_smaller_shapes(data, monkeypatch):
     talkative_first = dataclasses.replace(
         data,
         samples=np.resize(np.array([5000, 10_000, 15_000], np.int32), len(data)),
         label_lengths=np.resize(np.array([20, 3, 9], np.int32), len(data)),
     )
     assert label_widths(talkative_first, (5200, 10_320, 15_440)) == (24, 24, 24)
-    assert label_widths(talkative_first, (10_320, 15_440), multiple=1) == (20, 20)
+    monkeypatch.setattr("flax_asr.data.loader.LABEL_MULTIPLE", 1)
+    assert label_widths(talkative_first, (10_320, 15_440)) == (20, 20)
 
 
 def test_label_width_covers_rows_that_speed_moves_into_smaller_shapes(data):
@@ -166,7 +167,7 @@ def test_wherever_it_starts_only_the_rows_of_these_updates_are_read(
         if row >= 0
     ]
     assert read == []
-    with updates(data, plan, start_step=start, prefetch=1) as stream:
+    with updates(data, plan, start_step=start) as stream:
         assert [next(stream)[0] for _ in range(3)] == [start, start + 1, start + 2]
         assert read[: len(expected)] == expected
 

@@ -131,3 +131,20 @@ def test_what_decays_is_what_the_trainer_decays():
     }
     flat = step.flat(convert.params_from_torch(marked, model.config, head=True))
     assert {p for p, v in flat.items() if v.max() == 1} == {p for p in flat if optim.decays(p)}
+
+
+def test_the_loss_scale_is_that_of_torch_s_scaler_within_its_bounds(monkeypatch):
+    monkeypatch.setattr(optim, "GROWTH_INTERVAL", 3)
+    scale = optim.LossScale.create("fp16")
+    theirs, good = torch.tensor(65536.0), torch.tensor(0, dtype=torch.int32)
+    seen = set()
+    for finite in np.random.default_rng(1).random(60) < 0.75:
+        scale = scale.after(jnp.bool_(finite))
+        torch._amp_update_scale_(theirs, good, torch.tensor(float(not finite)), 2.0, 0.5, 3)
+        assert (scale.value, scale.good_updates) == (theirs.item(), good.item())
+        seen.add(theirs.item())
+    assert len(seen) == 15, "it moves in both directions"
+    for finite, bound in ((True, optim.LARGEST_LOSS_SCALE), (False, optim.SMALLEST_LOSS_SCALE)):
+        for _ in range(75):
+            scale = scale.after(jnp.bool_(finite))
+        assert scale.value == bound

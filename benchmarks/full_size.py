@@ -88,7 +88,7 @@ def _keeping(ours: train_step.Ours, batch: loader.Batch) -> dict[str, float]:
     shape = CLIPS, batch.audio.shape[1], batch.labels.shape[1]
     params = {**ours.state.trainable, **ours.state.frozen}
     (placed,) = ours.devices.micro_batches(batch, CLIPS)
-    lower = parallel.lower(ours.objective, ours.devices).lower(params, placed).compile()
+    lower = parallel.lower(ours.objective, ours.devices).compile(params, placed)
     hidden_state = np.asarray(lower(params, placed))[0]
     kept = loader.CachedBatch(hidden_state, *batch[2:])
     from_kept = ours.compile_cached(*shape)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, experiment, origins, parallel
+from flax_asr import compilation, config, experiment, origins, parallel
 from flax_asr.data import buckets, loader
 
 QUIET = dict.fromkeys(
@@ -108,7 +108,7 @@ class Ours:
             self._learn = parallel.accumulate(self.objective, self.devices)
             self._sums = self.devices.zero_sums(self.state.trainable)
             update = parallel.update(rule, self.devices)
-            self.compiled_update = self._compiled(update.lower(self.state, self._sums))
+            self.compiled_update = update.compile(self.state, self._sums)
 
     def compile(self, rows: int, samples: int, tokens: int) -> Any:
         """Compiles the step for so many rows a device; gives the program."""
@@ -122,18 +122,15 @@ class Ours:
             shape: (self._learn, self._arguments(self.devices.batch_shapes(*shape)))
             for shape in shapes
         }
-        self.compiled |= parallel.compile_all(jobs, self.devices, lambda shape, seconds: None)
+        self.compiled |= compilation.compile_all(jobs)
 
     def compile_cached(self, rows: int, samples: int, tokens: int) -> Any:
         """The same for the lower layers' output of such a batch."""
         shapes = self.devices.train_batch_shapes(self.objective, rows, samples, tokens)
-        return self._compiled(self._learn.lower(*self._arguments(shapes)))
+        return self._learn.compile(*self._arguments(shapes))
 
     def _arguments(self, batch: Any) -> tuple:
         return (self.state, batch) if self._sums is None else (self.state, self._sums, batch)
-
-    def _compiled(self, lowered: Any) -> Any:
-        return lowered.compile(self.devices.compiler_options)
 
     def start(self, host_batch: loader.Batch) -> Any:
         """Starts one update of one micro-batch a device; gives its metrics when they are there."""

@@ -4,10 +4,12 @@
         [--layers 24] [--shapes 12] [--json FILE]
     python benchmarks/warm_up.py --one-at-a-time [--every 3] [--function accumulate]
 
-Compiled for a chip that is not here, as a run compiles: the largest shapes first, one program a
-core at once. The shapes are guessed, as no data are there: evenly spaced up to data.max_seconds.
-Needs libtpu (`pip install '.[tpu]'`); takes half an hour of two cores. JAX's persistent cache keeps
-nothing that was compiled for a described chip, so that a second start cannot be measured here.
+With the options that the recipe names for a TPU chip: bf16, and nothing recomputed (--checkpointing:
+as the recipe has it). Compiled for a chip that is not here, as a run compiles: the largest shapes
+first, one program a core at once. The shapes are guessed, as no data are there: evenly spaced up to
+data.max_seconds. Needs libtpu (`pip install '.[tpu]'`); takes half an hour of two cores. JAX's
+persistent cache keeps nothing that was compiled for a described chip, so that a second start cannot
+be measured here.
 
 With --one-at-a-time a line a program has its own processor time, and its code, which stays in the
 device's memory beside that of all others. --every 3 compiles the largest of a function's shapes,
@@ -23,7 +25,7 @@ from collections.abc import Iterator
 
 import sidebyside
 
-from flax_asr import config, parallel, plan, programs, run_folder
+from flax_asr import compilation, config, plan, programs, run_folder
 from flax_asr.estimate import chips, workload
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "xls_r_300m_zh_hk.yaml"
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:1x1")
     parser.add_argument("--layers", type=int, help="in place of the encoder's own number")
     parser.add_argument("--shapes", type=int, help="in place of data.num_buckets")
+    parser.add_argument("--checkpointing", action="store_true", help="activations recomputed")
     parser.add_argument("--one-at-a-time", action="store_true", help="a line a program")
     parser.add_argument("--every", type=int, default=1, help="every N-th shape of a function only")
     parser.add_argument("--function", help="this one only: accumulate, update or evaluate")
@@ -43,6 +46,7 @@ def main() -> None:
 
     devices = plan.describe(chips.parse(arguments.topology))
     options = ["--train.mixed_precision", "bf16"]
+    options += ["--train.gradient_checkpointing", str(arguments.checkpointing).lower()]
     if arguments.layers is not None:
         options += ["--model.config.num_hidden_layers", str(arguments.layers)]
     if arguments.shapes is not None:
@@ -53,7 +57,7 @@ def main() -> None:
     jobs = {key: job for key, job in jobs.items() if arguments.function in (None, key[0])}
     rows = one_at_a_time if arguments.one_at_a_time else as_a_run
     chosen_jobs = {key: jobs[key] for key in chosen(jobs, arguments.every)}
-    sidebyside.write_json(arguments.json, list(rows(jobs, chosen_jobs, devices)))
+    sidebyside.write_json(arguments.json, list(rows(jobs, chosen_jobs)))
 
 
 def chosen(jobs: dict, every: int) -> list[programs.Key]:
@@ -64,12 +68,12 @@ def chosen(jobs: dict, every: int) -> list[programs.Key]:
     return [key for keys in by_name.values() for key in keys[::every]]
 
 
-def one_at_a_time(jobs: dict, chosen_jobs: dict, devices: parallel.Devices) -> Iterator[dict]:
+def one_at_a_time(jobs: dict, chosen_jobs: dict) -> Iterator[dict]:
     """A row for each that is chosen, and a last one for all jobs."""
     found: dict[str, list[dict]] = {}
     for key, (function, shapes) in chosen_jobs.items():
         started, used = time.monotonic(), time.process_time()
-        compiled = function.lower(*shapes).compile(devices.compiler_options)
+        compiled = function.compile(*shapes)
         row = {
             "function": key[0],
             "audio_seconds": key[1] / 16_000,
@@ -104,7 +108,7 @@ def one_at_a_time(jobs: dict, chosen_jobs: dict, devices: parallel.Devices) -> I
     yield total
 
 
-def as_a_run(jobs: dict, chosen_jobs: dict, devices: parallel.Devices) -> Iterator[dict]:
+def as_a_run(jobs: dict, chosen_jobs: dict) -> Iterator[dict]:
     """One row, of the programs that are chosen."""
     seconds: dict[str, list[float]] = {}
 
@@ -116,7 +120,7 @@ def as_a_run(jobs: dict, chosen_jobs: dict, devices: parallel.Devices) -> Iterat
         )
 
     started, used = time.monotonic(), time.process_time()
-    parallel.compile_all(chosen_jobs, devices, report)
+    compilation.compile_all(chosen_jobs, report)
     row = {
         "programs": len(chosen_jobs),
         "seconds": round(time.monotonic() - started),

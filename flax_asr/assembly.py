@@ -13,6 +13,7 @@ import flax_asr
 from flax_asr import (
     checkpoint,
     compat,
+    compilation,
     config,
     corpora,
     experiment,
@@ -218,7 +219,7 @@ class Assembly:
             self.devices,
             (begin, self.updates - 1),
         ) | parallel.gather_jobs(self.state_shapes(), self.devices)
-        parallel.keep_compiled(folder)
+        compilation.keep(folder)
         logger.info(
             "%d updates of %d clips, %d an epoch; %d programs to compile, the largest first",
             self.updates,
@@ -227,7 +228,7 @@ class Assembly:
             len(jobs),
         )
         with progress.Progress(len(jobs), "compiling", "programs") as bar:
-            return parallel.compile_all(jobs, self.devices, lambda key, seconds: bar.advance(1))
+            return compilation.compile_all(jobs, lambda key, seconds: bar.advance(1))
 
     def meta(self, **progress: Any) -> inventory.Meta:
         """What stands beside the arrays of a checkpoint.

@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from flax_asr import (
     alignment,
+    compilation,
     config,
     errors,
     experiment,
@@ -191,7 +192,7 @@ def compiled(
         for samples, tokens in reversed(list(shapes))
     }
     with progress.Progress(len(jobs), "compiling", "programs") as bar:
-        programs = parallel.compile_all(jobs, devices, lambda key, seconds: bar.advance(1))
+        programs = compilation.compile_all(jobs, lambda key, seconds: bar.advance(1))
     return parallel.forward(programs, params, devices, per_device)
 
 

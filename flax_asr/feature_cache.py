@@ -12,7 +12,17 @@ import time
 
 import numpy as np
 
-from flax_asr import config, criterion, errors, experiment, optim, origins, parallel, step
+from flax_asr import (
+    compilation,
+    config,
+    criterion,
+    errors,
+    experiment,
+    optim,
+    origins,
+    parallel,
+    step,
+)
 from flax_asr.console import progress
 from flax_asr.data import buckets, examples, features, loader, prepare
 from flax_asr.hosts import multihost
@@ -166,7 +176,7 @@ def _compute(
         for samples, tokens in reversed(list(shapes))
     }
     with progress.Progress(len(jobs), "compiling the frozen layers", "programs") as bar:
-        programs = parallel.compile_all(jobs, devices, lambda key, seconds: bar.advance(1))
+        programs = compilation.compile_all(jobs, lambda key, seconds: bar.advance(1))
     started = time.monotonic()
     done = len(train) - sum(len(rows) for _, rows in missing)
     with progress.Progress(len(train), "keeping features", "clips", initial=done) as bar:

@@ -10,6 +10,7 @@ import jax
 from flax_asr import (
     assembly,
     checkpoint,
+    compilation,
     config,
     errors,
     evaluate,
@@ -179,7 +180,7 @@ class Run:
     def _updates(self) -> None:
         at_once = self.made.train_function(self.step) == "update_from"
         sums = None if at_once else self.devices.zero_sums(self.state.trainable)
-        compilations = parallel.Compilations()
+        compilations = compilation.Compilations()
         previous = None
         with (
             self.made.batches(self.step, self.kept) as batches,

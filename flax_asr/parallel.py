@@ -1,13 +1,10 @@
-"""Devices: where arrays live and how steps are compiled. The only file that names pmap.
+"""Devices: where arrays live, and the steps over all of them. The only file that names pmap.
 
 The state is an ordinary tree, replicated by its sharding; a batch has the rows of this host, which
 are split over its devices, and in time where a group is larger than the devices take at once.
 """
 
-import concurrent.futures
 import functools
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,36 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from flax_asr import criterion, errors, partition, step
-from flax_asr.data import loader, pool
+from flax_asr import compilation, criterion, errors, partition, step
+from flax_asr.data import loader
 from flax_asr.hosts import cluster
 from flax_asr.models import wav2vec2
 
 jax.config.update("jax_threefry_partitionable", True)
-
-
-_TPU_OPTIONS = {
-    # Equal operations of all layers share their code. Without, every layer has a copy: a quarter
-    # of a gigabyte for each program of XLS-R 300M, and all programs of a run stay on the device.
-    "xla_tpu_enable_deduplicated_calls": "ENABLED",
-    # Blocks of a product that reach this share of the speed of the best will do. Code for the best
-    # ones is long, too long for the compiler itself where frames are many: it has to write it twice
-    # or three times. Half a per cent more cycles at 15 s of audio for a third less time to compile.
-    "xla_jf_convolution_performance_target": "0.985",
-}
-
-_OPTIONS_BY_KIND = {
-    "TPU v5 lite": {"xla_tpu_scoped_vmem_limit_kib": "24576"},
-}
-"""A v5e has 128 MiB on the chip, of which an operation may take 16 by default
-for its blocks: too little for good ones where its operands are there already. With 24 the compiler
-expects 3 % fewer cycles of an update of XLS-R 300M; with 32 not as few."""
-
-
-def _compiler_options(device: Any) -> dict[str, str] | None:
-    if device.platform != "tpu":
-        return None
-    return _TPU_OPTIONS | _OPTIONS_BY_KIND.get(device.device_kind, {})
 
 
 class Devices:
@@ -54,7 +27,6 @@ class Devices:
     Attributes:
         count: devices over all hosts.
         platform: "tpu", "gpu" or "cpu".
-        compiler_options: what XLA is told beyond its defaults for such devices.
         local_count: devices of this host.
         host_index: which host this is; host 0 writes the files.
         host_count: how many there are.
@@ -71,7 +43,6 @@ class Devices:
         local = [d for d in self.devices if d.process_index == self.host_index]
         self.count = len(self.devices)
         self.platform = self.devices[0].platform
-        self.compiler_options = _compiler_options(self.devices[0])
         self.local_count = len(local)
         self._mesh = Mesh(np.array(self.devices), (partition.AXIS,))
         self._replicated = self._along(None)
@@ -186,29 +157,27 @@ def accumulate(
     devices: Devices,
     layout: partition.Layout = partition.REPLICATED,
     head_only: bool = False,
-) -> Callable:
+) -> compilation.Compilable:
     """`step.accumulate(state, sums, batch) -> sums` over all devices; the sums are donated."""
-    return jax.pmap(
+    return _over(
+        devices,
         functools.partial(step.accumulate, objective.on(devices.platform), head_only),
-        axis_name=partition.AXIS,
         in_axes=(layout.mapped, 0, 0),
         out_axes=0,
         donate_argnums=(1,),
-        devices=devices.devices,
     )
 
 
 def update(
     rule: step.Rule, devices: Devices, layout: partition.Layout = partition.REPLICATED
-) -> Callable:
+) -> compilation.Compilable:
     """`step.update(state, sums) -> (state, sums, metrics)` over all devices; both are donated."""
-    return jax.pmap(
+    return _over(
+        devices,
         functools.partial(step.update, rule, layout.axes),
-        axis_name=partition.AXIS,
         in_axes=(layout.mapped, 0),
         out_axes=(layout.mapped, 0, None),
         donate_argnums=(0, 1),
-        devices=devices.devices,
     )
 
 
@@ -217,15 +186,14 @@ def update_from(
     rule: step.Rule,
     devices: Devices,
     layout: partition.Layout = partition.REPLICATED,
-) -> Callable:
+) -> compilation.Compilable:
     """`step.update_from(state, batch) -> (state, metrics)` over all devices; state is donated."""
-    return jax.pmap(
+    return _over(
+        devices,
         functools.partial(step.update_from, objective.on(devices.platform), rule, layout.axes),
-        axis_name=partition.AXIS,
         in_axes=(layout.mapped, 0),
         out_axes=(layout.mapped, None),
         donate_argnums=(0,),
-        devices=devices.devices,
     )
 
 
@@ -233,41 +201,50 @@ def evaluate(
     objective: criterion.Objective,
     devices: Devices,
     layout: partition.Layout = partition.REPLICATED,
-) -> Callable:
+) -> compilation.Compilable:
     """`step.evaluate(params, batch) -> (losses, symbols, frames)` of the whole group."""
-    return jax.pmap(
+    return _over(
+        devices,
         functools.partial(step.evaluate, objective.on(devices.platform), layout.scored),
-        axis_name=partition.AXIS,
         in_axes=(layout.state.scored if layout.scored else None, 0),
         out_axes=None,
-        devices=devices.devices,
+        forward_only=True,
     )
 
 
-def lower(objective: criterion.Objective, devices: Devices) -> Callable:
+def lower(objective: criterion.Objective, devices: Devices) -> compilation.Compilable:
     """`criterion.lower(params, batch) -> hidden states` of every device's rows."""
-    return jax.pmap(
+    return _over(
+        devices,
         functools.partial(criterion.lower, objective.on(devices.platform)),
-        axis_name=partition.AXIS,
         in_axes=(None, 0),
         out_axes=0,
-        devices=devices.devices,
+        forward_only=True,
     )
 
 
-def gather(devices: Devices, axis: int) -> Callable:
+def gather(devices: Devices, axis: int) -> compilation.Compilable:
     """An array that is cut along the axis -> all of it, everywhere."""
-    return jax.pmap(
+    return _over(
+        devices,
         lambda own: jax.lax.all_gather(own, partition.AXIS, axis=axis, tiled=True),
-        axis_name=partition.AXIS,
         in_axes=axis,
         out_axes=None,
-        devices=devices.devices,
     )
 
 
-def gather_jobs(state: step.TrainState, devices: Devices) -> dict[Any, tuple]:
-    """What `whole` needs of `compile_all`: nothing on one host, which has every slice."""
+def _over(
+    devices: Devices, function: Callable, *, forward_only: bool = False, **axes: Any
+) -> compilation.Compilable:
+    """The function on every device, each with its slices along the axes, as `jax.pmap` has them."""
+    mapped = jax.pmap(function, axis_name=partition.AXIS, devices=devices.devices, **axes)
+    return compilation.Compilable(
+        mapped, compilation.options(devices.devices[0], forward_only=forward_only)
+    )
+
+
+def gather_jobs(state: step.TrainState, devices: Devices) -> dict[Any, compilation.Job]:
+    """What `whole` needs compiled: nothing on one host, which has every slice."""
     if devices.host_count == 1:
         return {}
     return {
@@ -308,7 +285,7 @@ def forward(
     """Scores this host's rows of a group; gives (losses, symbols, frames) of the whole group.
 
     Args:
-        programs: what `compile_all` gave; the one for ("evaluate", padded samples) is called.
+        programs: compiled; the one for ("evaluate", padded samples) is called.
         params: placed parameters.
         devices: where they are.
         per_device: rows that a device takes.
@@ -319,63 +296,3 @@ def forward(
         return jax.device_get(programs["evaluate", batch.audio.shape[1]](params, placed))
 
     return score
-
-
-class Compilations:
-    """How many programs XLA has compiled since this was made; the persistent cache counts too."""
-
-    def __init__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._note)
-
-    def _note(self, event: str, duration: float, **details: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.count += 1
-
-
-def keep_compiled(folder: str | os.PathLike) -> None:
-    """Keeps compiled programs in a folder, so that a resumed run does not compile them again."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def compile_all(
-    jobs: dict[Any, tuple[Callable, tuple]],
-    devices: Devices,
-    report: Callable[[Any, float], None] = lambda key, seconds: None,
-) -> dict[Any, Callable]:
-    """Compiles every (pmapped function, shapes of its arguments), the first ones first.
-
-    What comes back takes these shapes and no others: a shape nobody planned is an error, not a
-    compilation in the middle of a run. XLA compiles outside the interpreter's lock, so one thread
-    a core that this process may use keeps them busy.
-
-    Args:
-        jobs: by any keys.
-        devices: what is compiled for.
-        report: called with the key and the seconds of each program that is compiled.
-    """
-
-    def one(key):
-        started = time.monotonic()
-        function, arguments = jobs[key]
-        compiled = function.lower(*_lowerable(arguments)).compile(devices.compiler_options)
-        report(key, time.monotonic() - started)
-        return _one_at_a_time(compiled)
-
-    with concurrent.futures.ThreadPoolExecutor(pool.available_cores()) as threads:
-        return dict(zip(jobs, threads.map(one, jobs), strict=True))
-
-
-def _lowerable(arguments: PyTree) -> PyTree:
-    """Shapes as pmap lowers them: on several hosts it takes those over all devices only as such."""
-    if jax.process_count() == 1:
-        return arguments
-    return jax.tree.map(lambda s: jax.core.ShapedArray(s.shape, s.dtype), arguments)
-
-
-def _one_at_a_time(compiled: Callable) -> Callable:
-    """On CPUs of several hosts, waits for every result: steps in flight may block one another."""
-    if jax.process_count() == 1 or jax.default_backend() != "cpu":
-        return compiled
-    return lambda *arguments: jax.block_until_ready(compiled(*arguments))

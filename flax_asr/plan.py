@@ -11,12 +11,12 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 
-from flax_asr import audio, config, errors, parallel, partition, programs, run_folder
+from flax_asr import audio, compilation, config, errors, parallel, partition, programs, run_folder
 from flax_asr.console import results, terminal
 from flax_asr.estimate import chips, hlo, outlook, workload
 from flax_asr.hosts import cluster
@@ -103,7 +103,6 @@ class Job:
     """What is to be compiled.
 
     Attributes:
-        options: the compiler's, beyond its defaults.
         resident: bytes that are on a device whichever program runs.
     """
 
@@ -111,9 +110,8 @@ class Job:
     rows: int
     samples: int
     flops: int
-    pmapped: Callable
+    pmapped: compilation.Compilable
     arguments: tuple
-    options: dict[str, str] | None
     resident: int
 
     def compile(self, described: chips.Slice) -> outlook.Program:
@@ -121,7 +119,7 @@ class Job:
         program = outlook.Program(self.function, self.rows, self.samples, self.flops)
         started, used = time.monotonic(), time.process_time()
         try:
-            compiled = self.pmapped.lower(*self.arguments).compile(self.options)
+            compiled = self.pmapped.compile(*self.arguments)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -191,7 +189,6 @@ def jobs(
             work.flops(name, rows, samples),
             pmapped,
             arguments,
-            devices.compiler_options,
             held + batch_bytes,
         )
 

@@ -1,9 +1,9 @@
 """The programs of a run: its pmapped steps, each in every shape that it will meet."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from flax_asr import config, criterion, experiment, parallel, partition, step
+from flax_asr import compilation, config, criterion, experiment, parallel, partition, step
 
 Key = tuple[str, int]
 """A function and the padded samples it takes: ("update_from", n), where an update is one
@@ -42,7 +42,7 @@ def train_function(cfg: config.Config, device_count: int, update: int) -> str:
 
 def jobs(
     steps: Steps, devices: parallel.Devices, updates: Sequence[int]
-) -> dict[Key, tuple[Callable, tuple]]:
+) -> dict[Key, compilation.Job]:
     """(Pmapped function, shapes of its arguments) of every program; largest shapes first.
 
     Args:
@@ -62,7 +62,7 @@ def jobs(
             name: parallel.accumulate(objective, devices, layout, name == "accumulate_head")
             for name in names
         }
-    found: dict[Key, tuple[Callable, tuple]] = {}
+    found: dict[Key, compilation.Job] = {}
     for samples, tokens in reversed(list(steps.train_shapes)):
         batch = devices.train_batch_shapes(
             objective, cfg.train.per_device_train_batch_size, samples, tokens

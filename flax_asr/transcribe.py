@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int
 
-from flax_asr import alignment, audio, criterion, errors, loading, parallel, step
+from flax_asr import alignment, audio, compilation, criterion, errors, loading, parallel, step
 from flax_asr.console import progress, results, terminal
 from flax_asr.data import buckets, loader
 from flax_asr.hosts import cluster
@@ -190,7 +190,7 @@ class Recogniser:
         """The compiled program for so many rows of so many samples, such as `placed`."""
         if key not in self._programs:
             job = self._evaluate, (self._params, placed)
-            self._programs |= parallel.compile_all({key: job}, self._devices)
+            self._programs |= compilation.compile_all({key: job})
         return self._programs[key]
 
     def _padded(self, samples: int) -> int:

@@ -60,7 +60,7 @@ class Updates:
         self.state = self.devices.place(jax.device_get(fresh), self.layout.state)
         sums = self.devices.sum_shapes(self.shapes.trainable)
         update = parallel.update(rule, self.devices, self.layout)
-        self.update = update.lower(self.shapes, sums).compile()
+        self.update = update.compile(self.shapes, sums)
 
     def run(self, first: int, last: int, bad: int | None = None) -> list[step.Metrics]:
         """Updates of these numbers, one of them with a gradient that is not finite."""

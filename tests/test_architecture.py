@@ -21,7 +21,7 @@ LAYERS = (
     "audio sources common_voice record.curves data scoring inventory",
     "diagnosis.survey diagnosis.findings diagnosis.consultation diagnosis.host"
     " diagnosis.spectrograms torch_logits",
-    "ctc ctc_columns ctc_kernel optim models partition estimate.flops estimate.forecast"
+    "compilation ctc ctc_columns ctc_kernel optim models partition estimate.flops estimate.forecast"
     " record.learning",
     "criterion",
     "step",

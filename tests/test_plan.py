@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_asr import __main__, config, corpora, errors, experiment, parallel, partition, plan
+from flax_asr import (
+    __main__,
+    compilation,
+    config,
+    corpora,
+    errors,
+    experiment,
+    parallel,
+    partition,
+    plan,
+)
 from flax_asr.console import terminal
 from flax_asr.data import prepare
 from flax_asr.estimate import chips, flops, hlo, outlook, workload
@@ -420,6 +430,17 @@ def test_every_program_of_a_run_is_listed_where_that_is_asked_for(train, model, 
         assert [job for job in every if job[0] == name] == [j for j in by_length if j[0] == name]
 
 
+@pytest.mark.parametrize("global_batch_size", [4, 8])
+def test_what_only_scores_is_compiled_as_such(monkeypatch, global_batch_size):
+    asked = {True: {"scores": "1"}, False: {"trains": "1"}}
+    monkeypatch.setattr(compilation, "options", lambda device, forward_only: asked[forward_only])
+    cfg = tiny(train={"global_batch_size": global_batch_size})
+    devices = parallel.Devices(jax.devices()[:2])
+    for job in plan.jobs(cfg, workload.of(cfg, 2), devices):
+        assert job.pmapped.options == asked[job.function == "evaluate"]
+    assert parallel.lower(workload.of(cfg, 2).objective, devices).options == asked[True]
+
+
 @pytest.fixture
 def compiled_at_once(monkeypatch):
     """Programs on two fake devices, with made-up figures, in no time."""
@@ -479,10 +500,7 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
 def test_a_run_and_its_plan_compile_with_the_options_of_the_chip():
     asked = []
 
-    class Function:
-        def __call__(self):
-            raise NotImplementedError("it is to be compiled")
-
+    class Mapped:
         def lower(self, *arguments):
             return self
 
@@ -490,14 +508,11 @@ def test_a_run_and_its_plan_compile_with_the_options_of_the_chip():
             asked.append(options)
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1.00G")
 
-    devices = parallel.Devices()
-    assert devices.compiler_options is None
-    devices.compiler_options = {"xla_of_the_chip": "1"}
+    function = compilation.Compilable(Mapped(), {"xla_of_the_chip": "1"})
     with pytest.raises(jax.errors.JaxRuntimeError):
-        parallel.compile_all({"update": (Function(), ())}, devices)
-    job = plan.Job("update", 0, 0, 0, Function(), (), devices.compiler_options, 0)
-    assert job.compile(V5E).refused
-    assert asked == [devices.compiler_options] * 2
+        compilation.compile_all({"update": (function, ())})
+    assert plan.Job("update", 0, 0, 0, function, (), 0).compile(V5E).refused
+    assert asked == [{"xla_of_the_chip": "1"}] * 2
 
 
 @pytest.mark.slow
@@ -548,7 +563,7 @@ def test_equal_layers_share_their_code_on_tpu(topology):
 
     def code_bytes(count):
         lowered = layers.lower(weight, [weight] * count)
-        compiled = lowered.compile(devices.compiler_options)
+        compiled = lowered.compile(compilation.options(devices.devices[0]))
         return compiled.memory_analysis().generated_code_size_in_bytes
 
     assert code_bytes(16) < 2 * code_bytes(4)

@@ -130,7 +130,7 @@ def test_few_shapes_for_many_lengths(windowed):
 
 def test_every_program_is_compiled_with_the_options_of_the_chip(near, clips):
     recogniser = _recogniser(near)
-    recogniser._devices.compiler_options = {"xla_no_such_option": "1"}
+    recogniser._evaluate.options = {"xla_no_such_option": "1"}
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         list(recogniser.texts(clips[:1]))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import Wav2Vec2Config
 
-from flax_asr import config, criterion, experiment, optim, origins, parallel, step
+from flax_asr import compilation, config, criterion, experiment, optim, origins, parallel, step
 from flax_asr.data import loader, pool
 from flax_asr.models import layers, wav2vec2
 
@@ -183,12 +183,11 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
         host_batch = _cached(host_batch, objective)
     (batch,) = devices.micro_batches(host_batch, per_device)
     started = time.monotonic()
-    programs = parallel.compile_all(
+    programs = compilation.compile_all(
         {
             "accumulate": (parallel.accumulate(objective, devices, layout), (state, sums, batch)),
             "update": (parallel.update(rule, devices, layout), (state, sums)),
-        },
-        devices,
+        }
     )
     compile_seconds = time.monotonic() - started
 

@@ -1,0 +1,52 @@
+"""How the programs of a run are compiled."""
+
+import os
+import threading
+import time
+
+from flax_asr import compilation
+
+
+def test_as_many_programs_compile_at_once_as_the_process_may_use_cores(monkeypatch):
+    """A container or a job of a cluster may have a few of a machine's cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 7}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    lock = threading.Lock()
+    running, most = 0, 0
+
+    class Function(compilation.Compilable):
+        def compile(self):
+            nonlocal running, most
+            with lock:
+                running += 1
+                most = max(most, running)
+            time.sleep(0.05)
+            with lock:
+                running -= 1
+            return self
+
+    names = [f"program {number}" for number in range(9)]
+    jobs = {name: (Function(None, None), ()) for name in names}
+    compiled = compilation.compile_all(jobs)
+    assert list(compiled) == names
+    assert most == 3
+
+
+class Chip:
+    def __init__(self, platform: str, device_kind: str = ""):
+        self.platform, self.device_kind = platform, device_kind
+
+
+def test_other_than_tpus_are_compiled_for_by_default():
+    assert compilation.options(Chip("cpu")) is None
+    assert compilation.options(Chip("gpu", "NVIDIA H100"), forward_only=True) is None
+
+
+def test_what_only_scores_is_compiled_with_less_effort_than_what_trains():
+    target = "xla_jf_convolution_performance_target"
+    for kind in ("TPU v4", "TPU v5 lite"):
+        trains = compilation.options(Chip("tpu", kind))
+        scores = compilation.options(Chip("tpu", kind), forward_only=True)
+        assert float(scores[target]) < float(trains[target])
+        assert {**trains, target: ""} == {**scores, target: ""}
+    assert trains != compilation.options(Chip("tpu", "TPU v4"))

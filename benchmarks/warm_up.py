@@ -4,12 +4,12 @@
         [--layers 24] [--shapes 12] [--json FILE]
     python benchmarks/warm_up.py --one-at-a-time [--every 3] [--function accumulate]
 
-With the options that the recipe names for a TPU chip: bf16, and nothing recomputed (--checkpointing:
-as the recipe has it). Compiled for a chip that is not here, as a run compiles: the largest shapes
-first, one program a core at once. The shapes are guessed, as no data are there: evenly spaced up to
-data.max_seconds. Needs libtpu (`pip install '.[tpu]'`); takes half an hour of two cores. JAX's
-persistent cache keeps nothing that was compiled for a described chip, so that a second start cannot
-be measured here.
+With the options that the recipe names for a TPU chip: bf16, and nothing recomputed, or as the recipe
+itself has it with --checkpointing. Compiled for a chip that is not here, as a run compiles: the
+largest shapes first, one program a core at once. The shapes are guessed, as no data are there:
+evenly spaced up to data.max_seconds. Needs libtpu (`pip install '.[tpu]'`); takes half an hour of
+two cores. JAX's persistent cache keeps nothing that was compiled for a described chip, so that a
+second start cannot be measured here.
 
 With --one-at-a-time a line a program has its own processor time, and its code, which stays in the
 device's memory beside that of all others. --every 3 compiles the largest of a function's shapes,

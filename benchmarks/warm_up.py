@@ -4,7 +4,7 @@
         [--layers 24] [--shapes 12] [--json FILE]
     python benchmarks/warm_up.py --one-at-a-time [--every 3] [--function accumulate]
 
-With the options that the recipe names for a TPU chip: bf16, and nothing recomputed, or as the recipe
+With the options that the recipe names for a TPU chip: bf16, nothing recomputed, or as the recipe
 itself has it with --checkpointing. Compiled for a chip that is not here, as a run compiles: the
 largest shapes first, one program a core at once. The shapes are guessed, as no data are there:
 evenly spaced up to data.max_seconds. Needs libtpu (`pip install '.[tpu]'`); takes half an hour of

@@ -22,7 +22,7 @@ _TPU_OPTIONS = {
 }
 
 _FORWARD_TPU_OPTIONS = {
-    # Clips are scored in a third of the time that training on them takes, and fewer of them. Six per
+    # Scoring a clip takes a third of the time of training on it, and fewer are scored. Six per
     # cent more cycles, a quarter of a minute of the whole zh-HK recipe on one chip, for half of the
     # time to compile.
     "xla_jf_convolution_performance_target": "0.96",

@@ -32,7 +32,7 @@ import numpy as np
 import sidebyside
 import train_step
 
-from flax_asr import compilation, config, optim
+from flax_asr import config, kept_programs, optim
 from flax_asr.data import buckets, loader
 from flax_asr.estimate import flops
 
@@ -202,7 +202,7 @@ def largest(side: Ours | PyTorch, most: int) -> int:
 def measure(name: str, arguments: argparse.Namespace) -> dict:
     """One side's figures, or without `--rows` how many it can take; has a process of its own."""
     if arguments.compiled:
-        compilation.keep(arguments.compiled)
+        kept_programs.keep(pathlib.Path(arguments.compiled))
     work = Work(arguments.small, arguments.bf16)
     side = SIDES[name](work)
     rows = arguments.rows

@@ -204,7 +204,6 @@ class Assembly:
 
         Compiled programs are kept in `folder`; damaged ones that are there are compiled again.
         """
-        kept_programs.discard_damaged(folder)
         begin = 0 if self.past is None else self.past.step
         jobs = programs.jobs(
             programs.Steps(
@@ -219,7 +218,7 @@ class Assembly:
             self.devices,
             (begin, self.updates - 1),
         ) | parallel.gather_jobs(self.state_shapes(), self.devices)
-        compilation.keep(folder)
+        kept_programs.keep(folder)
         logger.info(
             "%d updates of %d clips, %d an epoch; %d programs to compile, the largest first",
             self.updates,

@@ -1,7 +1,6 @@
-"""How steps are compiled: what XLA is told, all before the first runs, kept for the next start."""
+"""How steps are compiled: what XLA is told, and all of them before the first one runs."""
 
 import concurrent.futures
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -82,12 +81,6 @@ class Compilations:
     def _note(self, event: str, duration: float, **details: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
-
-
-def keep(folder: str | os.PathLike) -> None:
-    """Keeps compiled programs in a folder, so that a resumed run does not compile them again."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def compile_all(

@@ -1,4 +1,4 @@
-"""Compiled programs as JAX keeps them for the next start: what a kill left half written goes.
+"""Compiled programs, kept for the next start: JAX's persistent cache, without what is damaged.
 
 JAX writes an entry in place, and never again while its file is there. So one that was cut short by
 a kill or a full disk, or has changed since, would be warned of and compiled anew at every start.
@@ -10,6 +10,8 @@ import logging
 import zlib
 from pathlib import Path
 
+import jax
+
 logger = logging.getLogger(__name__)
 
 _ENTRIES = "*-cache"  # jax/_src/lru_cache.py
@@ -17,10 +19,21 @@ _BYTES_AT_ONCE = 2**16
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 
-def discard_damaged(folder: Path) -> None:
+def keep(folder: Path) -> None:
+    """Keeps compiled programs in a folder, so that a resumed run does not compile them again."""
+    _discard_damaged(folder)
+    _tell_jax(folder)
+
+
+def _tell_jax(folder: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _discard_damaged(folder: Path) -> None:
     """Removes the entries of a folder that cannot be unpacked, and says how many.
 
-    To be called before JAX reads them. Entries are packed by zlib, whose checksum tells; those that
+    Entries are packed by zlib, whose checksum tells; those that
     JAX packs by Zstandard, where that is installed, are left as they are.
     """
     entries = sorted(folder.glob(_ENTRIES))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import soundfile
 
-from flax_asr import __main__, audio, compilation, export, inventory
+from flax_asr import __main__, audio, export, inventory, kept_programs
 from flax_asr.hosts import multihost
 from flax_asr.record import runlog
 
@@ -207,7 +207,7 @@ def share_compiled(cache: str) -> None:
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation.keep = lambda folder: None
+    kept_programs._tell_jax = lambda folder: None
 
 
 class Place:

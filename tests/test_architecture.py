@@ -15,19 +15,17 @@ PACKAGE = pathlib.Path(flax_asr.__file__).parent
 # From the ground up. A module may import from its own layer and from those below.
 LAYERS = (
     "errors json_object trainer_names options config languages containers console seals"
-    " kept_programs hosts.stopping bucket.store bucket.lease record.runlog estimate.chips"
-    " estimate.hlo",
+    " hosts.stopping bucket.store bucket.lease record.runlog estimate.chips estimate.hlo",
     "metrics alignment vocabulary text compat record.lineage",
     "audio sources common_voice record.curves data scoring inventory",
     "diagnosis.survey diagnosis.findings diagnosis.consultation diagnosis.host"
     " diagnosis.spectrograms torch_logits",
-    "compilation ctc ctc_columns ctc_kernel optim models partition estimate.flops estimate.forecast"
-    " record.learning",
+    "compilation kept_programs ctc ctc_columns ctc_kernel optim models partition estimate.flops"
+    " estimate.forecast record.learning",
     "criterion",
     "step",
     "hosts parallel checkpoint run_folder bucket.copies record.window hyperparameters card"
-    " experiment"
-    " origins corpora feature_cache",
+    " experiment origins corpora feature_cache",
     "programs",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
     "loading evaluate transcribe export resume finishing",

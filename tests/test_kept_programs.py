@@ -1,12 +1,11 @@
 """What a start finds of compiled programs after a kill in the middle of writing one."""
 
 import logging
-import types
 import zlib
 
 import pytest
 
-from flax_asr import assembly, kept_programs, parallel, programs
+from flax_asr import kept_programs
 
 WHOLE = zlib.compress(bytes(range(256)) * 1000)
 
@@ -31,35 +30,30 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_half_written_and_changed_programs_go_and_whole_ones_stay(folder, caplog):
-    with caplog.at_level(logging.WARNING, logger="flax_asr"):
-        kept_programs.discard_damaged(folder)
-    left = {path.name for path in folder.iterdir()}
-    assert left == {"whole-cache", "packed-otherwise-cache", "another file"}
-    assert f"3 of 5 compiled programs in {folder} were damaged or half written" in caplog.text
-    caplog.clear()
-    kept_programs.discard_damaged(folder)
-    kept_programs.discard_damaged(folder / "not there")
-    assert not caplog.records
-
-
-def test_a_run_removes_them_before_it_compiles(folder, monkeypatch):
-    found = set()
-    monkeypatch.setattr(programs, "jobs", lambda *_: {})
-    monkeypatch.setattr(parallel, "gather_jobs", lambda *_: {})
-    monkeypatch.setattr(parallel, "compile_all", lambda *_: {})
+@pytest.fixture
+def read(monkeypatch):
+    """What is there for JAX to read, folder by folder."""
+    found = []
     monkeypatch.setattr(
-        parallel, "keep_compiled", lambda place: found.update(p.name for p in place.iterdir())
+        kept_programs,
+        "_tell_jax",
+        lambda folder: found.append({path.name for path in folder.iterdir()}),
     )
-    monkeypatch.setattr(assembly.Assembly, "state_shapes", lambda _: None)
-    made = object.__new__(assembly.Assembly)
-    made.__dict__.update(
-        dict.fromkeys("objective layout _rule _shapes train_shapes eval_shapes past".split()),
-        cfg=types.SimpleNamespace(train=types.SimpleNamespace(global_batch_size=8)),
-        devices=None,
-        plan=types.SimpleNamespace(updates_per_epoch=1),
-        updates=1,
-    )
-    made.compile(folder)
-    assert "whole-cache" in found
-    assert not found & DAMAGED.keys()
+    return found
+
+
+def test_half_written_and_changed_programs_go_and_whole_ones_stay(folder, read, caplog):
+    with caplog.at_level(logging.WARNING, logger="flax_asr"):
+        kept_programs.keep(folder)
+    assert read == [{"whole-cache", "packed-otherwise-cache", "another file"}]
+    assert f"3 of 5 compiled programs in {folder} were damaged or half written" in caplog.text
+
+
+def test_nothing_is_said_where_all_is_whole(folder, read, tmp_path, caplog):
+    kept_programs.keep(folder)
+    (tmp_path / "new").mkdir()
+    caplog.clear()
+    kept_programs.keep(folder)
+    kept_programs.keep(tmp_path / "new")
+    assert not caplog.records
+    assert read[2] == set()

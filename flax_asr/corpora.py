@@ -138,7 +138,7 @@ def _vocabulary(
     """
     data, semantics = cfg.data, compat.of(cfg)
     if cfg.text.vocabulary is not None:
-        found = origins.symbols(cfg.text.vocabulary)
+        found = _named_vocabulary(cfg.text.vocabulary, start)
         _check_vocabulary(cfg.text.vocabulary, found, texts(data.train_splits))
         return found
     found = vocabulary.Vocabulary.from_transcripts(
@@ -157,6 +157,21 @@ def _vocabulary(
             text.shown(rare),
         )
     return start.vocabulary if _serves(cfg.model, start, found) else found
+
+
+def _named_vocabulary(name: str, start: origins.Origin) -> vocabulary.Vocabulary:
+    """What `text.vocabulary` names; where a run goes on and that is gone, its checkpoint's."""
+    try:
+        return origins.symbols(name)
+    except errors.ModelError as error:
+        if not start.is_checkpoint:
+            raise
+        logger.warning(
+            "warning: text.vocabulary cannot be read again, the run goes on with the symbols of its"
+            " checkpoint: %s",
+            error,
+        )
+        return start.vocabulary
 
 
 def _check_vocabulary(name: str, found: vocabulary.Vocabulary, texts: Sequence[str]) -> None:

@@ -141,8 +141,9 @@ def check_vocabulary(meta: Meta, ours: vocabularies.Vocabulary) -> None:
         only_here = "".join(sorted(set(ours.characters) - set(theirs.characters)))
         raise errors.CheckpointError(
             f"the checkpoint of step {meta.step} writes another vocabulary ({theirs.size} symbols,"
-            f" here {ours.size}; only there: {only_there!r}, only here: {only_here!r}). The data or"
-            " their normalisation have changed: use another --output_dir, or --restart."
+            f" here {ours.size}; only there: {only_there!r}, only here: {only_here!r}). The data,"
+            " their normalisation or the file of text.vocabulary have changed: put the old ones"
+            " back, or use another --output_dir, or --restart."
         )
 
 

@@ -33,6 +33,11 @@ class Origin:
     use_attention_mask: bool
     facts: dict[str, Any]
 
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the run goes on from a checkpoint, which holds the weights and all the rest."""
+        return self.folder is None and self.vocabulary is not None
+
     def sized(self, symbols: vocabulary.Vocabulary) -> "Origin":
         """The same, its head for these symbols."""
         sizes = {"vocab_size": symbols.size, "pad_token_id": symbols.blank}

@@ -393,6 +393,7 @@ def test_another_vocabulary_is_refused_with_the_difference():
         inventory.check_vocabulary(past, small_folder.VOCABULARY)
     assert "only there: 'defgh', only here: ''" in str(refusal.value)
     assert "11 symbols, here 6" in str(refusal.value)
+    assert "or the file of text.vocabulary have changed" in str(refusal.value)
 
 
 def save_now(writer, state):

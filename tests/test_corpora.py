@@ -38,6 +38,18 @@ def test_characters_that_only_the_vocabulary_lacks_are_not_said_to_lack_in_train
     assert "1 characters of the test clips have no symbol; in 2 places of 6" in said[-1]
 
 
+def test_a_run_goes_on_without_the_file_of_its_vocabulary(tmp_path, caplog):
+    named = f"--text.vocabulary={tmp_path / 'vocab.json'}"
+    words = ["--data.language=eu", "--data.eval_splits=[]", "--data.test_splits=[]", named]
+    cfg = config.build({}, words)
+    kept = {"train": small_saved.split(tmp_path / "train", ["abc"], seconds=(1.0, 2.0))}
+    past = origins.resumed(small_saved.saved().meta)
+    assert corpora.gather(cfg, past, kept).vocabulary == small_saved.VOCABULARY
+    assert "the run goes on with the symbols of its checkpoint" in caplog.text
+    with pytest.raises(errors.ModelError, match=r"vocab\.json: no such file"):
+        corpora.gather(cfg, origins.read(cfg.model), kept)
+
+
 def test_nothing_to_train_on_is_said_as_such():
     cfg = config.build({}, ["--data.language=eu", "--data.train_splits=[]"])
     with pytest.raises(errors.ConfigError, match=r"data\.train_splits names no split"):

@@ -202,18 +202,16 @@ def _verify(
         convert.params_from_torch(tensors, reread_config, head=True), sep="/"
     )
     ours = flax.traverse_util.flatten_dict(saved.params, sep="/")
-    if not any(name.endswith("masked_spec_embed") for name in tensors):
+    if not any(name.endswith(convert.MASK_EMBEDDING) for name in tensors):
         # Without masks in training torch's class has no such vector.
-        del reread[_MASK], ours[_MASK]
+        for parameters in (reread, ours):
+            del parameters[f"wav2vec2/{convert.MASK_EMBEDDING}"]
     for name in sorted(ours.keys() | reread.keys()):
         if name not in ours or name not in reread or not _equal(ours[name], reread[name]):
             raise _different(f"the parameter {name}")
     return Verification(
         tensors=len(tensors), logits=_compare_logits(folder, saved.params, reread_config)
     )
-
-
-_MASK = "wav2vec2/masked_spec_embed"
 
 
 def _equal(ours: np.ndarray, theirs: np.ndarray) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax_asr
 from flax_asr import config
+from flax_asr.bucket import store
 from flax_asr.data import pool, prepare
 
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers numpy soundfile soxr".split()
@@ -42,7 +43,7 @@ def free_memory() -> int | None:
 
 def free_disk(place: str) -> dict[str, Any]:
     """Free bytes where a folder is or will be; None for a bucket."""
-    if "://" in place:
+    if store.is_remote(place):
         return {"path": place, "device": None, "free_bytes": None}
     path = _there(place)
     return {
@@ -54,7 +55,7 @@ def free_disk(place: str) -> dict[str, Any]:
 
 def is_writable(place: str) -> bool | None:
     """Whether files can be made where a folder is or will be; None for a bucket."""
-    if "://" in place:
+    if store.is_remote(place):
         return None
     path = _there(place)
     return path.is_dir() and os.access(path, os.W_OK | os.X_OK)

@@ -12,8 +12,9 @@ from flax_asr.data import buckets
 from flax_asr.models import activations, first_layer, layers
 
 _LANES = 128
-_EPSILON = 1e-5
 _ROWS = 8
+_EPSILON = 1e-5
+"""Of every norm here: PyTorch keeps its default, whatever config.layer_norm_eps is."""
 
 
 def strided_convolution(
@@ -131,7 +132,6 @@ class _InstanceNorm(nn.Module):
     """GroupNorm with a group a channel: mean and variance over all frames, padding included."""
 
     dtype: layers.Dtype
-    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch frames channels"]) -> Array:
@@ -141,7 +141,7 @@ class _InstanceNorm(nn.Module):
         centred = x.astype(jnp.float32)
         centred = centred - jnp.mean(centred, axis=1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=1, keepdims=True)
-        y = centred * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+        y = centred * (jax.lax.rsqrt(variance + _EPSILON) * scale) + bias
         return y.astype(self.dtype)
 
 
@@ -176,11 +176,10 @@ class _ConvLayer(nn.Module):
         activation = activations.activation(
             config.feat_extract_activation, "feat_extract_activation"
         )
-        # PyTorch keeps its default epsilon here, whatever config.layer_norm_eps is
         if not centred:
             y = convolved(x, kernel, bias)
             if normalised:
-                y = layers.layer_norm(dtype, "layer_norm")(y)
+                y = layers.layer_norm(dtype, "layer_norm", _EPSILON)(y)
             elif self.layer == 0:
                 y = _InstanceNorm(dtype, name="layer_norm")(y)
             return activation(y)

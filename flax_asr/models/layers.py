@@ -88,7 +88,7 @@ class Projection(nn.Module):
         return product, bias
 
 
-def layer_norm(dtype: Dtype, name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
+def layer_norm(dtype: Dtype, name: str, epsilon: float) -> nn.LayerNorm:
     """LayerNorm over the last axis, statistics in float32.
 
     In float32 the variance is taken around the mean. In half precision it is the mean of squares

@@ -79,15 +79,18 @@ def changed(module, **config_changes):
     return module.clone(config=config)
 
 
+DROPOUTS = (
+    "hidden_dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "feat_proj_dropout",
+    "final_dropout",
+    "layerdrop",
+)
+
+
 def without_randomness(config):
-    for key in (
-        "hidden_dropout",
-        "attention_dropout",
-        "activation_dropout",
-        "feat_proj_dropout",
-        "final_dropout",
-        "layerdrop",
-    ):
+    for key in DROPOUTS:
         setattr(config, key, 0.0)
     return config
 
@@ -449,16 +452,6 @@ def test_an_empty_row_gives_finite_numbers_and_leaves_the_others_alone(name, dty
 
 
 # Dropout, layerdrop
-
-
-DROPOUTS = (
-    "hidden_dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "feat_proj_dropout",
-    "final_dropout",
-    "layerdrop",
-)
 
 
 @pytest.mark.parametrize("name", ["xls-r", "base"])
@@ -842,7 +835,7 @@ def test_the_norm_of_a_branch_has_the_gradients_of_layer_norm():
         return made.apply(params, x)
 
     def parts(params, x):
-        made = layers.layer_norm(jnp.bfloat16, "norm")
+        made = layers.layer_norm(jnp.bfloat16, "norm", 1e-5)
         return made.apply(params, x), x
 
     def error(found, expected):

@@ -127,7 +127,7 @@ class ShardWriter:
         manifest["checksum"] = shards.checksum(manifest)
         for name in files:
             _sync(self.folder / name)
-        unfinished = self.folder / f"{shards.MANIFEST}.tmp"
+        unfinished = self.folder / f".{shards.MANIFEST}.unfinished"
         unfinished.write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
         _sync(unfinished)
         unfinished.replace(self.folder / shards.MANIFEST)

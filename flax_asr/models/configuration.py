@@ -68,10 +68,10 @@ def write(folder: Path, config: "Wav2Vec2Config") -> None:
         ModelError: the folder cannot be written.
     """
     path = folder / _FILE
-    part = path.with_name(f".{_FILE}.{os.getpid()}.part")
+    unfinished = path.with_name(f".{_FILE}.{os.getpid()}.unfinished")
     try:
-        part.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
-        part.replace(path)
+        unfinished.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        unfinished.replace(path)
     except OSError as error:
         raise errors.ModelError(f"{path} cannot be written: {error}.") from error
 

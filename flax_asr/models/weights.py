@@ -257,20 +257,20 @@ def write(
 
     path = Path(folder) / SAFETENSORS
     # Beside the file, so that replacing it is one step of the file system.
-    part = path.with_name(f".{SAFETENSORS}.{os.getpid()}.part")
+    unfinished = path.with_name(f".{SAFETENSORS}.{os.getpid()}.unfinished")
     arrays = {name: np.asarray(values, order="C") for name, values in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.touch()
-            mode = part.stat().st_mode
-            safetensors_numpy.save_file(arrays, part, dict(metadata or {"format": "pt"}))
-            part.chmod(mode)  # or nobody but its owner could read it
-            with part.open("rb") as file:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
+            safetensors_numpy.save_file(arrays, unfinished, dict(metadata or {"format": "pt"}))
+            unfinished.chmod(mode)  # or nobody but its owner could read it
+            with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
-            part.replace(path)
+            unfinished.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError) as error:
         raise errors.ModelError(f"{path} cannot be written: {error}.") from error
     return path

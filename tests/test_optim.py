@@ -121,6 +121,23 @@ def test_another_rate_for_the_head_is_a_parameter_group_of_its_own():
         np.testing.assert_allclose(value, theirs[path].detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [0.5, 1.9, 2.1, 3.9, 40.0])
+def test_gradients_are_clipped_as_torch_clips_them(norm):
+    rng = np.random.default_rng(0)
+    gradient = rng.normal(size=9).astype(np.float32)
+    gradient *= norm / np.linalg.norm(gradient)
+    # With such an epsilon AdamW's first move is the gradient, divided by it.
+    settings = config.OptimConfig(learning_rate=1.0, adam_epsilon=1e6, max_grad_norm=2.0)
+    optimiser = optim.adamw(settings, optim.schedule(settings, 1))
+    parameters = {"lm_head/bias": jnp.zeros(9)}
+    state, given = optimiser.init(parameters), {"lm_head/bias": jnp.asarray(gradient)}
+    moves, _ = optimiser.update(given, state, parameters, norm=jnp.float32(norm))
+    theirs = torch.nn.Parameter(torch.zeros(9))
+    theirs.grad = torch.tensor(gradient)
+    torch.nn.utils.clip_grad_norm_([theirs], 2.0)
+    np.testing.assert_allclose(moves["lm_head/bias"] * -1e6, theirs.grad, rtol=1e-4)
+
+
 def test_what_decays_is_what_the_trainer_decays():
     model = small_torch.model("Wav2Vec2ForCTC", small_torch.config())
     names = transformers.trainer_pt_utils.get_parameter_names(model, [torch.nn.LayerNorm])

@@ -168,7 +168,7 @@ def test_an_overflow_in_one_micro_batch_skips_the_update_as_torchs_scaler_does()
             if number == 1 and place == 2:
                 model.lm_head.weight.grad[0, 0] = torch.inf
         scaler.unscale_(adamw)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item()
         scale, rate = scaler.get_scale(), schedule.get_last_lr()[0]
         scaler.step(adamw)
         scaler.update()
@@ -178,6 +178,7 @@ def test_an_overflow_in_one_micro_batch_skips_the_update_as_torchs_scaler_does()
             schedule.step()
         adamw.zero_grad()
         assert metrics.finite == (not skipped) == (number != 1)
+        assert skipped or metrics.grad_norm == pytest.approx(norm, rel=1e-3)
         assert metrics.loss_scale == scale
         assert metrics.learning_rate == pytest.approx(rate, rel=1e-6)
     assert ours.state.loss_scale.value == scaler.get_scale() == 32768

@@ -12,6 +12,7 @@ The weights are random; shapes, files and arithmetic are those of XLS-R 300M. Ne
 
 import argparse
 import json
+import pathlib
 import resource
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def measure(trainable_layers: int | None, cached: bool, small: bool) -> dict[str
         loaded = timed(
             "load_seconds",
             lambda: pretrained.load(
-                folder,
+                pathlib.Path(folder),
                 head_vocab_size=VOCABULARY,
                 config_overrides={"pad_token_id": 0, "ctc_loss_reduction": "mean"},
             ),

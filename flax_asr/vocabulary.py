@@ -211,15 +211,14 @@ class Vocabulary:
             (folder / name).write_text(written, encoding="utf-8")
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike, target_lang: str | None = None) -> "Vocabulary":
+    def from_folder(cls, folder: str | os.PathLike) -> "Vocabulary":
         """The vocabulary of a Hugging Face wav2vec2-CTC folder, or of a single vocab.json.
 
         Args:
             folder: holds vocab.json, and where they exist tokenizer_config.json,
                 special_tokens_map.json and added_tokens.json. The old tokens that the head of its
-                config.json has no place for are left out.
-            target_lang: which language of a nested vocabulary (MMS); by default the one that
-                tokenizer_config.json names.
+                config.json has no place for are left out. Of a vocabulary for several languages
+                (MMS) it is the one whose target_lang tokenizer_config.json names.
 
         Raises:
             errors.ModelError: a file is missing or does not hold a character vocabulary.
@@ -241,7 +240,7 @@ class Vocabulary:
                 f"{folder}: its tokenizer is a {kind}; only Wav2Vec2CTCTokenizer writes characters"
             )
         if any(isinstance(value, dict) for value in places.values()):
-            places = _one_language(places, target_lang or settings.get("target_lang"), file)
+            places = _one_language(places, settings.get("target_lang"), file)
         places = dict(places) | added
         for place, token in _numbered(settings, folder):
             places.setdefault(_content(token), place)

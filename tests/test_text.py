@@ -430,12 +430,17 @@ def test_a_bare_vocabulary_file_is_read(tmp_path):
 
 def test_a_nested_vocabulary_needs_a_language(tmp_path):
     nested = {"eng": {"<pad>": 0, "<unk>": 1, "e": 2}, "fra": {"<pad>": 0, "<unk>": 1, "é": 2}}
-    write_folder(tmp_path, vocab=nested, tokenizer_config={"bos_token": None, "eos_token": None})
+
+    def read(**named):
+        settings = {"bos_token": None, "eos_token": None, **named}
+        write_folder(tmp_path, vocab=nested, tokenizer_config=settings)
+        return Vocabulary.from_folder(tmp_path)
+
     with pytest.raises(ModelError, match="2 languages, and none is chosen: eng, fra"):
-        Vocabulary.from_folder(tmp_path)
-    assert Vocabulary.from_folder(tmp_path, target_lang="fra").tokens[2] == "é"
+        read()
+    assert read(target_lang="fra").tokens[2] == "é"
     with pytest.raises(ModelError, match="'deu' is not among them"):
-        Vocabulary.from_folder(tmp_path, target_lang="deu")
+        read(target_lang="deu")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Source: transformers 4.57, modeling_flax_utils.py.
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flax_asr.data import buckets
-from flax_asr.models import configuration, convert, hub, wav2vec2, weights
+from flax_asr.models import configuration, convert, wav2vec2, weights
 
 if TYPE_CHECKING:
     # At run time it is imported where it is used: transformers imports torch where it can.
@@ -31,43 +32,36 @@ class Pretrained(NamedTuple):
     """A model to train or to run.
 
     `params` are float32 numpy arrays; `fresh_head` says that the head is random, `stored_head` that
-    the weights have one; `revision` is the commit of a model of the hub, None for a folder.
+    the weights have one.
     """
 
     config: "Wav2Vec2Config"
     params: Tree
     fresh_head: bool
     stored_head: bool
-    revision: str | None
 
 
 def load(
-    folder_or_id: str | os.PathLike,
+    folder: Path,
     *,
     head_vocab_size: int | None = None,
     config_overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
 ) -> Pretrained:
-    """A wav2vec 2.0 model with a CTC head, from a folder or the Hugging Face hub.
+    """The wav2vec 2.0 model of a folder, with a CTC head.
 
     Args:
-        folder_or_id: a folder with config.json and weights in any form that `weights.read` takes.
+        folder: holds config.json and weights in any form that `weights.read` takes.
         head_vocab_size: None keeps the stored head (where there is none, a fresh one for the
             configuration's vocabulary is made, and the log says so); a number makes a fresh head
             of so many tokens.
         config_overrides: fields of transformers.Wav2Vec2Config that replace the stored ones.
         seed: of a fresh head.
-        revision, cache_dir, local_files_only, token: as for `hub.resolve`.
 
     Raises:
         ConfigError: an override that is not a field, or not of its type.
-        ModelError: not found, damaged, or not a wav2vec 2.0 model.
+        ModelError: damaged, or not a wav2vec 2.0 model.
     """
-    folder, commit = hub.resolve(folder_or_id, revision, cache_dir, local_files_only, token)
     config = configuration.read(folder)
     configuration.override(config, dict(config_overrides or {}))
     if head_vocab_size is not None:
@@ -76,8 +70,8 @@ def load(
     tensors = weights.read(folder)
     stored = convert.has_head(tensors)
     keep = head_vocab_size is None and stored
-    params = with_head(tensors, config, seed, keep=keep, source=folder_or_id)
-    return Pretrained(config, params, not keep, stored, revision=commit)
+    params = with_head(tensors, config, seed, keep=keep, source=folder)
+    return Pretrained(config, params, fresh_head=not keep, stored_head=stored)
 
 
 def fresh(config: "Wav2Vec2Config", seed: int, *, head: bool = True) -> Tree:

@@ -13,7 +13,8 @@ import transformers
 from flax import serialization, traverse_util
 
 import flax_asr
-from flax_asr import FlaxWav2Vec2ForCTC, FlaxWav2Vec2Model, errors
+from flax_asr import FlaxWav2Vec2ForCTC, FlaxWav2Vec2Model, errors, origins
+from flax_asr.config import ModelConfig
 from flax_asr.models import api, convert, hub, outputs, pretrained, wav2vec2, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -235,7 +236,6 @@ def test_an_encoder_gets_a_fresh_head_and_says_so(name, tmp_path, caplog):
 def test_load_keeps_the_head_or_makes_one_of_the_size_asked_for(folder, built, caplog):
     kept = pretrained.load(folder)
     assert not kept.fresh_head
-    assert kept.revision is None
     assert not caplog.records
     head = built.lm_head.weight.detach().numpy().T
     np.testing.assert_array_equal(kept.params["lm_head"]["kernel"], head)
@@ -550,8 +550,9 @@ def test_overrides_that_are_no_fields_or_of_another_type_are_named(folder):
 
 
 def test_the_hubs_commit_is_recorded(folder, monkeypatch):
-    monkeypatch.setattr(hub, "resolve", lambda *_: (folder, "abc"))
-    assert pretrained.load("someone/model").revision == "abc"
+    monkeypatch.setattr(hub, "resolve", lambda name, with_weights: (folder, "abc"))
+    found = origins.read(ModelConfig(pretrained="someone/model"))
+    assert (found.folder, found.facts["revision"]) == (folder, "abc")
 
 
 def test_the_public_names_are_these_classes():

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Wav2Vec2Config
 
-from flax_asr import audio, config, errors, inventory, json_object, vocabulary
+from flax_asr import audio, config, errors, inventory, json_object, run_folder, vocabulary
 from flax_asr.bucket import copies, store
 from flax_asr.models import configuration, hub
 from flax_asr.record import lineage
@@ -111,12 +111,13 @@ def _pretrained_folder(name: str, with_weights: bool = True) -> tuple[Path, str 
     run = Path(name)
     if not inventory.is_run(run):
         return hub.resolve(name, with_weights=with_weights)
-    if not (run / "export" / "config.json").is_file():
+    export = run / run_folder.EXPORT
+    if not (export / "config.json").is_file():
         raise errors.ModelError(
             f"{run} is a run that has not finished: export it first with"
             f" `flax-asr export {run} FOLDER` and give model.pretrained that folder."
         )
-    return run / "export", None
+    return export, None
 
 
 def resumed(meta: inventory.Meta) -> Origin:

@@ -165,8 +165,7 @@ def jobs(
     every_shape: bool = False,
 ) -> Iterator[Job]:
     """The pmapped functions of the run, in every shape or in their largest ones."""
-    updates = workload.PLANNED_UPDATES if work.data.updates is None else work.data.updates
-    found = programs.jobs(work.steps(cfg), devices, (0, updates - 1))
+    found = programs.jobs(work.steps(cfg), devices, (0, work.data.planned_updates - 1))
     held = work.state_bytes
     if ("update", 0) in found:  # which the sums outlive the micro-batches for
         held += partition.tree_bytes(devices.sum_shapes(work.state.trainable)) // devices.count

@@ -87,6 +87,11 @@ class Data(NamedTuple):
     updates: int | None
     guesses: tuple[str, ...]
 
+    @property
+    def planned_updates(self) -> int:
+        """Of the run; a number to plan with where it cannot be known."""
+        return PLANNED_UPDATES if self.updates is None else self.updates
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -177,7 +182,7 @@ def of(cfg: config.Config, device_count: int) -> Workload:
     configuration.override(model_config, {"vocab_size": data.symbols, "pad_token_id": 0})
     start = dataclasses.replace(start, model_config=model_config)
     objective = experiment.objective(cfg, start)
-    rule = experiment.rule(cfg, PLANNED_UPDATES if data.updates is None else data.updates)
+    rule = experiment.rule(cfg, data.planned_updates)
     params = experiment.parameter_shapes(objective)
     state = jax.eval_shape(
         lambda p: experiment.fresh_state(cfg, model_config, p, rule.optimiser), params

@@ -171,7 +171,7 @@ def _spectra(x, weight, groups):
     weight = weight.astype(jnp.float32).reshape(groups, hidden // groups, hidden // groups, taps)
     return (
         _einsum("zfn,rngi->fgzri", there, rows),
-        _einsum("zfk,goik->zfgoi", there[:, :, :taps], weight),
+        [_einsum("fk,goik->fgoi", part[:, :taps], weight) for part in there],
     )
 
 
@@ -216,11 +216,12 @@ def _spectral_gradient(x, weight, gradient, groups):
     rotated = jnp.stack([rows[:, :, 1], -rows[:, :, 0]], axis=2)
     product = jnp.stack(
         [
-            _einsum("fgzri,fgzro->fgoi", rows, outputs),
-            _einsum("fgzri,fgzro->fgoi", rotated, outputs),
+            _einsum("fgzro,fgzri->fgoi", outputs, rows),
+            _einsum("fgzro,fgzri->fgoi", outputs, rotated),
         ]
     )
-    weight_gradient = _einsum("zfgoi,zfk->goik", product, back[:, :, :taps])
+    weight_gradient = _einsum("zfk,zfgoi->kgoi", back[:, :, :taps], product)
+    weight_gradient = jnp.moveaxis(weight_gradient, 0, -1)
     return (
         x_gradient.astype(x.dtype),
         weight_gradient.reshape(weight.shape).astype(weight.dtype),

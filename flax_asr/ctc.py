@@ -68,8 +68,15 @@ def ctc_loss(
     vocab = logits.shape[-1]
     if not 0 <= blank < vocab:
         raise ValueError(f"blank must lie in 0..{vocab - 1}, got {blank}")
-    loss = _loss(blank, logits, logit_lengths, labels, label_lengths)
+    # Sizes are compared with them, and 300 has no place in eight bits.
+    lengths_and_labels = (_wide(array) for array in (logit_lengths, labels, label_lengths))
+    loss = _loss(blank, logits, *lengths_and_labels)
     return jnp.where(jnp.isposinf(loss), 0, loss) if zero_infinity else loss
+
+
+def _wide(integers: Array) -> Array:
+    integers = jnp.asarray(integers)
+    return integers.astype(jnp.promote_types(integers.dtype, jnp.int32))
 
 
 def _check(logits, logit_lengths, labels, label_lengths) -> None:

@@ -596,6 +596,29 @@ def test_another_shape_or_type_is_refused_by_name(name, wrong):
         plain(**given | {name: wrong(given[name])})
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64])
+def test_integers_of_any_width_mean_the_same(dtype):
+    """In a process whose signatures are not checked, as a user's."""
+    plain = inspect.unwrap(ctc.ctc_loss)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 60, 300)).astype(np.float32)
+    labels = np.zeros((2, 300), np.int32)
+    labels[:, :3] = [[100, 90, 7], [3, 3, 0]]
+    lengths, label_lengths = np.array([60, 50]), np.array([3, 2])
+
+    def both(dtype):
+        def loss(logits):
+            narrow = (array.astype(dtype) for array in (lengths, labels, label_lengths))
+            losses = plain(logits, *narrow)
+            return losses.sum(), losses
+
+        return jax.grad(loss, has_aux=True)(logits)
+
+    for found, right in zip(both(dtype), both(np.int32), strict=True):
+        assert np.isfinite(right).all()
+        np.testing.assert_array_equal(found, right)
+
+
 @pytest.mark.parametrize("vocab", [5, 70], ids=["by product", "by columns"])
 def test_second_derivatives_are_differences_of_gradients(vocab):
     rng = np.random.default_rng(0)

@@ -17,6 +17,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jaxtyping import Array
 
@@ -211,6 +212,9 @@ class _PretrainedModel:
     ) -> Any:
         """Frames that come out of so many samples, integers or arrays; there are no adapters."""
         del add_adapter
+        if getattr(input_lengths, "dtype", np.dtype(int)).kind == "u":
+            # The sum of a mask of uint8, say; a clip too short for a frame must go below zero.
+            input_lengths = input_lengths.astype(np.int32)
         return wav2vec2.frame_lengths(self.config, input_lengths)
 
     @classmethod

@@ -443,6 +443,15 @@ def test_lengths_of_frames_are_pytorchs(model, built):
     assert model._get_feat_extract_output_lengths(SAMPLES) == FRAMES
 
 
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_lengths_without_a_sign_are_lengths_too(model, array):
+    lengths = array([0, 5, 1300], np.uint32)  # as the sum of a mask of uint8
+    frames = model._get_feat_extract_output_lengths(lengths)
+    signed = model._get_feat_extract_output_lengths(np.array([0, 5, 1300]))
+    np.testing.assert_array_equal(frames, signed)
+    assert signed[:2].tolist() == [0, 0]
+
+
 # Construction and parameters, as the deleted class had them.
 
 

@@ -55,7 +55,7 @@ class Work:
         rng = np.random.default_rng(0)
         seconds = np.clip(rng.gamma(9.0, 4.15 / 9.0, CLIPS), 1.0, 10.5)
         self.samples = (seconds * RATE_HZ).astype(np.int32)
-        self.shapes = buckets.choose_shapes(self.samples, 12, group_rows=8)
+        self.shapes = buckets.choose_shapes(self.samples, 12)
 
     def longest(self, rows: int) -> loader.Batch:
         """A batch that takes as much memory as any."""

@@ -94,7 +94,7 @@ def main():
             cache_dir=folder,
         )
         as_numpy = mapped.with_format("numpy")
-        shapes = buckets.choose_shapes(data.samples, 12, group_rows=BATCH)
+        shapes = buckets.choose_shapes(data.samples, 12)
         widths = loader.label_widths(data, shapes)
         plan = buckets.TrainPlan(data.samples, shapes, BATCH, 1, seed=0)
         ways = {

@@ -46,7 +46,7 @@ def main():
     samples = lengths()
     rows = [{"way": "random", "shapes": None, "efficiency": random_efficiency(samples)}]
     for count in (1, 4, 8, 12, 16, 24):
-        exact = buckets.choose_shapes(samples, count, group_rows=GROUP_ROWS)
+        exact = buckets.choose_shapes(samples, count)
         for way, shapes in (("quantiles", quantile_shapes(samples, count)), ("exact", exact)):
             efficiency = planned_efficiency(samples, shapes)
             rows.append({"way": way, "shapes": len(shapes), "efficiency": efficiency})

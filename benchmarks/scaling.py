@@ -128,7 +128,7 @@ def reading_cost(folder: pathlib.Path) -> dict[str, float]:
         vocabulary=vocabulary.Vocabulary.from_transcripts(split.sentences),
         frame_lengths=lambda lengths: (lengths - 80) // 320,
     )
-    shapes = buckets.choose_shapes(data.samples, 12, group_rows=32)
+    shapes = buckets.choose_shapes(data.samples, 12)
     widths = loader.label_widths(data, shapes)
     plan = buckets.TrainPlan(data.samples, shapes, 32, 1, seed=0)
     plan.update(0)

@@ -53,21 +53,18 @@ def choose_shapes(
     samples: Int[np.ndarray, " clips"],
     num_buckets: int,
     *,
-    group_rows: int = 1,
     frame_samples: Callable[[int], int] = smallest_samples,
 ) -> tuple[int, ...]:
-    """Padded lengths that make an epoch cheapest, ascending, at most `num_buckets` of them.
+    """Padded lengths that pad clips least, ascending, at most `num_buckets` of them.
 
     Each is the smallest sample count that gives a multiple of 16 frames; the largest one covers the
-    longest clip. The optimum is exact, left-overs and filler rows included: with the cascade, the
-    groups of all buckets up to an edge number `floor(clips up to the edge / group_rows)`, so a
-    bucket's cost depends on its own two edges only, and dynamic programming over edges applies. (A
-    last group with filler rows has the largest shape whatever the other edges are.)
+    longest clip. The optimum is exact: a bucket's cost depends on its own two edges only, so that
+    dynamic programming over edges applies. Rows that move up to fill groups are not counted: how
+    many do depends on the devices, and a run keeps its shapes on others.
 
     Args:
         samples: length of every clip.
         num_buckets: the most shapes allowed.
-        group_rows: rows in a group; 1 minimises the padding of single clips.
         frame_samples: the fewest samples that make this many frames.
 
     Raises:
@@ -79,15 +76,14 @@ def choose_shapes(
     clips_up_to = np.cumsum(
         np.bincount(np.searchsorted(candidates, samples), minlength=len(candidates))
     )
-    groups_up_to = clips_up_to // group_rows
 
-    # cost[j]: the cheapest way to serve all groups up to candidate j whose last edge is j.
-    cost = candidates * groups_up_to
+    # cost[j]: the cheapest way to serve all clips up to candidate j whose last edge is j.
+    cost = candidates * clips_up_to
     previous_edges = []
     best = (cost[-1], 0)
     for bucket in range(1, min(num_buckets, len(candidates))):
         # through[i, j]: the same with the edge before j at i < j.
-        through = cost[:, None] + candidates * (groups_up_to[None, :] - groups_up_to[:, None])
+        through = cost[:, None] + candidates * (clips_up_to[None, :] - clips_up_to[:, None])
         through[np.tril_indices(len(candidates))] = _NEVER
         previous = through.argmin(axis=0)
         cost = through[previous, np.arange(len(candidates))]

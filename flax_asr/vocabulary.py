@@ -17,6 +17,9 @@ from flax_asr import errors, json_object
 # What Wav2Vec2CTCTokenizer assumes where a folder says nothing, in its order.
 _ASSUMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
+# What loses its spaces where a tokenizer cleans up, in transformers' order.
+_SPACED_MARKS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
@@ -29,6 +32,8 @@ class Vocabulary:
         delimiter: the token that stands for a space; None where no transcript has one.
         bos, eos: two tokens that old tokenizers carry and no CTC model uses.
         lower_case: the model writes capitals that are meant as small letters.
+        cleans_up: marks and English endings join the word before them, as in transformers'
+            clean_up_tokenization_spaces, which folders of its version 4 may ask for.
     """
 
     tokens: tuple[str, ...]
@@ -38,6 +43,7 @@ class Vocabulary:
     bos: int | None = None
     eos: int | None = None
     lower_case: bool = False
+    cleans_up: bool = False
 
     def __post_init__(self):
         if len(set(self.tokens)) != len(self.tokens):
@@ -170,7 +176,10 @@ class Vocabulary:
             return " " if self.tokens[place] == self.delimiter else self.tokens[place]
 
         text = "".join(map(written, map(int, ids))).strip()
-        return text.lower() if self.lower_case else text
+        text = text.lower() if self.lower_case else text
+        for spaced in _SPACED_MARKS if self.cleans_up else ():
+            text = text.replace(spaced, spaced.strip())
+        return text
 
     def to_json(self) -> str:
         """All of it as one JSON object."""
@@ -203,7 +212,7 @@ class Vocabulary:
             "word_delimiter_token": self.delimiter,
             "replace_word_delimiter_char": " ",
             "do_lower_case": self.lower_case,
-            "clean_up_tokenization_spaces": False,
+            "clean_up_tokenization_spaces": self.cleans_up,
         }
         places = {token: place for place, token in enumerate(self.tokens)}
         for name, content in (("vocab.json", places), ("tokenizer_config.json", settings)):
@@ -235,7 +244,8 @@ class Vocabulary:
             special = json_object.read(folder / "special_tokens_map.json") or {}
             added = json_object.read(folder / "added_tokens.json") or {}
         kind = str(settings.get("tokenizer_class", "Wav2Vec2CTCTokenizer"))
-        if not kind.startswith("Wav2Vec2CTC"):
+        # The second is what the first versions called it.
+        if not kind.startswith(("Wav2Vec2CTC", "Wav2Vec2Tokenizer")):
             raise errors.ModelError(
                 f"{folder}: its tokenizer is a {kind}; only Wav2Vec2CTCTokenizer writes characters"
             )
@@ -268,6 +278,7 @@ class Vocabulary:
             bos=found["bos_token"],
             eos=found["eos_token"],
             lower_case=bool(settings.get("do_lower_case", False)),
+            cleans_up=bool(settings.get("clean_up_tokenization_spaces", False)),
         )
 
 

@@ -5,6 +5,7 @@ import json
 import time
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,6 +80,40 @@ def test_one_wrong_value_is_read_or_refused(tmp_path_factory, data):
     folder = _write(tmp_path_factory.mktemp("model"), **{name: content})
     with contextlib.suppress(errors.ModelError, errors.ConfigError):
         _read(folder)
+
+
+@pytest.mark.parametrize("cleans_up", [True, False])
+def test_spaces_before_marks_go_where_transformers_takes_them(tmp_path, cleans_up):
+    tokens = ["[PAD]", "[UNK]", "|", *"aemnrstv'.?!,"]
+    _write(
+        tmp_path,
+        **{
+            "config.json": CONFIG | {"vocab_size": len(tokens) + 2},
+            "vocab.json": {token: place for place, token in enumerate(tokens)},
+            "tokenizer_config.json": {
+                "tokenizer_class": "Wav2Vec2CTCTokenizer",
+                "pad_token": "[PAD]",
+                "unk_token": "[UNK]",
+                "clean_up_tokenization_spaces": cleans_up,
+            },
+            "special_tokens_map.json": {},
+            "added_tokens.json": {"<s>": len(tokens), "</s>": len(tokens) + 1},
+        },
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    found = _read(tmp_path).vocabulary
+    found.write(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    for text in ("sat 's ' at n't 'm 've 're , a . t ? ' !", ". a  .", "a ' ' s .. '"):
+        labels = found.encode(text)
+        expected = theirs.decode(labels, group_tokens=False)
+        assert found.decode(labels) == again.decode(labels, group_tokens=False) == expected
+        assert (expected == text) != cleans_up
+
+
+def test_the_first_name_of_the_tokenizer_is_known(tmp_path):
+    first = FILES["tokenizer_config.json"] | {"tokenizer_class": "Wav2Vec2Tokenizer"}
+    assert _read(_write(tmp_path, **{"tokenizer_config.json": first})).vocabulary.size == 7
 
 
 def test_what_could_load_code_or_kernels_does_not_go_on(tmp_path):

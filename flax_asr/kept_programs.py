@@ -33,8 +33,8 @@ def _tell_jax(folder: Path) -> None:
 def _discard_damaged(folder: Path) -> None:
     """Removes the entries of a folder that cannot be unpacked, and says how many.
 
-    Entries are packed by zlib, whose checksum tells; those that
-    JAX packs by Zstandard, where that is installed, are left as they are.
+    Entries are packed by zlib, whose checksum tells; those that JAX packs by Zstandard, where that
+    is installed, are left as they are.
     """
     entries = sorted(folder.glob(_ENTRIES))
     with concurrent.futures.ThreadPoolExecutor() as threads:

@@ -139,7 +139,8 @@ def _tap_first(x, weight, before):
 # The spectral form. A row is cut into blocks of taps + 1 output frames, each of which depends on
 # 2 * taps input frames: overlap-save with a transform of 2 * taps points. A real signal's transform
 # is kept as its cosine and sine parts (the real part and minus the imaginary one), stacked on an
-# axis `z`; products of two transforms are written out in these parts.
+# axis `z`; products of two transforms are written out in these parts. Operands stand in the order
+# in which XLA gives a product's axes: in another one it also copies the weight or its gradient.
 
 
 @functools.cache
@@ -158,7 +159,7 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _spectra(x, weight, groups):
-    """Transforms of the input blocks [f g z rows i] and of the weight [z f g o i]."""
+    """Transforms of the input blocks [f g z rows i] and, part by part, of the weight [f g o i]."""
     batch, frames, hidden = x.shape
     taps = weight.shape[-1]
     there, _ = _transform(taps)

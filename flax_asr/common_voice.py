@@ -127,8 +127,10 @@ def _tables_of(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _folders_of(release: pathlib.Path, language: str) -> list[pathlib.Path]:
-    """Where the tables of a language can be: here, below, or below one of several releases."""
-    return [release, release / language, *sorted(release.glob(f"cv-corpus-*/{language}"))]
+    """Where its tables can be: here, below, or below one of several releases, newest first."""
+    several = sorted(release.glob(f"cv-corpus-*/{language}"))
+    newest_first = sorted(several, key=clips.release_number, reverse=True)
+    return [release, release / language, *newest_first]
 
 
 def _table_of(release: pathlib.Path, language: str, split: str) -> pathlib.Path | None:

@@ -43,9 +43,9 @@ SENTENCES = {
 }
 
 
-def write_release(root, language="zh-HK"):
+def write_release(root, language="zh-HK", release=RELEASE):
     """Returns the language's folder of a release with four, one and one clips."""
-    folder = root / RELEASE / language
+    folder = root / release / language
     (folder / "clips").mkdir(parents=True)
     for split, sentences in SENTENCES.items():
         lines = [COLUMNS.replace(" ", "\t")]
@@ -333,9 +333,9 @@ SPONTANEOUS = (
 )
 
 
-def write_spontaneous(root, language="cy"):
+def write_spontaneous(root, language="cy", release="sps-corpus-3.0-2026-03-09"):
     """Returns the folder of a release of spontaneous speech with a clip in each of three splits."""
-    folder = root / f"sps-corpus-3.0-2026-03-09-{language}"
+    folder = root / f"{release}-{language}"
     (folder / "audios").mkdir(parents=True)
     for number, name in enumerate(("one", "two", "three")):
         (folder / "audios" / f"{name}.mp3").write_bytes(sound(number))
@@ -367,6 +367,25 @@ def test_a_release_of_spontaneous_speech_is_read(tmp_path, form):
     assert [clip.sentence for clip in prompts.read("dev")] == ["Why?"]
     with pytest.raises(DataError, match=r"without 'de'; it has .*'cy'"):
         open_source(str(place), language="de")
+
+
+@pytest.mark.parametrize("older", ["cv-corpus-3", "cv-corpus-17.0-2024-03-15", "cv-corpus-9.0"])
+def test_of_several_releases_the_newest_is_read(release, older):
+    write_release(release.parents[1], release=older)
+    found = open_source(str(release.parents[1]), language="zh-HK")
+    assert (found.release, found.name) == (RELEASE, str(release))
+
+
+def test_of_a_release_and_its_delta_all_of_it_is_read(release):
+    write_release(release.parents[1], release="cv-corpus-25.0-delta-2026-03-09")
+    assert open_source(str(release.parents[1]), language="zh-HK").release == RELEASE
+
+
+def test_of_several_releases_of_spontaneous_speech_the_newest_is_read(tmp_path):
+    for release in ("sps-corpus-2.0-2025-12-05", "sps-corpus-10.0-2028-03-09", "sps-corpus-9.1"):
+        write_spontaneous(tmp_path, release=release)
+    found = open_source(str(tmp_path), language="cy")
+    assert found.release == "sps-corpus-10.0-2028-03-09-cy"
 
 
 def test_scripted_speech_goes_before_spontaneous_speech_of_the_same_language(release):

@@ -144,3 +144,8 @@ def release_name(path: pathlib.PurePath) -> str:
         if found := _RELEASE.search(part):
             return found.group()
     return path.name
+
+
+def release_number(path: pathlib.PurePath) -> tuple[int, ...]:
+    """Sorts releases by age, the oldest first: 4 comes before 25.0."""
+    return tuple(map(int, re.findall(r"\d+", release_name(path))))

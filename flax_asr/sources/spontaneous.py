@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from flax_asr.sources import tables
+from flax_asr.sources import clips, tables
 
 RECORDINGS = "audios"
 TEXT_COLUMN = "transcription"
@@ -25,9 +25,10 @@ def language_of(file_name: str) -> str | None:
 
 def tables_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """The table of each language, in a release's folder or the one above several."""
-    files = [*folder.glob("ss-corpus-*.tsv"), *folder.glob("sps-corpus-*/ss-corpus-*.tsv")]
-    # The newest release of a language comes last.
-    return {found: file for file in sorted(files) if (found := language_of(file.name))}
+    several = sorted(folder.glob("sps-corpus-*/ss-corpus-*.tsv"))
+    oldest_first = sorted(several, key=clips.release_number)
+    files = [*oldest_first, *sorted(folder.glob("ss-corpus-*.tsv"))]
+    return {found: file for file in files if (found := language_of(file.name))}
 
 
 def splits(stream: BinaryIO, name: str, column: str) -> dict[str, None]:

@@ -141,6 +141,8 @@ class Checkpoints:
             return
         if self._failure is not None:
             failure, self._failure = self._failure, None
+            if not isinstance(failure, _WRITE_ERRORS):
+                raise failure
             raise self._cannot_write(failure) from failure
 
     def close(self) -> None:
@@ -170,7 +172,7 @@ class Checkpoints:
                     self._folder / f"{inventory.REPLACED}{old}"
                 )
                 shutil.rmtree(going)
-        except _WRITE_ERRORS as error:
+        except Exception as error:  # whatever it is: a run must not go on as if this were saved
             self._failure = error
             self._give_up(unfinished)
 
@@ -234,7 +236,7 @@ def _quieten_loose_ends() -> None:
 
 def _close(writer: ocp.AsyncCheckpointer) -> None:
     """Lets go of its threads; what has failed in them was told before."""
-    with contextlib.suppress(*_WRITE_ERRORS):
+    with contextlib.suppress(Exception):
         writer.close()
 
 

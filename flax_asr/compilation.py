@@ -72,11 +72,17 @@ Job = tuple[Compilable, tuple]
 
 
 class Compilations:
-    """How many programs XLA has compiled since this was made; the persistent cache counts too."""
+    """How many programs XLA compiles in a `with` statement; the persistent cache counts too."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
+
+    def __enter__(self) -> "Compilations":
         jax.monitoring.register_event_duration_secs_listener(self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._note)
 
     def _note(self, event: str, duration: float, **details: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ def keep(folder: Path) -> None:
 
 
 def _tell_jax(folder: Path) -> None:
+    # JAX looks for its folder once a process: without this a second run's go to the first one's.
+    compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

@@ -180,9 +180,9 @@ class Run:
     def _updates(self) -> None:
         at_once = self.made.train_function(self.step) == "update_from"
         sums = None if at_once else self.devices.zero_sums(self.state.trainable)
-        compilations = compilation.Compilations()
         previous = None
         with (
+            compilation.Compilations() as compilations,
             self.made.batches(self.step, self.kept) as batches,
             progress.Progress(self.made.updates, "training", "updates", initial=self.step) as bar,
         ):

@@ -277,7 +277,9 @@ def merged(
     A single key of a mapping, such as `model.config.layerdrop`, leaves its other keys as they are.
     """
     found = {**values, **{name: value for name, value in given.items() if name in kinds}}
-    for name in given.keys() - kinds.keys():
+    for name in given:  # in their order, which a set of them would not keep
+        if name in kinds:
+            continue
         parent, _, key = name.rpartition(".")
         before = {} if parent not in found or found[parent] is None else found[parent]
         if isinstance(before, Mapping):  # else `typed` has something to say about it

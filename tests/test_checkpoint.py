@@ -401,6 +401,20 @@ def save_now(writer, state):
     writer.wait()
 
 
+def test_a_failure_that_nobody_foresaw_is_no_saved_checkpoint(run, monkeypatch):
+    """In the thread that seals: the run must not go on as if the step were there."""
+    writer = checkpoint.Checkpoints(run, 9)
+    with monkeypatch.context() as broken:
+        broken.setattr(seals, "write", lambda folder: {}["no such thing"])
+        writer.save(fresh(5), meta(5))
+        with pytest.raises(KeyError, match="no such thing"):
+            writer.wait()
+    assert inventory.steps(run) == [4, 2]
+    writer.save(fresh(6), meta(6))
+    writer.close()
+    assert inventory.steps(run) == [6, 4, 2]
+
+
 def test_a_full_disk_is_one_clear_error_and_costs_no_older_checkpoint(run):
     writer = checkpoint.Checkpoints(run, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -4,6 +4,8 @@ import os
 import threading
 import time
 
+import jax
+
 from flax_asr import compilation
 
 
@@ -50,3 +52,14 @@ def test_what_only_scores_is_compiled_with_less_effort_than_what_trains():
         assert float(scores[target]) < float(trains[target])
         assert {**trains, target: ""} == {**scores, target: ""}
     assert trains != compilation.options(Chip("tpu", "TPU v4"))
+
+
+def test_compilations_are_counted_while_a_run_is_at_work_and_no_longer():
+    def compiled():
+        jax.jit(lambda x: x + 1).lower(1.0).compile()
+
+    with compilation.Compilations() as compilations:
+        compiled()
+    counted = compilations.count
+    compiled()
+    assert (counted > 0, compilations.count) == (True, counted)

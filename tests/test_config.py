@@ -28,6 +28,13 @@ def test_options_win_over_the_file(tmp_path):
     assert cfg.data.train_splits == ("train", "dev")
 
 
+def test_fields_of_the_model_stand_in_the_order_of_the_command_line():
+    """In config.yaml and in checkpoints, whatever the seed of Python's hashes."""
+    fields = [f"mask_{name}" for name in "length prob time feature min spans rate part".split()]
+    cfg = config.load(None, [f"--model.config.{name}=1" for name in fields])
+    assert list(cfg.model.config) == fields
+
+
 @pytest.mark.parametrize(
     ("written", "splits"),
     [("dev", ("dev",)), ("dev, other", ("dev", "other")), ("[dev]", ("dev",)), ("[]", ())],

@@ -1,6 +1,8 @@
 """What a start finds of compiled programs after a kill in the middle of writing one."""
 
 import logging
+import subprocess
+import sys
 import zlib
 
 import pytest
@@ -57,3 +59,25 @@ def test_nothing_is_said_where_all_is_whole(folder, read, tmp_path, caplog):
     kept_programs.keep(tmp_path / "new")
     assert not caplog.records
     assert read[2] == set()
+
+
+TWO_RUNS = """
+import pathlib, sys
+import jax
+from flax_asr import kept_programs
+for number, place in enumerate(map(pathlib.Path, sys.argv[1:])):
+    kept_programs.keep(place)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.jit(lambda x: x * number + 1)(1.0)
+    print(len(list(place.glob("*-cache"))) > 0)
+"""
+
+
+def test_a_second_run_of_a_process_keeps_its_programs_in_its_own_folder(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_RUNS, tmp_path / "one", tmp_path / "two"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "True"]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -16,7 +17,8 @@ class Stop:
     Outside of `deferred` there is nothing to save, and the process ends at once: a compilation in
     another thread could not be broken off in any other way. Inside, the signal is noted for the
     loop to see, and a second one ends the process; not SIGHUP, which comes twice of one terminal,
-    by the system and by the shell. Where `nohup` has SIGHUP ignored it stays so.
+    by the system and by the shell. Where `nohup` has SIGHUP ignored it stays so. In a thread that
+    is not the main one, which Python lets take no signals, they stay what they are.
 
     Args:
         leave: ends the process with a status, having told others why.
@@ -34,6 +36,8 @@ class Stop:
         asking = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             asking.append(signal.SIGHUP)
+        if threading.current_thread() is not threading.main_thread():
+            asking.clear()
         self._before = {number: signal.signal(number, self._note) for number in asking}
         return self
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -101,3 +102,18 @@ def test_a_signal_after_the_last_look_is_obeyed():
         assert left == []
         stop.obey()
     assert left == [(75, "stopped. Run the same command to go on.")]
+
+
+def test_a_thread_leaves_the_signals_to_their_owner():
+    """A run that a program's thread starts: Python lets the main one alone take signals."""
+    seen = []
+
+    def run():
+        before = signal.getsignal(signal.SIGTERM)
+        with stopping.Stop() as stop, stop.deferred():
+            seen.append((stop.asked, signal.getsignal(signal.SIGTERM) is before))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(False, True)]

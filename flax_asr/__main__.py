@@ -192,7 +192,12 @@ def _epilog(command: str) -> str | None:
     if command == "export":
         return None
     if command in _TAKE_A_MODEL:
-        return option_help.listing(config.is_of_a_finished_model)
+        return option_help.listing(
+            config.is_of_a_finished_model,
+            "What is not given is as in the run of the model; an export knows language and\n"
+            "normalisation, and is computed in fp32, like the models of others. Else it is the"
+            " default.",
+        )
     return option_help.listing()
 
 
@@ -233,7 +238,9 @@ class _Parser(argparse.ArgumentParser):
         hint = ""
         if message.startswith("unrecognized"):
             hint = " An option takes one value, a list is written a,b."
-            if file := re.search(r"\S+\.ya?ml\b", message):
+            if set(re.findall(r"--\w+", message)) & OWN_OPTIONS:
+                hint = " Another command has this option, this one has not."
+            elif file := re.search(r"\S+\.ya?ml\b", message):
                 hint = f" A configuration file is given as --config {file[0]}."
             if model := re.search(r"--model\b=? ?(\S+)", message):
                 hint = f" The weights to start from are given as --model.pretrained {model[1]}."

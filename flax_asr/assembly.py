@@ -278,5 +278,5 @@ class Assembly:
                 "clips": len(data),
                 "seconds": round(data.seconds, 2),
             }
-            for name, data in {"train": self.corpus.train, **self.corpus.scored()}.items()
+            for name, data in self.corpus.sets().items()
         }

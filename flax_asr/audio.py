@@ -90,7 +90,8 @@ def _open(path: str | os.PathLike) -> io.BufferedReader:
         # Opening a pipe would wait for ever.
         information = os.stat(path)
         if not stat.S_ISREG(information.st_mode):
-            raise errors.AudioError("damaged", f"{os.fspath(path)} is not a file")
+            kind = "a folder: name its files" if stat.S_ISDIR(information.st_mode) else "no file"
+            raise errors.AudioError("damaged", f"{os.fspath(path)} is {kind}")
         if information.st_size == 0:
             raise errors.AudioError("empty", f"{os.fspath(path)} has no bytes")
         return open(path, "rb")

@@ -25,6 +25,10 @@ class Corpus:
     eval: examples.Examples | None
     test: examples.Examples | None
 
+    def sets(self) -> dict[str, examples.Examples]:
+        """Examples to train on and to be scored, by the names that reports give them."""
+        return {"train": self.train, **self.scored()}
+
     def scored(self) -> dict[str, examples.Examples]:
         """Examples to be scored, by the prefix of their figures in the log."""
         named = {"eval": self.eval, "test": self.test}
@@ -52,7 +56,7 @@ class Corpus:
 
     def splits(self) -> list[shards.PreparedSplit]:
         """Where all the audio is; a split that serves twice is there twice."""
-        return [split for data in (self.train, *self.scored().values()) for split in data.splits]
+        return [split for data in self.sets().values() for split in data.splits]
 
 
 def prepared(cfg: config.Config, start: origins.Origin) -> Corpus:

@@ -25,7 +25,7 @@ from flax_asr.bucket import mirror, store
 from flax_asr.console import progress
 from flax_asr.data import buckets, loader, prepare, rereading
 from flax_asr.hosts import cluster, multihost, stopping
-from flax_asr.record import learning, runlog, window
+from flax_asr.record import learning, left_out, runlog, window
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
         if hosts.is_first:
             run_folder.sweep(folder)
             run_folder.record(folder, cfg)
+            left_out.record(folder, made.corpus.sets())
         for warning in made.warnings():
             logger.warning("warning: %s", warning)
         with contextlib.closing(_reread(made, hosts)) as audio:

@@ -19,7 +19,7 @@ from typing import Any
 
 import flax_asr
 from flax_asr import config, errors, inventory
-from flax_asr.record import curves, runlog
+from flax_asr.record import curves, left_out, runlog
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ LOCK, FINISHED = ".lock", ".finished"
 _WRITTEN = frozenset(
     (
         *(CONFIG, CARD, EXPORT, COMPILED, FINISHED),
-        *(inventory.FOLDER, runlog.FILE, runlog.BOARD, curves.FILE),
+        *(inventory.FOLDER, runlog.FILE, runlog.BOARD, curves.FILE, left_out.FILE),
     )
 )
 

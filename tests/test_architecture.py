@@ -17,7 +17,7 @@ LAYERS = (
     "errors json_object trainer_names options config languages containers console seals"
     " hosts.stopping bucket.store bucket.lease record.runlog estimate.chips estimate.hlo",
     "metrics alignment vocabulary text compat record.lineage",
-    "audio sources common_voice record.curves data scoring inventory",
+    "audio sources common_voice record.curves record.left_out data scoring inventory",
     "diagnosis.survey diagnosis.findings diagnosis.consultation diagnosis.host"
     " diagnosis.spectrograms torch_logits",
     "compilation kept_programs ctc ctc_columns ctc_kernel optim models partition estimate.flops"

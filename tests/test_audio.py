@@ -90,6 +90,8 @@ def test_what_is_no_audio_is_named(tmp_path):
     assert refusal(tmp_path / "empty.mp3") == "empty"
     assert refusal(written(np.zeros(0, np.float32))) == "empty"
     assert refusal(tmp_path) == "damaged"
+    with pytest.raises(AudioError, match="is a folder: name its files"):
+        audio.decode(tmp_path)
     assert refusal(tmp_path / "pipe.mp3") == "damaged"
     assert refusal(tmp_path / "absent.mp3") == "missing"
     assert refusal(tmp_path / ("x" * 5000)) == "missing"

@@ -1,6 +1,7 @@
 """Whole runs of the command line: what they leave, and what stopping them at any moment costs."""
 
 import errno
+import fnmatch
 import json
 import os
 import pathlib
@@ -27,6 +28,7 @@ RUN_FILES = {
     "curves.png",
     "predictions-eval.jsonl",
     "predictions-test.jsonl",
+    "left_out.jsonl",
     "export/README.md",
     "export/config.json",
     "export/model.safetensors",
@@ -52,6 +54,15 @@ def test_a_run_leaves_every_file(whole):
     assert there >= RUN_FILES
     assert [p.name for p in whole.iterdir() if "unfinished" in p.name] == []
     assert inventory.steps(whole)[0] == small_training.UPDATES
+
+
+def test_everything_in_a_run_folder_is_in_the_readme(whole):
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| in `output_dir` |")[2].partition("\n\n")[0]
+    named = re.findall(r"`([^`]+?)/?`", "".join(re.findall(r"^\|[^|]*\|", table, re.MULTILINE)))
+    there = [path.name for path in whole.iterdir() if not path.name.startswith(".")]
+    unnamed = [name for name in there if not any(fnmatch.fnmatch(name, n) for n in named)]
+    assert (len(named) >= 8, unnamed) == (True, [])
 
 
 def test_the_log_has_these_keys_and_no_others(whole):

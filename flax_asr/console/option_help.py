@@ -6,9 +6,14 @@ from collections.abc import Callable
 from flax_asr import config, options
 
 
-def listing(shows: Callable[[str], bool] = lambda name: True) -> str:
-    """One line for every option that is shown: its name, meaning, choices and default."""
-    lines = ["options of the configuration, each as --section.key VALUE:"]
+def listing(shows: Callable[[str], bool] = lambda name: True, *notes: str) -> str:
+    """One line for every option that is shown: its name, meaning, choices and default.
+
+    Args:
+        shows: tells by its name whether an option is shown.
+        notes: what is to be said of all of them, before the first.
+    """
+    lines = ["options of the configuration, each as --section.key VALUE:", *notes]
     defaults, kinds = config.flat(config.Config()), config.option_types()
     for section, kind in {"": config.Config, **options.sections(config.Config)}.items():
         documented = inspect.getdoc(kind).partition("Attributes:")[2].replace("\n        ", " ")

@@ -9,6 +9,7 @@ Everything here is a function of lengths, seed and step: nothing is stored, noth
 number of hosts or devices.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -196,7 +197,8 @@ class TrainPlan:
         self.seed = seed
         self.leaks = leaks
         self._row_shape = row_shapes(samples, shapes)
-        self._lengths = lengths
+        # Asked for again at every update, and of a large corpus no trifle.
+        self._lengths = None if lengths is None else functools.lru_cache(maxsize=2)(lengths)
         self._epoch: tuple[int, list[Group]] | None = None
 
     @property

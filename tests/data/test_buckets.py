@@ -75,6 +75,12 @@ def test_shapes_are_the_best_of_all_possible_ones(samples, num_buckets):
     assert brute_force_cost(samples, shapes, group_rows=1) == best
 
 
+def test_no_shape_is_compiled_that_saves_nothing():
+    """Of equally good choices the one with the fewest programs."""
+    assert len(choose_shapes(np.full(9, 30_000), 12)) == 1
+    assert len(choose_shapes(np.array([6_000, 30_000] * 9), 12)) == 2
+
+
 def test_shapes_follow_the_strides_they_are_given():
     def frame_samples(count):
         return smallest_samples(count, kernels=(32, 8, 4), strides=(16, 5, 4))
@@ -150,6 +156,20 @@ def test_the_plan_of_a_seed_never_changes():
     plan = TrainPlan(samples, (5200, 10_320, 15_440), 4, 1, seed=42)
     found = [(g.shape, g.rows.tolist()) for s in range(3) for g in plan.update(s)]
     assert found == [(2, [7, 5, 10, 11]), (0, [4, 1, 3, 0]), (1, [2, 8, 9, 6])]
+
+
+def test_lengths_of_an_epoch_are_computed_once():
+    samples, asked = zh_hk_like(30), []
+
+    def lengths(epoch):
+        asked.append(epoch)
+        return samples - epoch
+
+    plan = TrainPlan(samples, choose_shapes(samples, 3), 4, 2, seed=0, lengths=lengths)
+    for step in range(2 * plan.updates_per_epoch):
+        for group in plan.update(step):
+            np.testing.assert_array_equal(plan.lengths(group.epoch), samples - group.epoch)
+    assert asked == [0, 1]
 
 
 def test_groups_of_one_update_come_from_several_buckets():

@@ -11,6 +11,7 @@ import pytest
 from small_splits import write_split
 
 from flax_asr import errors
+from flax_asr.data import features, loader
 from flax_asr.data.buckets import EvalPlan, TrainPlan, choose_shapes
 from flax_asr.data.examples import build
 from flax_asr.data.loader import Batch, Prefetched, assemble, evaluation, label_widths, updates
@@ -72,6 +73,27 @@ def test_batches_hold_their_rows_padded_with_zeros(data, shapes):
                 check(data, shapes, batch, group.rows, group.shape)
                 fillers += int((batch.weights == 0).sum())
     assert fillers == 2 * (-CLIPS % 4)
+
+
+def test_a_cached_batch_is_the_same_but_for_its_audio(data, shapes, tmp_path):
+    """Fillers too: a length of theirs would count frames that nobody spoke."""
+    kept = features.Features(tmp_path, data.samples, lambda n: (n - 80) // 320, 3, np.float32)
+    rng = np.random.default_rng(0)
+    frames = [rng.random((kept.length(row), 3), np.float32) for row in range(CLIPS)]
+    for number, rows in kept.missing():
+        kept.write(number, [frames[row] for row in rows])
+    kept.open()
+    rows = np.array([4, -1, 11, -1])
+    batch = assemble(data, rows, shapes[-1], 16)
+    cached = loader.assemble_cached(data, kept, rows, shapes[-1], 16)
+    for name in loader.CachedBatch._fields[1:]:
+        found, expected = getattr(cached, name), getattr(batch, name)
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+    assert not cached.hidden_state[rows < 0].any()
+    for place, row in ((0, 4), (2, 11)):
+        np.testing.assert_array_equal(cached.hidden_state[place, : len(frames[row])], frames[row])
+        assert not cached.hidden_state[place, len(frames[row]) :].any()
 
 
 def test_evaluation_gives_every_row_once_and_ends(data, shapes):

@@ -13,7 +13,7 @@ from small_splits import add, noise, write_split
 
 from flax_asr import errors
 from flax_asr.data.shard_writer import ShardWriter
-from flax_asr.data.shards import ClipFacts, LeftOut, PreparedSplit
+from flax_asr.data.shards import ClipFacts, LeftOut, PreparedSplit, pcm_digest
 
 SENTENCES = ["你好。", '"NA" says 𠮷', "", "early", "", "tab\tand\nnewline"]
 
@@ -24,6 +24,7 @@ def contents(folder):
 
 def test_clips_come_back_as_they_were_added(tmp_path):
     split = write_split(tmp_path / "train", SENTENCES, shard_bytes=25_000)
+    assert "journal.jsonl" not in contents(tmp_path / "train")
     assert split.sentences == SENTENCES
     assert split.ids[3] == "train-3.mp3"
     assert split.speakers == [f"speaker-{i % 3}" for i in range(6)]
@@ -214,6 +215,12 @@ def test_other_settings_start_afresh(tmp_path):
     assert len(write_some(tmp_path, [], settings={"max_seconds": 20})) == 3
     assert write_some(tmp_path, [], settings={"max_seconds": 10}) == []
     assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
+
+
+def test_a_louder_recording_of_the_same_integers_is_another_one():
+    quiet, loud = (pcm_digest(noise(100, 0), gain) for gain in (1 / 32768, 1 / 16384))
+    assert quiet != loud
+    assert quiet == pcm_digest(noise(100, 0), 1 / 32768) != pcm_digest(noise(100, 1), 1 / 32768)
 
 
 def test_digests_of_kept_clips_survive_an_interruption(tmp_path):

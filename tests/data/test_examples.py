@@ -34,8 +34,9 @@ def reasons(data):
 
 
 def test_rows_carry_labels_audio_and_facts(tmp_path):
-    first = write_split(tmp_path / "train", ["你好。", "A b"])
-    second = write_split(tmp_path / "dev", ["嗎", "Cab"], split="dev")
+    first = write_split(tmp_path / "train", ["你好。", "A b"], shard_bytes=8_000)
+    second = write_split(tmp_path / "dev", ["嗎", "Cab"], samples=[6000, 7000], split="dev")
+    assert (len(first.maps), len(second.maps)) == (2, 1)
     data = examples([first, second])
     assert len(data) == 4
     assert data.references == ["你好", "a b", "嗎", "cab"]
@@ -44,10 +45,10 @@ def test_rows_carry_labels_audio_and_facts(tmp_path):
     for row, reference in enumerate(data.references):
         assert data.labels(row).dtype == np.int32
         assert VOCABULARY.decode(data.labels(row)) == reference
-        np.testing.assert_array_equal(data.audio(row), noise(4000 + 1000 * (row % 2), row % 2))
+        np.testing.assert_array_equal(data.audio(row), noise(4000 + 1000 * row, row % 2))
     np.testing.assert_array_equal(data.gains, np.float32([1e-4, 2e-4, 1e-4, 2e-4]))
-    assert data.samples.tolist() == [4000, 5000, 4000, 5000]
-    assert data.seconds == pytest.approx(18_000 / 16_000)
+    assert data.samples.tolist() == [4000, 5000, 6000, 7000]
+    assert data.seconds == pytest.approx(22_000 / 16_000)
     assert data.facts(3) == {
         "speaker": "speaker-1",
         "age": "twenties",

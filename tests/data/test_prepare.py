@@ -17,7 +17,7 @@ import pytest
 import soundfile
 from pyarrow import parquet
 
-from flax_asr import config, errors
+from flax_asr import common_voice, config, errors
 from flax_asr.data import decoding, prepare, shard_writer, shards
 
 COLUMNS = "client_id path sentence up_votes down_votes age gender accents locale segment".split()
@@ -231,6 +231,13 @@ def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
     assert contents(train.folder) == contents(whole["train"].folder)
 
 
+def test_a_twin_of_a_clip_from_before_an_interruption_is_a_twin(tmp_path):
+    first, other = common_voice.Clip("0.wav", "一"), common_voice.Clip("1.wav", "二")
+    clips = [first, other, common_voice.Clip("0.wav", "三")]
+    tasks = prepare._tasks(config.Config(), clips, [("0.wav", "一")], tmp_path)
+    assert [left_out and left_out.reason for (_, left_out), _ in tasks] == [None, "duplicate"]
+
+
 def prepare_slowly(cfg: config.Config, clip_seconds: float) -> None:
     """In a process of its own: every clip is handed to the system, and takes its time."""
     prepare._FLUSH_CLIPS = 1
@@ -339,6 +346,10 @@ def test_unusable_splits_are_refused(release, tmp_path):
     cfg = configuration(release, tmp_path / "run", train_splits=("trian",))
     with pytest.raises(errors.DataError, match=r"no split .trian.; it has train"):
         prepare.prepare(cfg)
+    cfg = configuration(release, tmp_path / "run", test_splits=("tset",))
+    with pytest.raises(errors.DataError, match=r"no split .tset."):
+        prepare.prepare(cfg)
+    assert not prepare.prepared_folder(cfg).exists()  # not after hours of the others
     for path in (release / "clips").iterdir():
         path.rename(path.with_suffix(".aside"))
     cfg = configuration(release, tmp_path / "run")

@@ -176,6 +176,17 @@ def test_exactly_one_level_of_noise_is_exact(data):
     assert measured == pytest.approx(0.1, rel=5 * np.sqrt(2 / len(clean)))
 
 
+def test_noise_is_another_one_in_every_epoch_for_every_clip_and_seed(data):
+    def noise(seed, epoch, row):
+        noisy = _augmentation(data, seed=seed, noise_snr_db=(0.0, 0.0)).clip(epoch, row)
+        return (_values(noisy) - _values((data.audio(row), float(data.gains[row]))))[:4000]
+
+    one = noise(3, 0, 0)
+    for other in (noise(3, 1, 0), noise(3, 0, 1), noise(4, 0, 0)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.08
+    np.testing.assert_array_equal(one, noise(3, 0, 0))
+
+
 @pytest.fixture(scope="module")
 def sine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sine")

@@ -24,6 +24,7 @@ from flax_asr import (
     config,
     errors,
     inventory,
+    json_object,
     run_folder,
     torch_logits,
     vocabulary,
@@ -167,7 +168,8 @@ def _facts(
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    written = json.dumps(json_object.readable(content), ensure_ascii=False, indent=2)
+    path.write_text(written + "\n", encoding="utf-8")
 
 
 def _replace(unfinished: Path, folder: Path) -> None:

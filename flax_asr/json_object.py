@@ -1,6 +1,9 @@
-"""JSON objects in files of strangers: settings of a model, its symbols, its history."""
+"""JSON objects: read from files of strangers (settings of a model, its symbols, its history), and
+as any program can read them."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +49,12 @@ def read(path: Path) -> dict[str, Any] | None:
         return parse(path.read_bytes())
     except (OSError, ValueError) as error:
         raise errors.ModelError(f"{path} cannot be read: {error}.") from error
+
+
+def readable(value: Any) -> Any:
+    """The same with null for NaN and infinity: Python writes words that other readers refuse."""
+    if isinstance(value, Mapping):
+        return {key: readable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [readable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

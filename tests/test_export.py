@@ -1,5 +1,6 @@
 """The exported folder: verified against PyTorch, and never kept when it is wrong."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import transformers
 
 from flax_asr import config, errors, export, torch_logits
 from flax_asr.models import layers, short_attention, weights
+from flax_asr.record import lineage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -147,6 +149,23 @@ def test_a_second_export_takes_the_place_of_the_first(tmp_path):
         bias = model.lm_head.bias.numpy()
     np.testing.assert_array_equal(bias, small_saved.saved(seed=1).params["lm_head"]["bias"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_it_says_of_itself_is_json_for_every_reader(tmp_path):
+    """Of a run that diverged too, whose loss is no number."""
+    saved = small_saved.saved()
+    metrics = {"eval_loss": float("nan"), "eval_cer": 0.5}
+    saved = dataclasses.replace(saved, meta=dataclasses.replace(saved.meta, metrics=metrics))
+    small_saved.export_folder(tmp_path / "out", saved)
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    content = (tmp_path / "out" / lineage.FILE).read_text(encoding="utf-8")
+    assert json.loads(content, parse_constant=refuse)["metrics"] == {
+        "eval_loss": None,
+        "eval_cer": 0.5,
+    }
 
 
 def test_export_of_what_is_no_run_says_so(tmp_path):

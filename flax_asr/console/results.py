@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_asr import errors
+from flax_asr import errors, json_object
 
 Write = Callable[[Mapping[str, Any]], None]
 
@@ -68,6 +68,7 @@ def _line(result: Mapping[str, Any], encoding: str) -> str:
 
     So it is with standard output in an old locale, and with file names that are no UTF-8.
     """
+    result = json_object.readable(result)
     line = json.dumps(result, ensure_ascii=False) + "\n"
     try:
         line.encode(encoding)

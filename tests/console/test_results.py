@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import sys
 
@@ -29,6 +30,23 @@ def test_a_file_name_that_is_no_utf8_comes_back_as_it_was(tmp_path):
         write({"path": name, "text": "é"})
     found = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
     assert os.fsencode(found["path"]) == b"caf\xe9.mp3"
+
+
+def test_figures_that_are_no_numbers_are_null(tmp_path):
+    """Of a model that diverged, say; jq and others refuse Python's words for them."""
+    sent = {
+        "eval_loss": math.nan,
+        "groups": [{"wer": math.inf, "clips": 2}],
+        "room": (-math.inf, 1),
+    }
+    with results.writer(str(tmp_path / "out.jsonl")) as write:
+        write(sent)
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    found = json.loads((tmp_path / "out.jsonl").read_text(), parse_constant=refuse)
+    assert found == {"eval_loss": None, "groups": [{"wer": None, "clips": 2}], "room": [None, 1]}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")

@@ -258,6 +258,8 @@ def record(folder: Path, cfg: config.Config) -> None:
     unfinished = folder / f".{CONFIG}.unfinished"
     try:
         config.save(cfg, unfinished)
+        with open(unfinished, "rb") as file:  # as checkpoints, which nobody resumes without it
+            os.fsync(file.fileno())
         unfinished.replace(folder / CONFIG)
     except OSError as error:
         raise errors.CheckpointError(

@@ -115,6 +115,55 @@ def test_outputs_of_a_shorter_run_do_not_finish_a_longer_one(folder, finished):
     assert run_folder.is_finished(folder, resumed(folder, longer), longer)
 
 
+def test_the_configuration_is_on_the_disk_before_it_takes_the_old_one_s_place(folder, monkeypatch):
+    """A machine that is taken away takes what the system has not yet written."""
+    folder.mkdir()
+    safe = []
+    monkeypatch.setattr(
+        os, "fsync", lambda number: safe.append(os.readlink(f"/proc/self/fd/{number}"))
+    )
+    replace = pathlib.Path.replace
+
+    def replaced(path, target):
+        assert safe == [str(path)]
+        assert path.stat().st_size > 0
+        return replace(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", replaced)
+    run_folder.record(folder, small_folder.configuration(folder))
+    assert [path.name for path in folder.iterdir()] == [run_folder.CONFIG]
+
+
+def test_patience_is_a_number_of_evaluations_without_a_better_score():
+    def history(*scores):
+        return [{"step": step, "eval_clips": 1, "eval_cer": cer} for step, cer in enumerate(scores)]
+
+    def is_over(patience, *scores):
+        train = config.TrainConfig(early_stopping_patience=patience)
+        return run_folder.out_of_patience(history(*scores), train)
+
+    assert not is_over(2, 0.5, 0.5)
+    assert is_over(2, 0.5, 0.5, 0.6)
+    assert not is_over(2, 0.5, 0.6, 0.4)
+    assert not is_over(None, 0.5, 0.5, 0.5)
+    assert not is_over(1)
+
+
+def test_an_old_run_goes_checkpoints_first_and_configuration_last(folder, finished, monkeypatch):
+    """A kill in between must leave nothing that looks like the new run's."""
+    moved = []
+    rename = pathlib.Path.rename
+
+    def note(path, target):
+        moved.append(path.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", note)
+    run_folder.put_aside(folder)
+    assert (moved[0], moved[-1]) == (inventory.FOLDER, run_folder.CONFIG)
+    assert len(moved) > 3
+
+
 HARMLESS = {
     "train.logging_steps": 7,
     "train.eval_steps": 7,

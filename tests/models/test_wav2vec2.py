@@ -398,6 +398,16 @@ def test_gelu_of_bfloat16_is_the_exact_one_but_for_rounding():
         )
 
 
+def test_the_gradient_of_gelu_in_bfloat16_keeps_its_argument_alone():
+    # its tanh, had XLA one for both passes, would be kept as float32 until the backward pass
+    def loss(x):
+        return activations.gelu(x).astype(jnp.float32).sum()
+
+    x = jnp.zeros((64, 128), jnp.bfloat16)
+    assert jax.jit(loss).lower(x).compile().as_text().count(" tanh(") == 1
+    assert jax.jit(jax.value_and_grad(loss)).lower(x).compile().as_text().count(" tanh(") == 2
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_the_heads_gradient_is_rounded_in_bfloat16_only(dtype):
     rng = np.random.default_rng(0)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from flax_asr import errors, seals
+from flax_asr.bucket import store
 from flax_asr.sources import archives, clips, hub, manifests, spontaneous, tables
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,11 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
         return hub.parquet(source.removeprefix("parquet:"), column)
     if source.startswith("hf:"):
         return hub.dataset(source.removeprefix("hf:"), column)
+    if store.is_remote(source):
+        raise errors.DataError(
+            f"data.source {source}: a corpus is read from a disk: copy it to this machine. What"
+            " `flax-asr prepare` makes of it can lie in a bucket (data.prepared_dir)"
+        )
     path = pathlib.Path(os.path.expanduser(source))
     if path.is_dir():
         return _release_folder(path.resolve(), language, text_column)
@@ -193,7 +199,10 @@ def _spontaneous_folder(file: pathlib.Path, column: str) -> Source:
 
 def _recordings(folder: pathlib.Path, name: str) -> pathlib.Path:
     if not (folder / name).is_dir():
-        raise errors.DataError(f"{folder}: has tables, but no folder {name}/; unpack all of it")
+        raise errors.DataError(
+            f"{folder}: has tables, but no folder {name}/; unpack all of it (of"
+            " recordings of your own, name the table itself)"
+        )
     return folder / name
 
 

@@ -109,6 +109,11 @@ def _pretrained_folder(name: str, with_weights: bool = True) -> tuple[Path, str 
     if store.is_remote(name):
         name = str(copies.pretrained(name))
     run = Path(name)
+    if run.parent.name == inventory.FOLDER and inventory.is_run(run.parent.parent):
+        raise errors.ModelError(
+            f"{run} is a checkpoint: export it first with `flax-asr export {run.parent.parent}"
+            f" FOLDER --step {run.name}` and give model.pretrained that folder."
+        )
     if not inventory.is_run(run):
         return hub.resolve(name, with_weights=with_weights)
     export = run / run_folder.EXPORT

@@ -152,6 +152,19 @@ def test_an_encoder_with_a_vocabulary_and_no_head_is_not_said_to_have_one(
         assert "its head writes" not in caplog.text
 
 
+def test_a_run_without_an_export_and_a_checkpoint_are_told_how_to_become_a_model(tmp_path):
+    run = tmp_path / "run"
+    checkpoint = run / inventory.FOLDER / "30"
+    checkpoint.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    for named, said in {
+        run: f"{run} is a run that has not finished: .*`flax-asr export {run} FOLDER`",
+        checkpoint: f"{checkpoint} is a checkpoint: .*`flax-asr export {run} FOLDER --step 30`",
+    }.items():
+        with pytest.raises(errors.ModelError, match=said):
+            origins.read(config.ModelConfig(pretrained=str(named)))
+
+
 def test_a_run_s_vocabulary_is_that_of_its_export(splits, exported, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints" / "4").mkdir(parents=True)

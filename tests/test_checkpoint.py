@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import re
 import resource
@@ -177,6 +178,8 @@ def test_the_latest_and_the_best_are_kept_over_a_reopening(tmp_path):
     scores = {1: 0.9, 2: 0.1, 3: 0.5, 4: float("nan"), 6: 0.1}
     save(tmp_path, dict.fromkeys((1, 2, 3), state), keep=1, scores=scores)
     assert kept(tmp_path) == [3, 2]
+    there = {path.name for path in (tmp_path / inventory.FOLDER).iterdir()}
+    assert there == {"2", "3"}  # nothing of the other one takes room under a hidden name
     save(tmp_path, dict.fromkeys((4, 5, 6), state), keep=1, scores=scores)
     # 6 is as good as 2, which came first.
     assert kept(tmp_path) == [6, 2]
@@ -185,6 +188,28 @@ def test_the_latest_and_the_best_are_kept_over_a_reopening(tmp_path):
     assert checkpoint.load_model(tmp_path).step == 7
     save(tmp_path, {8: state}, keep=9)
     assert kept(tmp_path) == [8, 7, 6]
+
+
+def test_the_model_of_a_checkpoint_is_the_average_where_one_is_kept(tmp_path):
+    state = fresh()
+    average = jax.tree.map(lambda leaf: leaf + 1, state.trainable)
+    save(tmp_path, {1: state.replace(average=average)})
+    found = step.flat(checkpoint.load_model(tmp_path).params)
+    expected = {**state.trainable, **state.frozen, **average}
+    assert found.keys() == expected.keys()
+    assert average
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+
+
+def test_what_is_sealed_is_on_the_disk(tmp_path, monkeypatch):
+    """A machine that is taken away takes what the system has not yet written."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    safe = []
+    monkeypatch.setattr(os, "fsync", lambda file: safe.append(os.readlink(f"/proc/self/fd/{file}")))
+    seals.write(tmp_path)
+    assert [pathlib.Path(path).name for path in safe] == ["a", "b", seals.FILE]
 
 
 def test_without_scores_the_newest_is_the_best(tmp_path):

@@ -45,6 +45,7 @@ def test_a_rate_too_large_falls_back_or_diverges():
     assert _phases((6.3, 1.0), (4.0, 0.95), (30.0, 0.8))[-1] == learning.DIVERGING
     assert _phases((6.3, 1.0), (float("nan"), 1.0))[-1] == learning.DIVERGING
     assert _phases((500.0, 0.5)) == [learning.DIVERGING]
+    assert _phases((150.0, 0.5)) == [learning.BEGINNING]  # batches differ
 
 
 def test_updates_skipped_until_the_loss_scale_fits_are_no_divergence(caplog):
@@ -101,6 +102,14 @@ def test_a_long_stay_is_said_once(caplog):
             watch.look(step, _figures(6.2, 1.0))
     (record,) = caplog.records
     assert "still on the blank plateau after 200 of 1000 updates" in record.getMessage()
+
+
+def test_a_second_long_stay_is_said_again(caplog):
+    watch = _watch(updates=1000)
+    with caplog.at_level(logging.WARNING, logger="flax_asr.record.learning"):
+        for step in range(100, 1000, 100):
+            watch.look(step, _figures(*((4.0, 0.95) if step == 500 else (6.2, 1.0))))
+    assert [record.args[0] for record in caplog.records] == [300, 800]
 
 
 def test_a_run_too_timid_for_the_plateau_is_told_once(caplog):

@@ -79,9 +79,7 @@ class Assembly:
         self.start = start
         self.objective = experiment.objective(cfg, start)
         scored = list(self.corpus.scored().values())
-        self.train_shapes = experiment.shapes(
-            cfg, start.model_config, [self.corpus.train], cfg.data.augment.fastest
-        )
+        self.train_shapes = experiment.shapes(cfg, start.model_config, self.corpus.train)
         self.augmentation = experiment.augmentation(
             cfg, start.model_config, self.corpus.train, self.train_shapes
         )

@@ -250,7 +250,7 @@ class Examination:
     def _asked(self, start: origins.Origin, train: examples.Examples) -> trial.Asked:
         """The shapes of training batches, and an update in the commonest of them to be timed."""
         cfg = self.cfg
-        shapes = experiment.shapes(cfg, start.model_config, [train], cfg.data.augment.fastest)
+        shapes = experiment.shapes(cfg, start.model_config, train)
         counts = np.bincount(
             buckets.row_shapes(train.samples, shapes.samples), minlength=len(shapes.samples)
         )

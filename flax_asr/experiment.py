@@ -176,14 +176,13 @@ class Shapes:
 def shapes(
     cfg: config.Config,
     model_config: Wav2Vec2Config,
-    sets: Sequence[examples.Examples],
-    fastest: float = 1.0,
+    train: examples.Examples,
 ) -> Shapes:
-    """At most `num_buckets` shapes for training on all of these sets.
+    """At most `num_buckets` shapes for training on these examples.
 
-    Augmentation makes no clip longer than they are, and none shorter than by `fastest`.
+    Augmentation makes no clip longer than they are; labels fit where it makes clips shorter.
     """
-    return _shapes(cfg.data.num_buckets, model_config, sets, fastest)
+    return _shapes(cfg.data.num_buckets, model_config, [train], cfg.data.augment.fastest)
 
 
 def scoring_shapes(

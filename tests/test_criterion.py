@@ -12,8 +12,8 @@ import torch
 import transformers
 from models import small_torch
 
-from flax_asr import criterion
-from flax_asr.models import wav2vec2
+from flax_asr import criterion, ctc
+from flax_asr.models import upper, wav2vec2
 
 VOCAB = 11
 
@@ -94,3 +94,32 @@ def test_nothing_is_masked_or_dropped_where_no_key_is_given():
     assert heard["deterministic"]
     lengths = small_run.batch(2, 4, VOCAB).sample_lengths
     assert heard["attention_mask"].sum(axis=1).tolist() == lengths.tolist()
+
+
+def test_a_cached_batch_meets_the_dropout_of_the_whole_model(monkeypatch):
+    config = small_torch.config(apply_spec_augment=False)
+    batch = criterion.Batch(*small_run.batch(2, 1, VOCAB))
+    frames = int(wav2vec2.frame_lengths(config, batch.audio.shape[1]))
+    logits = jnp.zeros((2, frames, VOCAB))
+    keys = []
+
+    class Part(nn.Module):
+        """Stands for the model, or for its upper part."""
+
+        result: Any
+
+        def apply(self, variables, *inputs, rngs, **told):
+            keys.append(None if rngs is None else jax.random.key_data(rngs["dropout"]).tolist())
+            return self.result
+
+    whole = Part(wav2vec2.CTCOutput(logits, None, None))
+    objective = criterion.Objective(whole, config, lower_layers=1)
+    monkeypatch.setattr(ctc, "ctc_loss", lambda *arguments, **options: jnp.zeros(2))
+    monkeypatch.setattr(upper, "of", lambda module, lower_layers: Part(logits))
+    hidden_state = jnp.zeros((2, frames, config.hidden_size))
+    for given in (batch, criterion.CachedBatch(hidden_state, *batch[2:])):
+        for key in (jax.random.key(3), None):
+            criterion.forward(objective, {}, given, key)
+    assert keys[:2] == keys[2:]
+    assert keys[0] is not None
+    assert keys[1] is None

@@ -55,7 +55,7 @@ def data(tmp_path_factory, saved):
 
 @pytest.fixture(scope="module")
 def shapes(saved, data):
-    return experiment.shapes(config.Config(), saved.model_config, [data])
+    return experiment.shapes(config.Config(), saved.model_config, data)
 
 
 def _invented(data, shapes, model_config, infeasible=()):

@@ -207,7 +207,7 @@ def test_prepared_data_take_the_place_of_guesses(prepared):
     assert work.data.updates == 3 * 2  # ten clips in updates of eight
     corpus = corpora.prepared(prepared, workload.origin(prepared.model))
     assert work.objective.config.vocab_size == corpus.vocabulary.size
-    expected = experiment.shapes(prepared, work.objective.config, [corpus.train])
+    expected = experiment.shapes(prepared, work.objective.config, corpus.train)
     assert (work.data.train_shapes.samples, work.data.train_shapes.tokens) == (
         expected.samples,
         expected.tokens,

@@ -277,6 +277,7 @@ def test_the_vocabulary_is_blank_unknown_delimiter_and_sorted_characters():
     assert vocabulary.tokens == ("[PAD]", "[UNK]", "|", "a", "b", "c", "𠮷")
     assert (vocabulary.blank, vocabulary.unknown, vocabulary.delimiter) == (0, 1, "|")
     assert Vocabulary.from_transcripts(["ba"]).tokens == ("[PAD]", "[UNK]", "a", "b")
+    assert Vocabulary.from_transcripts(["b|a"]).tokens == ("[PAD]", "[UNK]", "|", "a", "b")
     assert Vocabulary.from_transcripts(["aab"], min_count=2).tokens == ("[PAD]", "[UNK]", "a")
     with pytest.raises(DataError, match="no characters"):
         Vocabulary.from_transcripts(["", " "])
@@ -358,6 +359,22 @@ def test_a_folder_in_the_style_of_wav2vec2_base_960h_is_read(tmp_path):
     agrees_with_transformers(vocabulary, AutoTokenizer.from_pretrained(tmp_path), ["HELLO WORLD'S"])
     # Capitals only: a text in small letters is read as capitals, not as unknown characters.
     assert vocabulary.encode("hello").tolist() == vocabulary.encode("HELLO").tolist()
+
+
+def test_in_an_old_folder_the_map_of_special_tokens_has_the_last_word(tmp_path):
+    write_folder(
+        tmp_path,
+        vocab={token: place for place, token in enumerate(["<pad>", "|", "a", "[UNK]", "[PAD]"])},
+        tokenizer_config={
+            "unk_token": "[UNK]",
+            "pad_token": "<pad>",
+            "tokenizer_class": "Wav2Vec2CTCTokenizer",
+        },
+        special_tokens_map={"pad_token": "[PAD]", "bos_token": None, "eos_token": None},
+    )
+    vocabulary = Vocabulary.from_folder(tmp_path)
+    assert (vocabulary.blank, vocabulary.unknown) == (4, 3)
+    assert vocabulary.blank == AutoTokenizer.from_pretrained(tmp_path).pad_token_id
 
 
 @pytest.mark.parametrize("added", [{}, {"<s>": 5, "</s>": 6}], ids=["", "added_tokens.json"])

@@ -220,9 +220,7 @@ def _measured(
     cfg: config.Config, start: origins.Origin, corpus: corpora.Corpus, device_count: int
 ) -> Data:
     train, scored = cfg.train, corpus.scored()
-    train_shapes = experiment.shapes(
-        cfg, start.model_config, [corpus.train], cfg.data.augment.fastest
-    )
+    train_shapes = experiment.shapes(cfg, start.model_config, corpus.train)
     eval_shapes = experiment.scoring_shapes(cfg, start.model_config, list(scored.values()))
     rows = device_count * train.per_device_train_batch_size
     plan = experiment.train_plan(cfg, corpus.train.samples, train_shapes.samples, rows)

@@ -511,3 +511,11 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(exported, releas
         evaluate.command(
             str(exported), [f"--data.source={release}", "--data.test_splits=dev"], None
         )
+
+
+def test_a_model_of_capitals_only_is_not_blamed_for_small_letters():
+    capitals = vocabulary.Vocabulary(("[PAD]", "A", "B"), blank=0)
+    reference, hypothesis, written = evaluate._compared(
+        "Ab", np.array([1, 0, 2, 2]), capitals, None
+    )
+    assert (reference, hypothesis, written) == ("ab", "ab", "AB")

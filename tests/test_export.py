@@ -1,6 +1,8 @@
 """The exported folder: verified against PyTorch, and never kept when it is wrong."""
 
 import dataclasses
+import errno
+import functools
 import json
 import os
 import pathlib
@@ -49,6 +51,8 @@ def test_logits_in_pytorch_are_compared(architecture, torch_here, tmp_path):
     assert done.logits is not None
     assert done.logits < 1e-4
     assert done.tensors == len(weights.read(tmp_path / "out"))
+    settings = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert settings["return_attention_mask"] == saved.meta.use_attention_mask
 
 
 def test_the_folder_holds_what_clients_need_and_no_processor(exported):
@@ -64,6 +68,7 @@ def test_the_folder_holds_what_clients_need_and_no_processor(exported):
     stored = json.loads((exported / "config.json").read_text())
     assert stored["architectures"] == ["Wav2Vec2ForCTC"]
     assert (stored["vocab_size"], stored["pad_token_id"]) == (11, 0)
+    assert (stored["bos_token_id"], stored["eos_token_id"]) == (None, None)
     facts = json.loads((exported / "flax_asr.json").read_text())
     assert facts["language"] == "eu"
     assert facts["normalization"] == ["lower", "spaces"]
@@ -92,6 +97,25 @@ def test_a_weight_that_pytorch_reads_otherwise_is_not_kept(torch_here, tmp_path,
     with pytest.raises(errors.ModelError, match="differ by 1"):
         export.write_folder(tmp_path / "out", saved, RUN, saved.meta.facts)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("place", "passes"), [(0, True), (1, False)])
+def test_a_large_logit_excuses_its_own_rounding_and_no_other_s(monkeypatch, place, passes):
+    theirs = np.zeros((2, 50, 3), np.float32)
+    theirs[0, 0, 0] = 1000.0
+    ours = theirs.copy()
+    ours[0, 0, place] += 0.05
+    monkeypatch.setattr(export, "_torch_is_installed", lambda: True)
+    monkeypatch.setattr(export, "_jax_logits", lambda *arguments: ours)
+    monkeypatch.setattr(export.torch_logits, "of", lambda *arguments: theirs)
+    compare = functools.partial(
+        export._compare_logits, pathlib.Path(), {}, transformers.Wav2Vec2Config()
+    )
+    if passes:
+        assert compare() == pytest.approx(0.05, rel=1e-2)
+    else:
+        with pytest.raises(errors.ModelError, match="differ by"):
+            compare()
 
 
 def test_on_a_tpu_machine_the_check_computes_as_on_any_other_cpu(torch_here, tmp_path, monkeypatch):
@@ -149,6 +173,23 @@ def test_a_second_export_takes_the_place_of_the_first(tmp_path):
         bias = model.lm_head.bias.numpy()
     np.testing.assert_array_equal(bias, small_saved.saved(seed=1).params["lm_head"]["bias"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    (tmp_path / ".new.unfinished").mkdir()
+    rename = pathlib.Path.rename
+
+    def failing(path, target):
+        if path.name == ".new.unfinished":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        export._replace(tmp_path / ".new.unfinished", tmp_path / "out")
+    assert (tmp_path / "out" / "old").is_file()
 
 
 def test_what_it_says_of_itself_is_json_for_every_reader(tmp_path):

@@ -263,6 +263,7 @@ def _entry(**changes):
         {"a": _entry(data_offsets=[0, 16, 32])},
         {"a": _entry(data_offsets=None)},
         {"a": _entry(shape=[2], data_offsets=[0, 8])},
+        {"a": _entry(shape=[2], data_offsets=[8, 16])},
         {"a": _entry(), "b": _entry()},
         {"a": 3},
         {"a": {"dtype": "F32"}},
@@ -279,6 +280,13 @@ def test_safetensors_headers_that_lie_are_refused(tmp_path, header):
 
 def test_safetensors_header_of_absurd_size_is_refused(tmp_path):
     _safetensors(tmp_path, {"a": _entry()}, header_bytes=2**62)
+    _refused(tmp_path, "shorter than its header says")
+
+
+def test_a_header_that_would_take_all_memory_is_not_read(tmp_path, monkeypatch):
+    _safetensors(tmp_path, {"a": _entry()})
+    assert weights.read(tmp_path)["a"].shape == (4,)
+    monkeypatch.setattr(weights, "MAX_HEADER_BYTES", 40)
     _refused(tmp_path, "shorter than its header says")
 
 

@@ -1,5 +1,6 @@
 """Scores: equal to jiwer over all clips, over real frames only, whatever the batches."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ from flax_asr import (
     experiment,
     loading,
     parallel,
+    scoring,
     text,
     vocabulary,
 )
@@ -258,11 +260,11 @@ def test_a_model_that_has_capitals_only_is_compared_without_case(saved, shapes, 
 def test_groups_of_speakers_add_up_and_unknown_facts_are_not_shown(data, shapes, saved):
     scores = _score(_invented(data, shapes, saved.model_config), data, shapes)
     assert {group.fact for group in scores.groups} == {"gender"}
-    assert {group.value: group.clips for group in scores.groups} == {
-        "female": 4,
-        "male": 4,
-        "unknown": 3,
-    }
+    assert [(group.value, group.clips) for group in scores.groups] == [
+        ("female", 4),
+        ("male", 4),
+        ("unknown", 3),
+    ]
     female = [row for row in range(len(data)) if row % 3 == 0]
     expected = jiwer.cer(
         [data.references[row] for row in female], [_hypotheses(data)[row] for row in female]
@@ -360,6 +362,32 @@ def _loaded(saved, **settings) -> loading.LoadedModel:
         facts={},
         name="small",
     )
+
+
+def test_only_a_model_that_hears_the_padding_is_said_to(saved, data):
+    loaded = _loaded(saved)
+    assert "padding" not in evaluate._caveats(loaded, data)
+    loaded = dataclasses.replace(loaded, use_attention_mask=False)
+    assert "changes with the padding" in evaluate._caveats(loaded, data)
+
+
+def test_the_rule_says_which_spaces_count_and_whose_text_was_normalised():
+    def parts(**how):
+        _, spaces, _, steps = scoring.rule(["lower"], **how).split("; ")
+        return spaces.removeprefix("CER over code points, spaces "), steps.partition(":")[0]
+
+    assert parts(spaced=True) == ("counted", "normalisation")
+    assert parts(spaced=False) == ("not counted", "normalisation")
+    assert parts(spaced=False, padded=True) == ("counted", "normalisation")
+    rewritten = "normalisation, also of what the model writes"
+    assert parts(spaced=True, rewritten=True) == ("counted", rewritten)
+
+
+def test_the_old_way_of_scoring_rewrites_nothing_and_does_not_say_so(data, shapes, saved):
+    forward = _invented(data, shapes, saved.model_config)
+    old = _score(forward, data, shapes, 4, buckets.InOrder, padded=True, rewrite=str.lower)
+    assert "also of what the model writes" not in old.rule
+    assert "also of what the model writes" in _score(forward, data, shapes, rewrite=str.lower).rule
 
 
 @pytest.mark.slow

@@ -28,21 +28,22 @@ _PHI = (0.7974945, 0.0369931, -0.00034852)
 _LAST_SQUARE = 30.0
 
 
-@jax.custom_jvp
+@jax.custom_vjp
 def _gelu_in_bfloat16(x):
     exact = x.astype(jnp.float32)
     return (exact * phi(exact)[0]).astype(x.dtype)
 
 
-@_gelu_in_bfloat16.defjvp
-def _derivative(primals, tangents):
-    (x,), (tangent,) = primals, tangents
-    # Behind the barrier the tanh is computed again from x, two bytes. Without it XLA takes that of
-    # the forward pass, which a GPU has to keep as float32: a quarter of a layer's memory.
+def _backward(x, gradient):
+    # Without the barrier XLA takes the tanh of the forward pass, for which a GPU has to keep it as
+    # float32, a quarter of a layer's memory. x is there anyway, in two bytes.
     exact = jax.lax.optimization_barrier(x).astype(jnp.float32)
     probability, density = phi(exact)
     slope = probability + exact * density
-    return _gelu_in_bfloat16(x), (tangent.astype(jnp.float32) * slope).astype(x.dtype)
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+_gelu_in_bfloat16.defvjp(lambda x: (_gelu_in_bfloat16(x), x), _backward)
 
 
 def phi(x):

@@ -1,5 +1,6 @@
 """A run before its first update: what it is warned of, and its parameters."""
 
+import dataclasses
 import types
 
 import jax
@@ -44,3 +45,22 @@ def test_parameters_have_their_shapes_where_the_form_of_attention_cannot_compute
 
     assert jax.tree.leaves(shapes("cudnn"))
     assert shapes("cudnn") == shapes("xla")
+
+
+@pytest.mark.parametrize("updates", [40, 60])
+def test_what_a_run_was_made_longer_by_is_remembered(updates):
+    """By every later start, and for a best checkpoint from before the last extension."""
+    saved = small_saved.saved(facts={"updates": 20})
+    made = object.__new__(assembly.Assembly)
+    made.cfg, made.updates = config.build({"train": {"max_steps": updates}}), updates
+    made.past = None
+    assert made._extensions() == []
+    first = {"after": 20, "planned": 20}
+    facts = {"updates": 40, "extensions": [first]}
+    made.past = dataclasses.replace(saved.meta, step=30, facts=facts)
+    extensions = [first] if updates == 40 else [first, {"after": 30, "planned": 40}]
+    assert made._extensions() == extensions
+    found = made.described(saved).meta
+    assert (found.facts["updates"], found.facts["extensions"]) == (updates, extensions)
+    assert found.facts.keys() >= saved.meta.facts.keys()
+    assert found.run["train"]["max_steps"] == updates

@@ -150,6 +150,22 @@ def test_what_decays_is_what_the_trainer_decays():
     assert {p for p, v in flat.items() if v.max() == 1} == {p for p in flat if optim.decays(p)}
 
 
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize(("architecture", "norm_comes_last"), [("xls-r", True), ("base", False)])
+def test_of_the_encoder_only_what_comes_after_its_frozen_layers_is_trained(
+    architecture, norm_comes_last, layers
+):
+    model_config = small_torch.config(architecture)
+    is_trained = optim.trainable(config.ModelConfig(trainable_layers=layers), model_config)
+    found = {"/".join(path) for path in convert.shapes(model_config, head=True)}
+    beginnings = ["lm_head/"]
+    if layers:
+        beginnings.append("wav2vec2/encoder/layers/1/")
+        beginnings += ["wav2vec2/encoder/layer_norm/"] if norm_comes_last else []
+    expected = {path for path in found if path.startswith(tuple(beginnings))}
+    assert {path for path in found if is_trained(path)} == expected
+
+
 def test_the_loss_scale_is_that_of_torch_s_scaler_within_its_bounds(monkeypatch):
     monkeypatch.setattr(optim, "GROWTH_INTERVAL", 3)
     scale = optim.LossScale.create("fp16")

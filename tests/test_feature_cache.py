@@ -183,6 +183,39 @@ def test_other_weights_below_are_other_features(small, monkeypatch, path, again)
     assert (small.made.kept(moved).folder != folder) == again
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"module": {"dtype": jax.numpy.bfloat16}},
+        {"do_normalize": False},
+        {"lower_layers": 1},
+        {},
+    ],
+)
+def test_another_precision_or_model_makes_other_features(small, changes):
+    objective = small.made.objective
+    changed = dict(changes)
+    if "module" in changes:
+        changed["module"] = objective.module.clone(**changes["module"])
+    params = {**small.state.trainable, **small.state.frozen}
+    found = [
+        feature_cache._about(given, small.made.corpus.train, params)
+        for given in (objective, objective.replace(**changed))
+    ]
+    assert (found[0] != found[1]) == bool(changes)
+
+
+def test_room_is_looked_for_before_anything_is_computed(small, monkeypatch, tmp_path):
+    def no_room(kept):
+        raise errors.DataError("no room")
+
+    monkeypatch.setattr(features.Features, "check_room", no_room)
+    monkeypatch.setattr(feature_cache.compilation, "compile_all", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(feature_cache.prepare, "prepared_folder", lambda cfg: tmp_path)
+    with pytest.raises(errors.DataError, match="no room"):
+        small.made.kept(small.state)
+
+
 def test_too_little_room_is_said_before_the_first_clip(tmp_path):
     old = tmp_path / "features-old"
     old.mkdir()

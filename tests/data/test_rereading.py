@@ -45,6 +45,14 @@ def test_any_damaged_file_is_named_with_the_way_out(splits, where, damage):
         audio.check()
 
 
+def test_of_several_damaged_files_the_first_is_named(splits):
+    first, second = (splits[0].folder / name for name in splits[0].audio_files[1:])
+    first.unlink()
+    second.unlink()
+    with pytest.raises(errors.DataError, match=f"{first} cannot be read"):
+        rereading.Rereading(splits).wait()
+
+
 def test_a_closed_one_reads_no_further_file(splits, monkeypatch):
     read, audio = [], None
     begun = threading.Event()

@@ -143,11 +143,18 @@ def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedMo
 def _from_hugging_face(model: str, place: str) -> LoadedModel:
     origin = origins.read(config.ModelConfig(pretrained=place))
     wav2vec2.check(origin.model_config)
-    if origin.vocabulary is None:
-        raise _cannot_write(model, "vocab.json")
     tensors = weights.read(origin.folder)
     if not convert.has_head(tensors):
-        raise _cannot_write(model, "CTC head")
+        raise errors.ModelError(
+            f"{model} has no CTC head: it is an encoder that cannot write yet. Train it, with"
+            f" --model.pretrained {model}, or name a wav2vec2 model with a CTC head."
+        )
+    if origin.vocabulary is None:
+        raise errors.ModelError(
+            f"{model} has no vocab.json, which says what the symbols of its CTC head are: put the"
+            " tokenizer's files (vocab.json, tokenizer_config.json) of the model that it comes"
+            " from beside its weights."
+        )
     if origin.model_config.vocab_size != origin.vocabulary.size:
         raise errors.ModelError(
             f"{model}: by config.json the head has {origin.model_config.vocab_size} symbols, but"
@@ -177,13 +184,6 @@ def _from_hugging_face(model: str, place: str) -> LoadedModel:
         facts=facts or dict(origin.facts),
         name=model,
         revision=origin.facts["revision"],
-    )
-
-
-def _cannot_write(model: str, lacking: str) -> errors.ModelError:
-    return errors.ModelError(
-        f"{model} has no {lacking}: it is an encoder that cannot write yet. Train it, with"
-        f" --model.pretrained {model}, or name a wav2vec2 model with a CTC head."
     )
 
 

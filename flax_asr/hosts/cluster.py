@@ -1,8 +1,10 @@
 """Joining the other hosts, where there are several: one process each, the same command on all."""
 
+import functools
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,11 +98,14 @@ def _join() -> None:
     # Its handler of SIGTERM and ours would overwrite each other, and ours knows SIGINT too.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            **named,
-            local_device_ids=_all_gpus_of_a_node(),
-            initialization_timeout=2 * JOINING_SECONDS,
-            heartbeat_timeout_seconds=LOST_SECONDS,
+        _in_a_thread(
+            functools.partial(
+                jax.distributed.initialize,
+                **named,
+                local_device_ids=_all_gpus_of_a_node(),
+                initialization_timeout=2 * JOINING_SECONDS,
+                heartbeat_timeout_seconds=LOST_SECONDS,
+            )
         )
     except ValueError:
         if named:
@@ -116,6 +121,23 @@ def _join() -> None:
         # What concerns all is said by the first.
         logging.getLogger("flax_asr").setLevel(logging.WARNING)
         progress.hide()
+
+
+def _in_a_thread(wait: Callable[[], None]) -> None:
+    """Calls what waits outside of Python: in the main thread no signal would be heard meanwhile."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            wait()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _give_up() -> None:

@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -111,6 +113,33 @@ def test_hosts_that_never_come_are_not_waited_for_without_end():
     done = _alone(NAMED | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9"})
     assert done.returncode == 75
     assert "the hosts have not come together within 2 seconds" in done.stderr
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_is_heard_while_other_hosts_are_waited_for(number):
+    code = (
+        "import jax; from flax_asr.hosts import cluster, stopping;"
+        " real = jax.distributed.initialize;"
+        " jax.distributed.initialize = lambda **how: (print('joining', flush=True), real(**how));"
+        " stopping.Stop().__enter__(); cluster.join()"
+    )
+    named = NAMED | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | named | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout.readline() == "joining\n"
+            time.sleep(1)
+            process.send_signal(getattr(signal, number))
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 75
+    assert f"{number}: stopped. Run the same command to go on." in said
 
 
 @pytest.mark.parametrize("given", [None, "--xla_tpu_detect_nan=true"])

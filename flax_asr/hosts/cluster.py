@@ -130,7 +130,7 @@ def _in_a_thread(wait: Callable[[], None]) -> None:
     def run() -> None:
         try:
             wait()
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, it belongs to the caller
             failures.append(error)
 
     thread = threading.Thread(target=run, daemon=True)

@@ -168,8 +168,8 @@ class Dropout(nn.Module):
     """Zeroes elements with probability `rate` and scales the rest; nothing at all when it is off.
 
     An element's fate is a hash of its place and of two words drawn from the key, a few integer
-    operations that compile into the product they mask: no random bits are stored between forward
-    and backward pass, and none come from JAX's generator, which took two fifths of a small model's
+    operations that compile into the product they mask: no mask is stored between forward and
+    backward pass, and no bits come from JAX's generator, which took two fifths of a small model's
     update on a CPU.
     """
 
@@ -180,10 +180,7 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if not self.is_on:
             return x
-        is_kept = kept(flat_places(x.shape), self.words(), self.rate)
-        return jnp.where(
-            is_kept, x * jnp.asarray(kept_scale(self.rate), x.dtype), jnp.zeros_like(x)
-        )
+        return dropped(x, self.words(), self.rate)
 
     @property
     def is_on(self) -> bool:
@@ -194,6 +191,24 @@ class Dropout(nn.Module):
         """The two key words of a call: uint32 [2]."""
         return jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dropped(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
+    """What `Dropout` makes of `x` at this rate, by the two key words of a call: uint32 [2]."""
+    is_kept = kept(flat_places(x.shape), words, rate)
+    return jnp.where(is_kept, x * jnp.asarray(kept_scale(rate), x.dtype), jnp.zeros_like(x))
+
+
+def _dropped_forward(x, words, rate):
+    return dropped(x, words, rate), words
+
+
+def _dropped_backward(rate, words, gradient):
+    # Behind the barrier XLA cannot see that the mask is that of the forward pass, and keep it.
+    return dropped(gradient, jax.lax.optimization_barrier(words), rate), None
+
+
+dropped.defvjp(_dropped_forward, _dropped_backward)
 
 _LEVELS = 2**32  # of the hash of a place; what lies below the rate's share of them is dropped
 

@@ -521,6 +521,27 @@ def test_what_is_dropped_is_independent_of_place_and_key():
             assert np.abs((one * other).mean(axis=(0, 1))).max() < bound
 
 
+def test_the_gradient_of_dropout_has_the_mask_of_its_values_and_keeps_no_mask():
+    x, words = jnp.full((64, 128), 3.0), jnp.array([3, 5], jnp.uint32)
+
+    def drop(x):
+        return layers.dropped(x, words, 0.4)
+
+    y, pull_back = jax.vjp(drop, x)
+    np.testing.assert_allclose(pull_back(jnp.ones_like(x))[0], y / 3.0, rtol=1e-6)
+    assert {leaf.shape for leaf in jax.tree.leaves(pull_back)} == {(2,)}
+
+    # nor does XLA have one mask for both passes, which it would keep
+    def loss(x):
+        return jnp.square(drop(x)).sum()
+
+    forward, both = (
+        jax.jit(function).lower(x).compile().as_text().count(" xor(")
+        for function in (loss, jax.value_and_grad(loss))
+    )
+    assert both == 2 * forward > 0
+
+
 def test_dropout_of_everything_and_of_nothing():
     x = jnp.ones((3, 4))
     rngs = {"dropout": jax.random.key(0)}

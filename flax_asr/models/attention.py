@@ -1,5 +1,7 @@
 """Multi-head self-attention over the frames of a clip, in the form that suits the machine."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from flax_asr.models import layers, short_attention
 KINDS = ("auto", "xla", "pallas", "cudnn")
 """The plain form; a kernel of ours for TPU; cuDNN's for GPU; "auto" picks among them."""
 
+_GPUS = ("gpu", "cuda", "rocm")
 _CUDNN_LARGEST_HEAD = 128
 _CUDNN_OLDEST_GPU = 8.0
 
@@ -24,11 +27,14 @@ def choose(
     *,
     deterministic: bool,
     keep_weights: bool,
+    remat_policy: str,
 ) -> str:
-    """The form that computes: "xla", "pallas" or "cudnn".
+    """The form that computes: "xla", "pallas", "cudnn", or "recomputed".
 
     Only the plain form's weights can be seen, and cuDNN's form has no dropout of them: where that
-    is wanted the plain form computes, whatever `kind` says.
+    is wanted the plain form computes, whatever `kind` says. On a GPU it is "recomputed": the plain
+    form whose weights are not kept for the backward pass, where they would be two thirds of a
+    layer's memory, unless they are asked for or a policy decides what is kept.
 
     Args:
         kind: one of KINDS.
@@ -38,6 +44,7 @@ def choose(
         frames: of a clip.
         deterministic: no dropout.
         keep_weights: the attention weights are asked for.
+        remat_policy: what is kept for the backward pass, one of layers.REMAT_POLICIES.
 
     Raises:
         ModelError: the kind is unknown, or cannot compute this model here.
@@ -54,8 +61,9 @@ def choose(
         kind = "pallas" if platform == "tpu" else "cudnn"
     drops = config.attention_dropout > 0.0 and not deterministic
     if hindrances.get(kind) or keep_weights or (drops and kind == "cudnn"):
-        return "xla"
-    return kind
+        kind = "xla"
+    recomputes = platform in _GPUS and remat_policy == "none" and not keep_weights
+    return "recomputed" if kind == "xla" and recomputes else kind
 
 
 def _pallas_hindrance(platform: str, dtype: layers.Dtype, frames: int) -> str | None:
@@ -119,7 +127,7 @@ class SelfAttention(nn.Module):
         Float[Array, "batch frames hidden"],
         Float[Array, "batch heads frames frames"] | None,
     ]:
-        """(what attention adds to `x`, the weights before dropout where the form is plain)."""
+        """(what attention adds to `x`, the weights before dropout where the form is "xla")."""
         hidden, heads = self.config.hidden_size, self.config.num_attention_heads
         products, biases = zip(
             *(
@@ -130,8 +138,8 @@ class SelfAttention(nn.Module):
         )
         weights = None
         dropout = layers.Dropout(self.config.attention_dropout, self.deterministic)
+        words = dropout.words() if dropout.is_on else None
         if self.kind == "pallas":
-            words = dropout.words() if dropout.is_on else None
             mixed = short_attention.attend(
                 products, biases, _lengths(x, frame_mask), heads, words, dropout.rate
             )
@@ -141,28 +149,90 @@ class SelfAttention(nn.Module):
                 for product, bias in zip(products, biases, strict=True)
             )
             query = query * jnp.asarray((hidden // heads) ** -0.5, self.dtype)
-            if self.kind == "xla":
-                mixed, weights = plain(query, key, value, frame_mask, heads, dropout)
-            else:
+            if self.kind == "cudnn":
                 mixed = cudnn(query, key, value, frame_mask, heads)
+            elif self.kind == "recomputed":
+                mixed = recomputed(query, key, value, frame_mask, heads, words, dropout.rate)
+            else:
+                mixed, weights = plain(query, key, value, frame_mask, heads, words, dropout.rate)
         return layers.dense(self.config, hidden, self.dtype, "out_proj")(mixed), weights
 
 
-def plain(query, key, value, frame_mask, heads, dropout=lambda weights: weights):
-    """Attention as XLA's own operations; (sums of values, weights before dropout)."""
+def plain(query, key, value, frame_mask, heads, words=None, rate=0.0):
+    """Attention as XLA's own operations; (sums of values, weights before dropout).
 
-    def split(x: Float[Array, "batch frames hidden"]) -> Float[Array, "batch frames heads head"]:
-        return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-
-    precision = layers.precision(query.dtype)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", split(query), split(key), precision=precision)
-    scores = scores.astype(jnp.float32)
-    if frame_mask is not None:
-        lowest = jnp.finfo(jnp.float32).min
-        scores = jnp.where(frame_mask[:, None, None, :], scores, lowest)
+    Weights are dropped at this rate where there are two key words for it.
+    """
+    scores = _masked(_by_head("bqhd,bkhd->bhqk", heads, query, key), frame_mask)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", dropout(weights), split(value), precision=precision)
-    return mixed.reshape(query.shape), weights
+    kept = weights if words is None else layers.dropped(weights, words, rate)
+    return _by_head("bhqk,bkhd->bqhd", heads, kept, value), weights
+
+
+def _by_head(products, heads, *operands):
+    """A matrix product for each head; frames [batch frames hidden] are split and joined again."""
+
+    def split(x):
+        return x if x.ndim == 4 else x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+    exact = layers.precision(operands[0].dtype)
+    found = jnp.einsum(products, *map(split, operands), precision=exact)
+    return found if products.endswith("k") else found.reshape(*found.shape[:2], -1)
+
+
+def _masked(scores, frame_mask):
+    """Scores in float32, the lowest of all where the frame that is attended to is padding."""
+    scores = scores.astype(jnp.float32)
+    if frame_mask is None:
+        return scores
+    return jnp.where(frame_mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 6))
+def recomputed(query, key, value, frame_mask, heads, words=None, rate=0.0):
+    """The sums of values as `plain`; the backward pass computes the weights anew."""
+    return plain(query, key, value, frame_mask, heads, words, rate)[0]
+
+
+def _recomputed_forward(query, key, value, frame_mask, heads, words, rate):
+    mixed = recomputed(query, key, value, frame_mask, heads, words, rate)
+    return mixed, (query, key, value, frame_mask, words)
+
+
+def _recomputed_backward(heads, rate, residuals, gradient):
+    *inputs, frame_mask, words = residuals
+    # Behind the barrier XLA cannot see that these are the weights of the forward pass.
+    query, key, value = jax.lax.optimization_barrier(inputs)
+    scores = _masked(_by_head("bqhd,bkhd->bhqk", heads, query, key), frame_mask)
+    weight_gradient = _by_head("bqhd,bkhd->bhqk", heads, gradient, value)
+    if words is not None:
+        weight_gradient = layers.dropped(weight_gradient, words, rate)
+    weight_gradient = weight_gradient.astype(jnp.float32)
+
+    # Three passes over scores: their largest, two sums, and all that is written. With a barrier
+    # between them XLA writes nothing else; without, it would keep float32 from one for the next.
+    largest = jax.lax.optimization_barrier(scores.max(axis=-1, keepdims=True))
+    powers = jnp.exp(scores - largest)
+    sums = powers.sum(axis=-1, keepdims=True), (powers * weight_gradient).sum(-1, keepdims=True)
+    total, shift = jax.lax.optimization_barrier(sums)
+    weights = powers / total
+    score_gradient = weights * (weight_gradient - shift / total)
+    if frame_mask is not None:
+        score_gradient = jnp.where(frame_mask[:, None, None, :], score_gradient, 0.0)
+    score_gradient = score_gradient.astype(query.dtype)
+    kept = weights.astype(query.dtype)
+    if words is not None:
+        kept = layers.dropped(kept, words, rate)
+    return (
+        _by_head("bhqk,bkhd->bqhd", heads, score_gradient, key),
+        _by_head("bhqk,bqhd->bkhd", heads, score_gradient, query),
+        _by_head("bhqk,bqhd->bkhd", heads, kept, gradient),
+        None,
+        None,
+    )
+
+
+recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 
 
 def cudnn(query, key, value, frame_mask, heads, implementation="cudnn"):

@@ -82,6 +82,7 @@ class _Upper(nn.Module):
             hidden_state.shape[1],
             deterministic=self.deterministic,
             keep_weights=False,
+            remat_policy=self.remat_policy,
         )
         encoder = transformer.Encoder(
             self.config,

@@ -213,6 +213,7 @@ class Wav2Vec2Module(nn.Module):
             x.shape[1],
             deterministic=deterministic,
             keep_weights=output_attentions,
+            remat_policy=self.remat_policy,
         )
         encoder = transformer.Encoder(
             config, self.dtype, deterministic, self.remat_policy, kind, platform, name="encoder"

@@ -16,7 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from flax_asr import criterion, errors, plan
 from flax_asr.data import buckets
 from flax_asr.estimate import chips
-from flax_asr.models import attention, convert, layers, short_attention, transformer, wav2vec2
+from flax_asr.models import attention, convert, short_attention, transformer, wav2vec2
 
 # heads, channels of a head, frames, queries that the kernel takes at once
 SIZES = [
@@ -46,14 +46,16 @@ def kernel(lengths, heads, *dropout):
     return lambda *six: short_attention.attend(six[:3], six[3:], lengths, heads, *dropout)
 
 
-def plain(lengths, heads, form=attention.plain):
+def plain(lengths, heads, form=attention.plain, dropout=()):
     """Another form with the same arguments."""
 
     def attend(*six):
         query, key, value = (x + b.astype(x.dtype) for x, b in zip(six[:3], six[3:], strict=True))
-        mask = jnp.arange(query.shape[1]) < jnp.asarray(lengths)[:, None]
+        mask = None
+        if lengths is not None:
+            mask = jnp.arange(query.shape[1]) < jnp.asarray(lengths)[:, None]
         scale = jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
-        mixed = form(query * scale, key, value, mask, heads)
+        mixed = form(query * scale, key, value, mask, heads, *dropout)
         return mixed[0] if isinstance(mixed, tuple) else mixed
 
     return attend
@@ -106,13 +108,10 @@ def test_the_kernel_drops_the_weights_that_the_plain_form_drops(
     monkeypatch.setattr(short_attention, "QUERIES", queries)
     operands, lengths = arrays(heads, head, frames)
     words = jnp.array([7, 0xF0000001], jnp.uint32)
-
-    def dropped(weights):
-        kept = layers.kept(layers.flat_places(weights.shape), words, rate)
-        return jnp.where(kept, weights * layers.kept_scale(rate), 0.0)
-
-    form = functools.partial(attention.plain, dropout=dropped)
-    forms = (kernel(lengths, heads, words, rate), plain(lengths, heads, form))
+    forms = (
+        kernel(lengths, heads, words, rate),
+        plain(lengths, heads, dropout=(words, rate)),
+    )
     both = jax.jit(lambda *operands: [with_gradients(form, operands) for form in forms])
     ours, theirs = both(*operands)
     close(ours, theirs, 2e-5)
@@ -120,10 +119,15 @@ def test_the_kernel_drops_the_weights_that_the_plain_form_drops(
     assert np.abs(ours[0] - quiet).max() > 0.1
 
 
-def test_the_kernel_in_bfloat16_is_as_near_the_truth_as_the_plain_form():
+@pytest.mark.parametrize("form", ["kernel", "recomputed"])
+def test_in_bfloat16_each_form_is_as_near_the_truth_as_the_plain_one(form):
     heads, frames = 2, 48
     operands, lengths = arrays(heads, 64, frames, jnp.bfloat16)
-    forms = (kernel(lengths, heads), plain(lengths, heads))
+    found = {
+        "kernel": kernel(lengths, heads),
+        "recomputed": plain(lengths, heads, attention.recomputed),
+    }
+    forms = (found[form], plain(lengths, heads))
     ours, rounded = (with_gradients(form, operands) for form in forms)
     truth = with_gradients(forms[1], [x.astype(jnp.float32) for x in operands])
     for mine, other, exact in zip(ours, rounded, truth, strict=True):
@@ -143,6 +147,23 @@ def test_a_clip_without_frames_attends_to_all_alike_and_padding_gets_no_gradient
         assert np.abs(gradient[1, :5]).max() > 0.1
         assert np.abs(gradient[1, 5:]).max() == 0
     assert np.abs(key[0]).max() == 0
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_the_recomputed_form_equals_the_plain_form_and_keeps_no_weights(rate, padded):
+    operands, lengths = arrays(4, 8, 64)
+    lengths = lengths if padded else None
+    dropout = (jnp.array([3, 5], jnp.uint32), rate) if rate else ()
+    forms = [plain(lengths, 4, form, dropout) for form in (attention.recomputed, attention.plain)]
+    ours, theirs = (with_gradients(form, operands) for form in forms)
+    close(ours, theirs, 2e-5)
+    kept, kept_by_plain = (
+        max(leaf.size for leaf in jax.tree.leaves(jax.vjp(form, *operands[:-1])[1]))
+        for form in forms
+    )
+    assert kept == 3 * 64 * 32  # clips, frames, channels
+    assert kept_by_plain == 3 * 4 * 64 * 64  # clips, heads, frames, frames
 
 
 @pytest.mark.parametrize("frames", [20, 21])
@@ -214,6 +235,29 @@ def test_the_model_with_the_kernel_gives_pytorchs_logits_and_the_plain_gradients
         ),
         ours,
         plain,
+    )
+
+
+def test_a_gpus_model_drops_the_same_attention_weights():
+    _, module, params, values, mask = model(attention_dropout=0.3)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def learn(params, platform):
+        form = module.clone(platform=platform)
+
+        def loss(params):
+            rngs = {"dropout": jax.random.key(0)}
+            variables = {"params": params}
+            logits = form.apply(variables, values, mask, deterministic=False, rngs=rngs).logits
+            return (logits[0] ** 2).sum()
+
+        return jax.value_and_grad(loss)(params)
+
+    (loss, ours), (expected, theirs) = (learn(params, platform) for platform in ("gpu", "cpu"))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * largest, rtol=1e-4), ours, theirs
     )
 
 
@@ -367,6 +411,7 @@ def chosen(
     frames=499,
     deterministic=True,
     keep_weights=False,
+    remat_policy="none",
     **options,
 ):
     config = small_torch.config(
@@ -380,6 +425,7 @@ def chosen(
         frames,
         deterministic=deterministic,
         keep_weights=keep_weights,
+        remat_policy=remat_policy,
     )
 
 
@@ -393,15 +439,22 @@ def test_auto_takes_the_quickest_form_that_is_right():
     assert chosen(frames=1025, dtype=jnp.float32) == "xla"
     assert chosen(platform="cpu") == "xla"
     assert chosen(platform="gpu") == "cudnn"
-    assert chosen(platform="cuda", dtype=jnp.float32) == "xla"
-    assert chosen(platform="rocm") == "xla"
-    assert chosen(platform="gpu", num_attention_heads=32) == "xla"
+    assert chosen(platform="cuda", dtype=jnp.float32) == "recomputed"
+    assert chosen(platform="rocm") == "recomputed"
+    assert chosen(platform="gpu", num_attention_heads=32) == "recomputed"
     assert chosen("xla") == "xla"
+    assert chosen("xla", platform="gpu") == "recomputed"
     assert chosen(keep_weights=True) == "xla"
 
 
+def test_a_gpu_keeps_weights_that_are_asked_for_and_what_a_policy_keeps():
+    assert chosen("xla", platform="gpu", keep_weights=True) == "xla"
+    assert chosen("xla", platform="gpu", remat_policy="full") == "xla"
+
+
 @pytest.mark.parametrize(
-    ("capability", "form"), [("7.5", "xla"), ("9.0", "cudnn"), ("12.1", "cudnn"), ("gfx942", "xla")]
+    ("capability", "form"),
+    [("7.5", "recomputed"), ("9.0", "cudnn"), ("12.1", "cudnn"), ("gfx942", "recomputed")],
 )
 def test_a_gpu_that_cudnns_kernel_does_not_know_computes_the_plain_form(
     capability, form, monkeypatch
@@ -426,7 +479,7 @@ def test_dropout_of_the_weights_is_in_the_kernel_and_not_in_cudnns():
     for kind in ("auto", "pallas"):
         assert chosen(kind, deterministic=False) == "pallas"
     for kind in ("auto", "cudnn"):
-        assert chosen(kind, platform="gpu", deterministic=False) == "xla"
+        assert chosen(kind, platform="gpu", deterministic=False) == "recomputed"
         assert chosen(kind, platform="gpu", deterministic=False, attention_dropout=0.0) == "cudnn"
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from flax_asr import (
     metrics,
     parallel,
     run_folder,
+    score_files,
     scoring,
     step,
     text,
@@ -204,9 +204,9 @@ def command(
 ) -> None:
     """`flax-asr evaluate`: scores the test splits of the model's configuration.
 
-    Reference and hypothesis of every clip go to `predictions-SPLIT.jsonl` in the run's folder (of
-    a checkpoint that is named, to `predictions-SPLIT-step-N.jsonl` there); of other models, and of
-    runs whose folder cannot be written, to the present one; where neither can, nowhere.
+    Reference and hypothesis of every clip go to a file in the run's folder; of other models, and of
+    runs whose folder cannot be written, to one in the present folder; where neither can, nowhere.
+    `score_files` says what it is called.
 
     Args:
         model: what `loading.load` takes.
@@ -254,7 +254,7 @@ def _score_splits(
                 tokens=shapes.tokens,
                 rewrite=None if as_trained else normalize,
             )
-            written = _predictions_file(loaded, name)
+            written = score_files.predictions(loaded, cfg, normalize, name, data)
             scores = scored(
                 plan=buckets.EvalPlan(data.samples, shapes.samples, rows), predictions=written
             )
@@ -262,7 +262,7 @@ def _score_splits(
             caveats = f"  {_caveats(loaded, data)}{where}"
             lines = filter(None, (scores.describe(name), scores.table(), caveats))
             terminal.show("\n".join(lines), people)
-            line = _result(name, scores, data)
+            line = _result(name, scores, data) | {"predictions": written and str(written)}
             if legacy:
                 in_order = buckets.InOrder(data.samples, shapes.samples, rows)
                 old = scored(plan=in_order, padded=True)
@@ -305,15 +305,6 @@ def _examples(
         )
         for name in cfg.data.test_splits
     }
-
-
-def _predictions_file(loaded: loading.LoadedModel, split: str) -> Path | None:
-    """In the run's folder or the present one; the name without a step is the best one's."""
-    step = "" if loaded.step is None else f"-step-{loaded.step}"
-    for folder in (loaded.run, Path()):
-        if folder is not None and os.access(folder, os.W_OK):
-            return folder / f"predictions-{split}{step}.jsonl"
-    return None
 
 
 def _result(name: str, scores: scoring.Scores, data: examples.Examples) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from flax_asr import (
     parallel,
     resume,
     run_folder,
+    score_files,
     step,
 )
 from flax_asr.bucket import mirror, store
@@ -356,7 +357,7 @@ class Run:
             tokens=shapes.tokens,
             language=self.made.cfg.data.language,
             normalization=self.made.corpus.normalizer.spec,
-            predictions=self.folder / f"predictions-{which}.jsonl",
+            predictions=self.folder / score_files.named(which),
             seed=self.made.cfg.seed,
             padded=padded,
         )

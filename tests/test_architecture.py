@@ -28,7 +28,7 @@ LAYERS = (
     " experiment origins corpora feature_cache",
     "programs",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
-    "loading evaluate transcribe export resume finishing",
+    "loading score_files evaluate transcribe export resume finishing",
     "loop plan doctor",
     "__main__",
 )

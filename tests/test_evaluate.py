@@ -5,7 +5,9 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
+from unittest import mock
 
 import jax
 import jiwer
@@ -22,11 +24,12 @@ from flax_asr import (
     experiment,
     loading,
     parallel,
+    score_files,
     scoring,
     text,
     vocabulary,
 )
-from flax_asr.data import buckets, examples
+from flax_asr.data import buckets, examples, prepare
 from flax_asr.models import wav2vec2
 from flax_asr.record import lineage
 
@@ -461,7 +464,7 @@ def test_the_command_scores_an_export_without_its_run(
     assert "cv-corpus-9" in line["release"]
     assert "normalisation: lower, spaces" in line["rule"]
     assert "test CER" in output.err
-    lines = (tmp_path / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = pathlib.Path(line["predictions"]).read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["reference"] for line in lines} == set(SENTENCES)
 
 
@@ -470,42 +473,115 @@ def test_the_command_scores_without_normalisation_where_there_is_to_be_none(
 ):
     monkeypatch.chdir(tmp_path)
     evaluate.command(str(exported), [*_scored_on(release), "--text.normalization=[]"], "-")
-    assert "normalisation: none" in json.loads(capsys.readouterr().out)["rule"]
-    lines = (tmp_path / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()
+    line = json.loads(capsys.readouterr().out)
+    assert "normalisation: none" in line["rule"]
+    lines = pathlib.Path(line["predictions"]).read_text(encoding="utf-8").splitlines()
     found = {json.loads(line)["reference"] for line in lines}
     assert found == {sentence.upper() for sentence in SENTENCES}
 
 
 @pytest.fixture
-def run(saved, tmp_path, monkeypatch):
-    """A run folder in the present one, with the predictions of its best checkpoint."""
+def run(saved, release, tmp_path, monkeypatch):
+    """A run folder in the present one, with the predictions of its own score of the release."""
     folder = tmp_path / "run"
     (folder / "checkpoints" / "30").mkdir(parents=True)
     config.save(config.Config(output_dir="elsewhere"), folder / "config.yaml")
     (folder / "predictions-test.jsonl").write_text("of the best one")
-    monkeypatch.setattr(checkpoint, "load_model", lambda folder, step=None: saved)
+    cfg = config.build({}, ["--data.language=eu", "--data.test_splits=test", *_scored_on(release)])
+    cfg = dataclasses.replace(
+        cfg, data=dataclasses.replace(cfg.data, train_splits=(), eval_splits=())
+    )
+    frames = functools.partial(wav2vec2.frame_lengths, saved.model_config)
+    own = examples.build(
+        [prepare.prepare(cfg)["test"]],
+        normalize=str.lower,
+        vocabulary=WRITES,
+        frame_lengths=frames,
+    )
+    facts = saved.meta.facts
+    splits = facts["splits"] | {"test": facts["splits"]["test"] | {"hash": own.hash}}
+    meta = dataclasses.replace(saved.meta, facts=facts | {"splits": splits})
+    its = dataclasses.replace(saved, meta=meta)
+    monkeypatch.setattr(checkpoint, "load_model", lambda folder, step=None: its)
     monkeypatch.chdir(tmp_path)
     return folder
 
 
+def _written(run, options, capsys) -> str:
+    """Scores it; the name of the file of predictions, which is complete."""
+    capsys.readouterr()
+    evaluate.command(str(run), options, "-")
+    output = capsys.readouterr()
+    (line,) = map(json.loads, output.out.splitlines())
+    path = pathlib.Path(line["predictions"])
+    assert str(path) in output.err
+    assert len(path.read_text(encoding="utf-8").splitlines()) == line["clips"]
+    return path.name
+
+
 def test_a_named_checkpoint_leaves_the_predictions_of_the_best_one_alone(run, release, capsys):
     options = _scored_on(release)
-    evaluate.command(str(run / "checkpoints" / "30"), options, None)
+    named = _written(run / "checkpoints" / "30", options, capsys)
+    assert named == "predictions-test-step-30.jsonl"
     assert (run / "predictions-test.jsonl").read_text() == "of the best one"
-    written = run / "predictions-test-step-30.jsonl"
-    assert len(written.read_text(encoding="utf-8").splitlines()) == len(SENTENCES)
-    assert str(written) in capsys.readouterr().out
-    evaluate.command(str(run), options, None)
-    assert (run / "predictions-test.jsonl").read_bytes() == written.read_bytes()
+    assert _written(run, options, capsys) == "predictions-test.jsonl"
+    assert (run / "predictions-test.jsonl").read_bytes() == (run / named).read_bytes()
+
+
+def _predictions(saved, run, data, split="test", options=(), **changes) -> str:
+    """The name of the predictions of a score of these clips by a model of this run."""
+    settings = saved.meta.run | {"text": {"normalization": ["lower", "spaces"]}}
+    facts = {"splits": {"eval": {"hash": "e" * 64}, "test": {"hash": "a" * 64}}}
+    loaded = dataclasses.replace(_loaded(saved, **settings), run=run, facts=facts, **changes)
+    cfg = loading.configure(loaded, options)
+    normalize = text.normalizer(cfg.normalization)
+    return score_files.predictions(loaded, cfg, normalize, split, data).name
+
+
+def _clips(hash, release="cv-corpus-9"):
+    return mock.Mock(spec=examples.Examples, hash=hash * 64, release=release)
+
+
+def test_what_is_scored_otherwise_than_the_run_did_has_a_name_of_its_own(saved, tmp_path):
+    name = functools.partial(_predictions, saved, tmp_path)
+    own, other = _clips("a"), _clips("b", "cv-corpus-10 delta/x")
+    assert name(own) == "predictions-test.jsonl"
+    assert name(own, step=30) == "predictions-test-step-30.jsonl"
+    assert name(other) == "predictions-test-cv-corpus-10-delta-x-bbbbbbbb.jsonl"
+    assert name(other, step=30).startswith("predictions-test-step-30-cv-corpus-10")
+    assert name(other, "validated").startswith("predictions-validated-cv-corpus-10")
+    # The evaluation set by the name of its split; no other one may be called as the run's own are.
+    assert name(_clips("e"), "dev") == "predictions-dev.jsonl"
+    assert name(own, "eval") == "predictions-eval-cv-corpus-9-aaaaaaaa.jsonl"
+    precision = "--train.mixed_precision="
+    assert name(own, options=[precision + "fp32"]) == "predictions-test-fp32.jsonl"
+    assert name(own, options=[precision + "bf16"]) == "predictions-test.jsonl"
+    rules = [name(own, options=[f"--text.normalization={r}"]) for r in ("[]", "[lower]")]
+    assert all(re.fullmatch(r"predictions-test-rule-\w{8}\.jsonl", found) for found in rules)
+    assert len(set(rules)) == 2
+    same = ["--text.normalization=[lower, spaces]"]
+    assert name(own, options=same) == "predictions-test.jsonl"
+
+
+def test_outside_of_a_run_the_name_tells_the_model_too(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = functools.partial(_predictions, saved, None, _clips("a", "录音"))
+    found = name(name="w11wo/wav2vec2-xls-r")
+    assert found == "predictions-test-w11wo-wav2vec2-xls-r-录音-aaaaaaaa.jsonl"
+    assert name(name="../a/export/") == "predictions-test-a-export-录音-aaaaaaaa.jsonl"
+    assert tmp_path.name in name(name=".")
+    long = _predictions(saved, None, _clips("a", "録" * 200), name="録" * 200 + "/export")
+    assert len(os.fsencode(long)) < 220
+    assert "録-export-録" in long
 
 
 def test_a_run_that_only_others_may_write_can_be_scored(run, release, capsys, monkeypatch):
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != run and may(path, mode))
-    evaluate.command(str(run), _scored_on(release), None)
+    name = _written(run, _scored_on(release), capsys)
+    assert re.fullmatch(r"predictions-test-.*-run-cv-corpus-9-\w{8}\.jsonl", name)
     assert (run / "predictions-test.jsonl").read_text() == "of the best one"
-    written = run.parent / "predictions-test.jsonl"
-    assert len(written.read_text(encoding="utf-8").splitlines()) == len(SENTENCES)
+    assert (run.parent / name).is_file()
 
 
 def test_a_model_is_scored_where_nothing_can_be_written(

@@ -34,6 +34,7 @@ from flax_asr.console import progress, results, terminal
 from flax_asr.data import buckets, examples, loader, prepare
 from flax_asr.hosts import cluster, multihost
 from flax_asr.models import wav2vec2
+from flax_asr.record import left_out
 
 Forward = Callable[[loader.Batch], Sequence[np.ndarray]]
 """This host's rows of a group -> of the whole group: loss [rows], most likely symbol of each frame
@@ -206,7 +207,7 @@ def command(
 
     Reference and hypothesis of every clip go to a file in the run's folder; of other models, and of
     runs whose folder cannot be written, to one in the present folder; where neither can, nowhere.
-    `score_files` says what it is called.
+    `score_files` says what it is called. What is left out is named beside it.
 
     Args:
         model: what `loading.load` takes.
@@ -259,7 +260,8 @@ def _score_splits(
                 plan=buckets.EvalPlan(data.samples, shapes.samples, rows), predictions=written
             )
             where = written or "no predictions are kept: the current folder cannot be written"
-            caveats = f"  {_caveats(loaded, data)}{where}"
+            unused = left_out.beside(written, name, data) if written and hosts.is_first else None
+            caveats = f"  {_caveats(loaded, data, unused)}{where}"
             lines = filter(None, (scores.describe(name), scores.table(), caveats))
             terminal.show("\n".join(lines), people)
             line = _result(name, scores, data) | {"predictions": written and str(written)}
@@ -336,11 +338,19 @@ def _resolved(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.C
     return dataclasses.replace(cfg, data=data)
 
 
-def _caveats(loaded: loading.LoadedModel, data: examples.Examples) -> str:
-    """What a reader must know beside the numbers, each a line of its own."""
+def _caveats(
+    loaded: loading.LoadedModel, data: examples.Examples, unused: Path | None = None
+) -> str:
+    """What a reader must know beside the numbers, each a line of its own.
+
+    Args:
+        loaded, data: what was scored.
+        unused: where each clip that is left out is named.
+    """
     found = []
     if data.left_out:
-        found.append(f"left out: {data.left_out_summary()}")
+        names = f" ({unused} names each)" if unused else ""
+        found.append(f"left out: {data.left_out_summary()}{names}")
     if not loaded.ignores_padding:
         found.append(
             "this model's output changes with the padding: its scores depend a little on the"

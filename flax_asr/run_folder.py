@@ -233,7 +233,7 @@ def put_aside(folder: Path, which: Callable[[str], bool] = lambda name: True) ->
 def _is_written_by_a_run(name: str) -> bool:
     return (
         name in _WRITTEN
-        or name.startswith("predictions-")
+        or name.startswith(("predictions-", "left_out-"))
         or (name.startswith(".") and name.endswith((".unfinished", ".old")))
     )
 

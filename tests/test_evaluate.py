@@ -480,6 +480,22 @@ def test_the_command_scores_without_normalisation_where_there_is_to_be_none(
     assert found == {sentence.upper() for sentence in SENTENCES}
 
 
+def test_clips_that_are_not_scored_are_named_beside_the_predictions(
+    exported, release, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    evaluate.command(
+        str(exported), [*_scored_on(release), "--text.normalization=[lower, {remove: h}]"], "-"
+    )
+    output = capsys.readouterr()
+    line = json.loads(output.out)
+    assert (line["clips"], line["left_out"]) == (len(SENTENCES) - 1, "1 empty_transcript")
+    file = line["predictions"].replace("predictions-", "left_out-")
+    assert f"left out: 1 empty_transcript ({file} names each)" in output.err
+    (named,) = map(json.loads, pathlib.Path(file).read_text(encoding="utf-8").splitlines())
+    assert (named["set"], named["id"], named["reason"]) == ("test", "2.wav", "empty_transcript")
+
+
 @pytest.fixture
 def run(saved, release, tmp_path, monkeypatch):
     """A run folder in the present one, with the predictions of its own score of the release."""

@@ -265,6 +265,8 @@ def test_every_option_is_free_or_guarded(folder, unfinished):
 
 def test_restart_keeps_the_old_folder_whole(folder, unfinished):
     (folder / runlog.FILE).write_text('{"step": 1}\n')
+    for of_a_score in ("predictions-dev.jsonl", "left_out-dev.jsonl"):
+        (folder / of_a_score).write_text("{}\n")
     before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     changed = small_folder.configuration(folder, optim={"learning_rate": 1.0})
     with run_folder.owned(folder):

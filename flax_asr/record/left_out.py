@@ -1,4 +1,5 @@
-"""left_out.jsonl of a run: prepared clips that training or a score leaves out, and why."""
+"""Prepared clips that training or a score leaves out, and why: left_out.jsonl of a run, and what
+stands beside the predictions of a score."""
 
 import json
 import logging
@@ -24,17 +25,7 @@ def record(folder: Path, sets: Mapping[str, examples.Examples]) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    unfinished = folder / f".{FILE}.unfinished"
-    try:
-        # An id may hold half a surrogate pair: written as it came.
-        with unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file:
-            for name, data in sets.items():
-                for entry in data.left_out:
-                    line = {"set": name, **entry._asdict()}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        unfinished.replace(folder / FILE)
-    except OSError as error:
-        raise errors.CheckpointError(f"cannot write {folder / FILE}: {error.strerror}.") from error
+    _write(folder / FILE, sets)
     for name, data in sets.items():
         if data.left_out:
             logger.info(
@@ -44,3 +35,34 @@ def record(folder: Path, sets: Mapping[str, examples.Examples]) -> None:
                 data.left_out_summary(),
                 FILE,
             )
+
+
+def beside(predictions: Path, split: str, data: examples.Examples) -> Path | None:
+    """Names the clips that a score leaves out in a file beside that of its predictions.
+
+    Returns:
+        The file; None where nothing is left out, and so there is none.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    path = predictions.with_name(predictions.name.replace("predictions", "left_out", 1))
+    if not data.left_out:
+        path.unlink(missing_ok=True)  # of an earlier score
+        return None
+    _write(path, {split: data})
+    return path
+
+
+def _write(path: Path, sets: Mapping[str, examples.Examples]) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        # An id may hold half a surrogate pair: written as it came.
+        with unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file:
+            for name, data in sets.items():
+                for entry in data.left_out:
+                    line = {"set": name, **entry._asdict()}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        unfinished.replace(path)
+    except OSError as error:
+        raise errors.CheckpointError(f"cannot write {path}: {error.strerror}.") from error

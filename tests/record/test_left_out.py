@@ -50,6 +50,19 @@ def test_every_clip_that_a_run_leaves_out_is_named(tmp_path, caplog):
     assert "test: of the prepared clips 1 are left out: 1 empty_transcript" in caplog.text
 
 
+def test_beside_predictions_stands_what_their_score_left_out(tmp_path):
+    lacking = built(small_splits.write_split(tmp_path / "test", ["cab", ""], split="test"))
+    whole = built(small_splits.write_split(tmp_path / "dev", ["cab"], split="dev"))
+    (tmp_path / left_out.FILE).write_text("of the run")
+    predictions = tmp_path / "predictions-test.jsonl"
+    file = left_out.beside(predictions, "test", lacking)
+    assert file == tmp_path / "left_out-test.jsonl"
+    assert json.loads(file.read_text(encoding="utf-8"))["id"] == "test-1.mp3"
+    assert left_out.beside(predictions, "test", whole) is None
+    assert not file.exists()
+    assert (tmp_path / left_out.FILE).read_text() == "of the run"
+
+
 def test_where_nothing_is_left_out_nothing_is_said(tmp_path, caplog):
     split = small_splits.write_split(tmp_path / "train", ["ab"])
     with caplog.at_level(logging.INFO, logger="flax_asr"):

@@ -4,8 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from flax_asr.console import progress, results, terminal
 from flax_asr.data import buckets, examples, loader, prepare
 from flax_asr.hosts import cluster, multihost
 from flax_asr.models import wav2vec2
-from flax_asr.record import left_out
+from flax_asr.record import json_lines, left_out
 
 Forward = Callable[[loader.Batch], Sequence[np.ndarray]]
 """This host's rows of a group -> of the whole group: loss [rows], most likely symbol of each frame
@@ -83,7 +82,7 @@ def score(
     with (
         loader.evaluation(data, plan, host, hosts, tokens=tokens) as batches,
         progress.Progress(len(data), "scoring", "clips") as bar,
-        _lines(predictions if host == 0 else None) as lines,
+        _writer(predictions if host == 0 else None) as write,
     ):
         for batch, group in batches:
             losses, ids, frame_lengths = forward(batch)
@@ -103,8 +102,7 @@ def score(
                 counts.frames[row] = (frames == writes.blank).sum(), len(frames)
                 if padded:
                     _count_padded(counts, row, data.labels(row), ids[place, :longest], writes)
-                if lines is not None:
-                    lines.write(_prediction(data, row, written, characters))
+                write(_prediction(data, row, written, characters))
             bar.advance(int(real.sum()))
     rule = scoring.rule(normalization, spaced, padded, rewrite is not None and not padded)
     return scoring.summary(counts, data, spaced, padded, rule, seed)
@@ -147,32 +145,20 @@ def _count_padded(
 
 def _prediction(
     data: examples.Examples, row: int, written: str, characters: metrics.ErrorCounts
-) -> str:
+) -> dict[str, Any]:
     """A clip's line in the file of predictions."""
-    line = {
+    return {
         "id": data.ids[row],
         "reference": data.references[row],
         "hypothesis": written,
         "errors": characters.errors,
         "units": characters.units,
     }
-    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-@contextlib.contextmanager
-def _lines(path: Path | None) -> Iterator[io.TextIOBase | None]:
-    """A text file that appears under its name when it is complete."""
-    if path is None:
-        yield None
-        return
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        # A transcript may hold half a surrogate pair: written as it came.
-        with unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file:
-            yield file
-        unfinished.replace(path)
-    except OSError as error:
-        raise errors.CheckpointError(f"{path} cannot be written: {error.strerror}.") from error
+def _writer(path: Path | None) -> contextlib.AbstractContextManager[json_lines.Write]:
+    """Into this file, or nowhere."""
+    return contextlib.nullcontext(lambda line: None) if path is None else json_lines.writer(path)
 
 
 def compiled(

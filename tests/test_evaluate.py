@@ -306,6 +306,7 @@ def test_an_interrupted_pass_leaves_the_old_predictions(data, shapes, saved, tmp
     with pytest.raises(KeyboardInterrupt):
         _score(forward, data, shapes, predictions=path)
     assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
 def test_what_a_model_of_other_rules_writes_is_normalised_before_it_is_compared(

@@ -1,13 +1,12 @@
 """Prepared clips that training or a score leaves out, and why: left_out.jsonl of a run, and what
 stands beside the predictions of a score."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from flax_asr import errors
 from flax_asr.data import examples
+from flax_asr.record import json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +54,7 @@ def beside(predictions: Path, split: str, data: examples.Examples) -> Path | Non
 
 
 def _write(path: Path, sets: Mapping[str, examples.Examples]) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        # An id may hold half a surrogate pair: written as it came.
-        with unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file:
-            for name, data in sets.items():
-                for entry in data.left_out:
-                    line = {"set": name, **entry._asdict()}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        unfinished.replace(path)
-    except OSError as error:
-        raise errors.CheckpointError(f"cannot write {path}: {error.strerror}.") from error
+    with json_lines.writer(path) as write:
+        for name, data in sets.items():
+            for entry in data.left_out:
+                write({"set": name, **entry._asdict()})

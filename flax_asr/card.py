@@ -39,6 +39,7 @@ PACKAGES = {
     "NumPy": "numpy",
 }
 _TASK = ("automatic-speech-recognition", "Automatic Speech Recognition")
+_NOT_FINITE = "not finite"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 _UNSPACED_REASON = (
@@ -101,14 +102,16 @@ def table(history: Sequence[Mapping[str, Any]]) -> str:
 
     Source: transformers' `modelcard.parse_log_history` and `make_markdown_table`.
     """
-    names = [name for name in COLUMNS if any(name in event for event in history)]
+    names = [
+        name for name in COLUMNS if any({name, "eval_clips"} & event.keys() for event in history)
+    ]
     lines = [["Training Loss", "Epoch", "Step", *(COLUMNS[name] for name in names)]]
     training_loss = "No log"
     for event in history:
-        if "loss" in event:
-            training_loss = _number(event["loss"])
-        if "eval_loss" in event:
-            values = [_number(event[name]) if name in event else "" for name in names]
+        if "learning_rate" in event or "loss" in event:
+            training_loss = _number(event.get("loss"))
+        if _was_scored(event, "eval"):
+            values = [_number(event.get(name)) for name in names]
             epoch = _number(round(float(event["epoch"]), 2))
             lines.append([training_loss, epoch, str(event["step"]), *values])
     if len(lines) == 1:
@@ -147,15 +150,26 @@ def escape(value: Any) -> str:
     return _MARKDOWN.sub(r"\\\1", html.escape(one_line, quote=False))
 
 
-def _number(value: float) -> str:
-    """At most four decimals; what has fewer is left as it is.
+def _was_scored(figures: Mapping[str, Any], which: str) -> bool:
+    """Whether `eval` or `test` figures are there; a loss that is not finite is not in the log."""
+    return bool({f"{which}_loss", f"{which}_clips"} & figures.keys())
+
+
+def _number(value: float | None) -> str:
+    """At most four decimals; what has fewer is left as it is. None was not finite.
 
     Source: transformers' `modelcard._maybe_round`.
     """
+    if value is None:
+        return _NOT_FINITE
     written = str(value)
     if isinstance(value, float) and len(written.partition(".")[2]) > 4:
         return f"{value:.4f}"
     return written
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else _NOT_FINITE
 
 
 def _section(title: str, content: str, level: int = 2) -> str:
@@ -173,17 +187,18 @@ def _scores(
     tests = [
         event
         for event in history
-        if "test_loss" in event and ("best_step" not in event or event["best_step"] == saved.step)
+        if _was_scored(event, "test")
+        and ("best_step" not in event or event["best_step"] == saved.step)
     ]
     sources = {"eval": saved.metrics, "test": tests[-1] if tests else {}}
     return {
         which: {
-            name: float(figures[f"{which}_{name}"])
+            name: float(figures.get(f"{which}_{name}", math.nan))
             for name in ("loss", "wer", "cer", "real_wer", "real_cer")
-            if f"{which}_{name}" in figures
+            if name == "loss" or f"{which}_{name}" in figures
         }
         for which, figures in sources.items()
-        if f"{which}_loss" in figures
+        if _was_scored(figures, which)
     }
 
 
@@ -281,7 +296,7 @@ def _introduction(
             lines.append(f"It achieves the following results on the {title} set:")
             order = ["loss", "wer", "cer"] if _spaced(cfg) else ["cer", "loss", "wer"]
             lines += [
-                f"- {name.capitalize()}: {scores[which][name]:.4f}"
+                f"- {name.capitalize()}: {_rounded(scores[which][name])}"
                 for name in order
                 if name in scores[which]
             ]

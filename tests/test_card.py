@@ -213,6 +213,27 @@ def test_scores_that_are_not_numbers_do_not_spoil_the_metadata():
     assert ("dev", "wer") not in {(r.dataset_split, r.metric_type) for r in results}
 
 
+def test_scores_whose_loss_was_no_number_are_shown_and_the_loss_is_said_not_to_be():
+    """As the log has them: without the figure."""
+    place = {"step": 30, "epoch": 2.5}
+    history = [
+        {"step": 20, "epoch": 1.5, "loss": 3.25, "learning_rate": 1e-5},
+        {**place, "learning_rate": 1e-5, "skipped_steps": 10},
+        {**place, "eval_wer": 1.5, "eval_cer": 0.75, "eval_clips": 7},
+        {**place, "best_step": 30, "test_wer": 1.25, "test_cer": 0.625, "test_clips": 7},
+    ]
+    scored = {"eval_loss": float("nan"), "eval_wer": 1.5, "eval_cer": 0.75, "eval_clips": 7}
+    text = _render(history=history, **scored)
+    for which, cer, wer in (("evaluation", 0.75, 1.5), ("test", 0.625, 1.25)):
+        listed = f"- Cer: {cer:.4f}\n- Loss: not finite\n- Wer: {wer:.4f}\n"
+        assert f"results on the {which} set:\n{listed}" in text
+    cells = [cell.strip() for cell in card.table(history).splitlines()[-1].split("|")[1:-1]]
+    assert cells == ["not finite", "2.5", "30", "not finite", "1.5", "0.75"]
+    assert "| Validation Loss | Wer " in text
+    found = {(r.dataset_split, r.metric_type) for r in ModelCard(text).data.eval_results}
+    assert found == {(split, metric) for split in ("dev", "test") for metric in ("cer", "wer")}
+
+
 def test_a_run_without_any_score_has_a_card():
     saved = small_saved.saved(run=_run(eval_splits=[], test_splits=[]))
     text = card.render("bare", saved, [], has_curves=False)

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import shutil
@@ -17,8 +16,6 @@ from typing import Any, BinaryIO
 from flax_asr import errors, seals
 from flax_asr.bucket import store
 from flax_asr.sources import archives, clips, hub, manifests, spontaneous, tables
-
-logger = logging.getLogger(__name__)
 
 _Rows = Callable[[], Iterator[tables.Row]]
 
@@ -71,7 +68,7 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
             f"data.source {source}: nothing is there{errors.seen_from(path)}. It may be {_FORMS}"
         )
     if path.suffix.lower() in tables.SUFFIXES:
-        return manifests.source(path, column)
+        return manifests.source(path, column, language)
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
         return _archive(path, language, text_column)
     mend = _MENDED.get(path.suffix.lower(), "")
@@ -212,20 +209,9 @@ def _table_rows(file: pathlib.Path, column: str, language: str) -> Iterator[tabl
 
 
 def _scripted_rows(stream: BinaryIO, name: str, column: str, language: str) -> Iterator[tables.Row]:
-    held = {"", None, language}
-    for number, row in tables.rows(stream, name, ".tsv", ("path", column)):
-        # A folder or archive that holds tables itself is taken whatever it is called.
-        if (locale := row.get("locale")) not in held:
-            held.add(locale)
-            logger.warning(
-                "warning: %s, line %d: the locale is %r, but data.language %r: are these its"
-                " clips?",
-                name,
-                number,
-                locale,
-                language,
-            )
-        yield number, row
+    # A folder or archive that holds tables itself is taken whatever it is called.
+    rows = tables.rows(stream, name, ".tsv", ("path", column))
+    return tables.of_language(rows, name, language)
 
 
 def _spontaneous_rows(file: pathlib.Path, column: str, split: str) -> Iterator[tables.Row]:

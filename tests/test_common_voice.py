@@ -431,6 +431,25 @@ def test_a_manifest_of_any_kind_gives_the_same_clips(tmp_path, suffix):
     assert [clip.sentence for clip in source.read("dev")] == ["NA"]
 
 
+def test_a_manifest_s_clips_of_another_language_are_warned_of_once(tmp_path, caplog):
+    table = tmp_path / "clips.jsonl"
+
+    def warnings(*locales, language="cy"):
+        caplog.clear()
+        rows = [{"path": "a.wav", "sentence": "a", "locale": locale} for locale in locales]
+        table.write_text("\n".join(map(json.dumps, rows)))
+        source = open_source(str(table), language=language)
+        assert len(list(source.read("train"))) == len(list(source.read("train"))) == len(rows)
+        return caplog.messages
+
+    (warning,) = warnings("cy", "", None, "de", "de", "fr")
+    assert f"{table}, line 4: the locale is 'de', but data.language 'cy'" in warning
+    assert warnings("cy", "CY", "cy-GB", "cy_GB.UTF-8", "", None) == []
+    assert warnings("zh", "zh-HK", language="zh-HK")
+    assert warnings("sve", language="sv")
+    assert warnings(["cy"])
+
+
 def test_a_manifest_without_splits_is_train(tmp_path):
     file = tmp_path / "clips.csv"
     file.write_text(f"path,sentence\n{tmp_path}/x/a.wav,hi\n")

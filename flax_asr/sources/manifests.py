@@ -16,12 +16,13 @@ from flax_asr.sources import clips, tables
 _STARTS = "offset start start_time begin begin_time".split()
 
 
-def source(path: pathlib.Path, column: str) -> clips.Source:
+def source(path: pathlib.Path, column: str, language: str) -> clips.Source:
     """The clips of a table: .csv, .tsv or .jsonl.
 
     Args:
         path: of the table; relative paths in it start from its folder.
         column: the column of the transcript.
+        language: of its clips; a column `locale` that says another one is warned of.
 
     Raises:
         errors.DataError: it cannot be read, lacks a column, or has a split in some lines only.
@@ -29,7 +30,7 @@ def source(path: pathlib.Path, column: str) -> clips.Source:
     splits: dict[str | None, None] = {}
     starts: dict[str, object] = {}
     cut = set()
-    for number, row in _rows(path, column):
+    for number, row in tables.of_language(_rows(path, column), str(path), language):
         name, start = row.get("path"), next((row[key] for key in _STARTS if key in row), None)
         if isinstance(name, str) and start is not None and starts.setdefault(name, start) != start:
             cut.add(name)

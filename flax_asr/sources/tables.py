@@ -7,12 +7,15 @@ are taken off.
 
 import csv
 import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from flax_asr import errors
+
+logger = logging.getLogger(__name__)
 
 Row = tuple[int, dict[str, object]]
 # A row of Common Voice has a few hundred bytes.
@@ -150,6 +153,32 @@ def rows(stream: BinaryIO, name: str, suffix: str, needed: tuple[str, ...]) -> I
         raise errors.DataError(f"{name}: the file is empty")
     need(name, list(header), needed)
     yield from table
+
+
+def of_language(rows: Iterable[Row], name: str, language: str) -> Iterator[Row]:
+    """The same rows; the first whose `locale` is another language is warned of.
+
+    That of a region is the language's own: `en-GB` is `en`.
+    """
+    own = _subtags(language)
+    warned = False
+    for number, row in rows:
+        locale = row.get("locale")
+        if not warned and locale not in ("", None) and _subtags(locale)[: len(own)] != own:
+            warned = True
+            logger.warning(
+                "warning: %s, line %d: the locale is %r, but data.language %r: are these its"
+                " clips?",
+                name,
+                number,
+                locale,
+                language,
+            )
+        yield number, row
+
+
+def _subtags(locale: object) -> list[str]:
+    return str(locale).strip().lower().replace("_", "-").split("-")
 
 
 def need(name: str, columns: list[str], needed: tuple[str, ...]) -> None:

@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.setFormatter(terminal.Formatter())
     logging.basicConfig(level=logging.ERROR, handlers=[log])
     logging.getLogger("flax_asr").setLevel(logging.INFO)
+    for library in ("huggingface_hub", "datasets"):  # which show their warnings themselves
+        logging.getLogger(library).propagate = False
     try:
         own, options = split(arguments)
         return _run(_parser().parse_args(own), options)

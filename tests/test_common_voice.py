@@ -12,6 +12,7 @@ import tarfile
 
 import datasets
 import fsspec
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -722,6 +723,73 @@ def test_a_folder_of_recordings_and_their_metadata_is_read_without_torchcodec(re
         return sorted((clip.sentence, clip.audio_bytes) for clip in clips.values())
 
     assert heard(found) == heard(expected)
+
+
+class ConnectError(huggingface_hub.errors.HTTPError):
+    """By its name the one of the HTTP library, whichever that is."""
+
+
+@pytest.fixture
+def knocks(monkeypatch):
+    """Answers of the hub, one a request, and the pauses before them; any more is a failure."""
+    answers, pauses = [], []
+
+    def asked(self, name, **options):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", asked)
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    return answers, pauses
+
+
+def test_without_a_network_a_dataset_of_the_hub_is_soon_looked_for_in_the_cache(
+    knocks, tmp_path, monkeypatch
+):
+    answers, pauses = knocks
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    load = datasets.load_dataset_builder
+
+    def load_offline(*arguments):
+        assert datasets.config.HF_HUB_OFFLINE
+        return load(*arguments)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_offline)
+    answers += 3 * [ConnectError("Name or service not known")]
+    with pytest.raises(DataError, match=r"cannot be reached \(Name.*hf download some/corpus"):
+        open_source("hf:some/corpus", language="cy")
+    assert (answers, sum(pauses)) == ([], 3)
+    assert not datasets.config.HF_HUB_OFFLINE
+
+    rows = {"audio": [{"bytes": b"x", "path": "a.wav"}], "sentence": ["a"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "corpus" / "train.parquet")
+    datasets.load_dataset(str(tmp_path / "corpus"), cache_dir=tmp_path / "made")
+    (tmp_path / "made" / "corpus").rename(tmp_path / "some___corpus")
+    answers += 3 * [ConnectError("Name or service not known")]
+    (clip,) = open_source("hf:some/corpus", language="cy").read("train")
+    assert clip.sentence == "a"
+
+
+@pytest.mark.parametrize(
+    "answer", [ConnectionResetError("by peer"), ValueError("no id"), "an answer", "at last"]
+)
+def test_a_hub_that_can_be_reached_is_left_to_the_patience_of_its_library(
+    knocks, answer, monkeypatch
+):
+    answers, _ = knocks
+    answers += [*(2 * [ConnectError("refused")] if answer == "at last" else []), answer]
+
+    def load(*_):
+        assert not datasets.config.HF_HUB_OFFLINE
+        raise ValueError("its own words")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    with pytest.raises(DataError, match=r"hf:some/corpus: cannot be opened: its own words"):
+        open_source("hf:some/corpus", language="cy")
+    assert answers == []
 
 
 def test_a_dataset_that_cannot_be_opened_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The command line: help, exit statuses, and one clear message for what the user can mend."""
 
 import io
+import logging
 import os
 import pathlib
 import signal
@@ -52,6 +53,18 @@ def test_the_help_names_every_command(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"\n    {command}" in shown for command in __main__.COMMANDS)
+
+
+@pytest.mark.parametrize("library", ["huggingface_hub", "datasets"])
+def test_what_a_library_says_on_the_terminal_itself_is_not_said_twice(library, monkeypatch):
+    logger, ours, said = logging.getLogger(library), logging.Handler(), []
+    monkeypatch.setattr(ours, "emit", lambda record: said.append(record.msg))
+    monkeypatch.setattr(logging.root, "handlers", [ours])
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.warning("before")
+    assert __main__.main(["train", "--config", "absent.yaml"]) == 2
+    logger.warning("after")
+    assert said == ["before"]
 
 
 def test_the_version_is_the_package_s(capsys):

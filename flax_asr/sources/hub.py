@@ -1,5 +1,6 @@
 """Corpora in parquet files, on the Hugging Face hub, or saved by its `datasets` library."""
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -8,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +19,9 @@ from flax_asr.sources import clips, tables
 # What of a folder is no recording.
 _TABLES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 _TAIL_BYTES = 16 * 2**20
+# Before each time that the hub is called on, and for how long.
+_PAUSES_SECONDS = (0.0, 1.0, 2.0)
+_PATIENCE_SECONDS = 5.0
 
 
 def _split_of(file: pathlib.PurePath) -> str:
@@ -147,6 +152,7 @@ def dataset(name: str, column: str) -> clips.Source:
     if not name:  # which would be the current folder
         raise errors.DataError("data.source hf: names no dataset: write hf:NAME or hf:NAME:CONFIG")
     folder = pathlib.Path(os.path.expanduser(name))
+    unreachable = None
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(str(folder))
@@ -154,9 +160,12 @@ def dataset(name: str, column: str) -> clips.Source:
                 loaded = {str(loaded.split or "train"): loaded}
             release = folder.name
         else:
-            source = str(folder) if folder.exists() else name
-            builder = datasets.load_dataset_builder(source, config or None)
-            loaded = builder.as_streaming_dataset()
+            if not folder.exists():
+                unreachable = _unreachable(name)
+            with _offline(unreachable is not None):
+                source = str(folder) if folder.exists() else name
+                builder = datasets.load_dataset_builder(source, config or None)
+                loaded = builder.as_streaming_dataset()
             release = f"{name}@{builder.hash}" if builder.hash else name
     # ImportError: what a form of dataset needs beside `datasets` itself.
     except (
@@ -166,6 +175,12 @@ def dataset(name: str, column: str) -> clips.Source:
         RuntimeError,
         ImportError,
     ) as error:
+        if unreachable is not None:
+            raise errors.DataError(
+                f"hf:{name} is neither a folder here nor in the cache of `datasets`, and the hub"
+                f" cannot be reached ({unreachable}). Connect, or run `hf download {name}"
+                " --repo-type dataset --local-dir FOLDER` elsewhere and give hf:FOLDER"
+            ) from None
         raise errors.DataError(f"hf:{name}: cannot be opened: {error}") from None
     for split, table in loaded.items():
         # A stream of CSV or JSON lines has no columns before its first row.
@@ -180,6 +195,45 @@ def dataset(name: str, column: str) -> clips.Source:
             table = table.cast_column("audio", datasets.Audio(decode=False))
         readers[str(split)] = functools.partial(_hub_clips, f"hf:{name}", split, table, column)
     return clips.Source(f"hf:{name}", release, readers)
+
+
+def _unreachable(name: str) -> str | None:
+    """Why the hub is not to be reached; None where it can be, whatever it answers.
+
+    Without a network `datasets` would knock for 23 seconds, where packets vanish for minutes,
+    before it looks into its cache. What is slow, overloaded or broken off is left to its patience.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    why = None
+    for pause in _PAUSES_SECONDS:
+        time.sleep(pause)
+        try:
+            huggingface_hub.HfApi().dataset_info(name, expand=["sha"], timeout=_PATIENCE_SECONDS)
+        except hub.OfflineModeIsEnabled as error:
+            return str(error).rstrip(".")
+        except (hub.HTTPError, OSError, ValueError) as error:
+            # By its name: the library that it is of has changed with the hub's versions.
+            if type(error).__name__ not in ("ConnectError", "ConnectTimeout"):
+                return None
+            why = str(error) or type(error).__name__
+        else:
+            return None
+    return why
+
+
+@contextlib.contextmanager
+def _offline(is_so: bool) -> Iterator[None]:
+    """Whether `datasets` looks into its cache without asking the hub, if it does not anyway."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or is_so
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def fingerprint(name: str) -> str:

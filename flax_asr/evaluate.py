@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Int
 
 from flax_asr import (
     alignment,
+    common_voice,
     compilation,
     config,
     errors,
@@ -245,7 +247,9 @@ def _score_splits(
             scores = scored(
                 plan=buckets.EvalPlan(data.samples, shapes.samples, rows), predictions=written
             )
-            where = written or "no predictions are kept: the current folder cannot be written"
+            where = "no predictions are kept: the current folder cannot be written"
+            if written is not None:
+                where = f"predictions: {written}"
             unused = left_out.beside(written, name, data) if written and hosts.is_first else None
             caveats = f"  {_caveats(loaded, data, unused)}{where}"
             lines = filter(None, (scores.describe(name), scores.table(), caveats))
@@ -276,12 +280,13 @@ def _examples(
     hosts: multihost.Hosts,
 ) -> dict[str, examples.Examples]:
     """The splits to be scored, prepared where they were not."""
-    hosts.work_ahead(
-        prepare.prepared_folder(cfg),
-        lambda: prepare.prepare(cfg),
-        for_all=prepare.is_in_bucket(cfg),
-    )
-    splits = prepare.prepare(cfg, verify=True)
+    with _telling_whose_source(loaded, cfg):
+        hosts.work_ahead(
+            prepare.prepared_folder(cfg),
+            lambda: prepare.prepare(cfg),
+            for_all=prepare.is_in_bucket(cfg),
+        )
+        splits = prepare.prepare(cfg, verify=True)
     return {
         name: examples.build(
             [splits[name]],
@@ -293,6 +298,22 @@ def _examples(
         )
         for name in cfg.data.test_splits
     }
+
+
+@contextlib.contextmanager
+def _telling_whose_source(loaded: loading.LoadedModel, cfg: config.Config) -> Iterator[None]:
+    """Where nothing is at `data.source`: whether the user gave it, or the model's run has it so."""
+    source = cfg.data.source
+    try:
+        yield
+    except errors.DataError as error:
+        given = source != loaded.settings.get("data", {}).get("source")
+        if given or not common_voice.is_path(source) or os.path.exists(os.path.expanduser(source)):
+            raise
+        raise errors.DataError(
+            f"{error}. It is what {loaded.name} was trained on, seen from the folder where that was"
+            " begun: give --data.source."
+        ) from error
 
 
 def _result(name: str, scores: scoring.Scores, data: examples.Examples) -> dict[str, Any]:

@@ -531,7 +531,7 @@ def _written(run, options, capsys) -> str:
     output = capsys.readouterr()
     (line,) = map(json.loads, output.out.splitlines())
     path = pathlib.Path(line["predictions"])
-    assert str(path) in output.err
+    assert f"predictions: {path}\n" in output.err
     assert len(path.read_text(encoding="utf-8").splitlines()) == line["clips"]
     return path.name
 
@@ -557,6 +557,21 @@ def _predictions(saved, run, data, split="test", options=(), **changes) -> str:
 
 def _clips(hash, release="cv-corpus-9"):
     return mock.Mock(spec=examples.Examples, hash=hash * 64, release=release)
+
+
+def test_a_run_s_own_data_that_are_not_seen_from_here_are_said_to_be_the_run_s(run, saved):
+    """Its data.source is the relative path `x`."""
+    with pytest.raises(
+        errors.DataError, match=r"'?x'?: nothing is there \(seen.* is what .*run was"
+    ):
+        evaluate.command(str(run), [], None)
+    with pytest.raises(errors.DataError, match="nothing is there") as refusal:
+        evaluate.command(str(run), ["--data.source=y"], None)
+    assert "trained on" not in str(refusal.value)
+    pathlib.Path("x").mkdir()
+    with pytest.raises(errors.DataError, match="no Common Voice release") as refusal:
+        evaluate.command(str(run), [], None)
+    assert "trained on" not in str(refusal.value)
 
 
 def test_what_is_scored_otherwise_than_the_run_did_has_a_name_of_its_own(saved, tmp_path):

@@ -153,7 +153,8 @@ def _release_folder(path: pathlib.Path, language: str, text_column: str | None) 
         if language in spoken:
             return _spontaneous_folder(spoken[language], text_column or spontaneous.TEXT_COLUMN)
         held = sorted(child.name for child in path.iterdir())
-        languages = [*(name for name in held if _tables_of(path / name)), *spoken]
+        below = [*path.iterdir(), *path.glob("cv-corpus-*/*")]
+        languages = sorted({*(child.name for child in below if _tables_of(child)), *spoken})
         if languages:
             known = ", ".join(map(repr, languages[:40]))
             raise errors.DataError(f"{path}: a release without {language!r}; it has {known}")

@@ -166,7 +166,8 @@ def dataset(name: str, column: str) -> clips.Source:
                 source = str(folder) if folder.exists() else name
                 builder = datasets.load_dataset_builder(source, config or None)
                 loaded = builder.as_streaming_dataset()
-            release = f"{name}@{builder.hash}" if builder.hash else name
+            called = folder.resolve().name if folder.exists() else name
+            release = f"{called}@{builder.hash}" if builder.hash else called
     # ImportError: what a form of dataset needs beside `datasets` itself.
     except (
         datasets.exceptions.DatasetsError,

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import logging
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -34,8 +33,6 @@ from flax_asr.console import terminal
 from flax_asr.hosts import cluster
 from flax_asr.models import convert, wav2vec2, weights
 from flax_asr.record import lineage, runlog
-
-logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Of each logit in PyTorch: absolute, or relative where the logit is above 1."""
@@ -123,7 +120,6 @@ def write_folder(
         raise errors.ModelError(f"{folder} cannot be written: {error}.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    logger.info("%s: %s", folder, done)
     return done
 
 

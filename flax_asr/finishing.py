@@ -1,11 +1,14 @@
 """The end of a run: its best checkpoint, and what is made of it for others."""
 
+import logging
 from pathlib import Path
 
 from flax_asr import card, checkpoint, config, errors, export, run_folder
 from flax_asr.bucket import mirror
 from flax_asr.hosts import multihost
 from flax_asr.record import curves, runlog
+
+logger = logging.getLogger(__name__)
 
 
 def best(folder: Path, hosts: multihost.Hosts, mirrored: mirror.Mirrored) -> checkpoint.SavedModel:
@@ -28,7 +31,9 @@ def write(folder: Path, saved: checkpoint.SavedModel, cfg: config.Config, update
         CheckpointError: they cannot be written.
     """
     described = card.render(folder.name, saved, runlog.read(folder), is_export=True)
-    export.write_folder(folder / run_folder.EXPORT, saved, cfg, saved.meta.facts, described)
+    exported = folder / run_folder.EXPORT
+    done = export.write_folder(exported, saved, cfg, saved.meta.facts, described)
+    logger.info("%s: %s", exported, done)
     try:
         curves.draw(folder)
         card.write(folder, saved)

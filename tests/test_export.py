@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import functools
 import json
+import logging
 import os
 import pathlib
 import types
@@ -212,6 +213,20 @@ def test_what_it_says_of_itself_is_json_for_every_reader(tmp_path):
 def test_export_of_what_is_no_run_says_so(tmp_path):
     with pytest.raises(errors.CheckpointError, match="not a run folder"):
         export.command(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_the_command_says_once_what_it_made(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(export, "_torch_is_installed", lambda: False)
+    monkeypatch.setattr(export.inventory, "is_run", lambda folder: True)
+    saved = small_saved.saved(
+        run=dataclasses.replace(RUN, train=config.TrainConfig(global_batch_size=8))
+    )
+    monkeypatch.setattr(export.checkpoint, "load_model", lambda *_: saved)
+    with caplog.at_level(logging.INFO, logger="flax_asr"):
+        export.command("run", str(tmp_path / "out"))
+    said = capsys.readouterr().out + caplog.text
+    assert said.startswith(f"step 30 of run is in {tmp_path}/out: ")
+    assert said.count("read back bit for bit; torch is not installed") == 1
 
 
 def test_export_does_not_overwrite_another_folder(tmp_path, monkeypatch):

@@ -342,7 +342,14 @@ def _resolved(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.C
     if not cfg.data.test_splits:
         raise errors.ConfigError("no split is named: give --data.test_splits NAME.")
     data = dataclasses.replace(cfg.data, train_splits=(), eval_splits=())
-    return dataclasses.replace(cfg, data=data)
+    scored = dataclasses.replace(cfg, data=data)
+    if data.prepared_dir is None or any(w.startswith("--data.prepared_dir") for w in overrides):
+        return scored
+    own = config.build(loaded.settings)
+    if prepare.content(cfg) == prepare.content(own) or prepare.fits(scored):
+        return scored
+    # The run's own splits are there, and would be taken for others that have their names.
+    return dataclasses.replace(cfg, data=dataclasses.replace(data, prepared_dir=None))
 
 
 def _caveats(

@@ -574,6 +574,27 @@ def test_a_run_s_own_data_that_are_not_seen_from_here_are_said_to_be_the_run_s(r
     assert "trained on" not in str(refusal.value)
 
 
+def test_other_data_do_not_go_where_the_run_keeps_its_own(saved, release, tmp_path):
+    _, own, *_ = options = _scored_on(release)
+    place = own.partition("=")[2]
+    settings = config.as_dict(config.build({"output_dir": "r"}, ["--data.language=eu", *options]))
+    loaded = _loaded(saved, **settings)
+    prepare.prepare(evaluate._resolved(loaded, []))
+
+    def place_of(*more):
+        return evaluate._resolved(loaded, more).data.prepared_dir
+
+    assert place_of() == place_of("--data.test_splits=train") == place
+    assert place_of("--data.source=absent") is None
+    assert place_of("--data.max_seconds=9") is None
+    for given in ("here", place):
+        assert place_of("--data.source=absent", f"--data.prepared_dir={given}") == given
+    shutil.copytree(release, tmp_path / "moved")
+    assert place_of(f"--data.source={tmp_path}/moved") == place
+    (tmp_path / "moved" / "test.tsv").write_text("path\tsentence\n0.wav\ta\n")
+    assert place_of(f"--data.source={tmp_path}/moved") is None
+
+
 def test_what_is_scored_otherwise_than_the_run_did_has_a_name_of_its_own(saved, tmp_path):
     name = functools.partial(_predictions, saved, tmp_path)
     own, other = _clips("a"), _clips("b", "cv-corpus-10 delta/x")

@@ -41,15 +41,19 @@ def prepared_folder(cfg: config.Config) -> Path:
     if cfg.data.prepared_dir is not None:
         return store.local_folder(cfg.data.prepared_dir, kind="prepared")
     cfg.require("output_dir", "data.source", "data.language")
-    source = cfg.data.source
-    place = os.path.abspath(source) if common_voice.is_path(source) else source
-    content = _settings(cfg) | {"source": place}
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(content(cfg), sort_keys=True).encode()).hexdigest()[:12]
     if store.is_remote(cfg.output_dir):
         parent = store.cache_folder()
     else:
         parent = Path(cfg.output_dir).parent
     return parent / f"prepared-{key}"
+
+
+def content(cfg: config.Config) -> dict[str, Any]:
+    """What the content of prepared splits depends on."""
+    source = cfg.data.source
+    place = os.path.abspath(source) if common_voice.is_path(source) else source
+    return _settings(cfg) | {"source": place}
 
 
 def split_folders(cfg: config.Config) -> dict[str, Path]:
@@ -62,6 +66,14 @@ def split_folders(cfg: config.Config) -> dict[str, Path]:
 def is_prepared(cfg: config.Config) -> bool:
     """Whether every split that the configuration names lies there, decoded."""
     return all(map(shards.is_finished, split_folders(cfg).values()))
+
+
+def fits(cfg: config.Config) -> bool:
+    """Whether they all lie there, made from what is at `data.source` now, and as is asked for."""
+    return is_prepared(cfg) and all(
+        shards.PreparedSplit.open(folder).manifest["settings"] == _made_from(cfg, split)
+        for split, folder in split_folders(cfg).items()
+    )
 
 
 def is_in_bucket(cfg: config.Config) -> bool:

@@ -32,7 +32,7 @@ from flax_asr import (
     vocabulary,
 )
 from flax_asr.console import progress, results, terminal
-from flax_asr.data import buckets, examples, loader, prepare
+from flax_asr.data import buckets, examples, loader, prepare, shards
 from flax_asr.hosts import cluster, multihost
 from flax_asr.models import wav2vec2
 from flax_asr.record import json_lines, left_out
@@ -322,6 +322,7 @@ def _result(name: str, scores: scoring.Scores, data: examples.Examples) -> dict[
     for what in ("clips", "release", "hash", "rule"):
         line[what] = line.pop(f"eval_{what}")
     line |= {"seconds": round(data.seconds, 2), "left_out": data.left_out_summary()}
+    line["not_prepared"] = shards.summary(e for split in data.splits for e in split.left_out)
     line["groups"] = [dataclasses.asdict(group) for group in scores.groups]
     return line
 
@@ -361,7 +362,11 @@ def _caveats(
         loaded, data: what was scored.
         unused: where each clip that is left out is named.
     """
-    found = []
+    found = [
+        f"not prepared: {shards.summary(split.left_out)} ({split.folder}/left_out.jsonl names each)"
+        for split in data.splits
+        if split.left_out
+    ]
     if data.left_out:
         names = f" ({unused} names each)" if unused else ""
         found.append(f"left out: {data.left_out_summary()}{names}")

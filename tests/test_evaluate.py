@@ -420,7 +420,7 @@ def test_batches_score_as_one_clip_at_a_time_and_the_old_way_does_not(data, shap
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    """A Common Voice release with one split."""
+    """A Common Voice release with one split, one of whose recordings is not there."""
     folder = tmp_path_factory.mktemp("cv") / "cv-corpus-9" / "eu"
     (folder / "clips").mkdir(parents=True)
     rows = ["client_id\tpath\tsentence\tgender"]
@@ -428,6 +428,7 @@ def release(tmp_path_factory):
         samples = small_saved.speech(3000 + 100 * number, number)
         soundfile.write(folder / "clips" / f"{number}.wav", samples, 16_000)
         rows.append(f"speaker{number % 3}\t{number}.wav\t{sentence.upper()}\tfemale_feminine")
+    rows.append("speaker0\tgone.wav\tA\t")
     (folder / "test.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
 
@@ -493,6 +494,9 @@ def test_clips_that_are_not_scored_are_named_beside_the_predictions(
     assert (line["clips"], line["left_out"]) == (len(SENTENCES) - 1, "1 empty_transcript")
     file = line["predictions"].replace("predictions-", "left_out-")
     assert f"left out: 1 empty_transcript ({file} names each)" in output.err
+    lacking = release.parent / "prepared" / "test" / "left_out.jsonl"
+    assert f"not prepared: 1 missing ({lacking} names each)" in output.err
+    assert (lacking.is_file(), line["not_prepared"]) == (True, "1 missing")
     (named,) = map(json.loads, pathlib.Path(file).read_text(encoding="utf-8").splitlines())
     assert (named["set"], named["id"], named["reason"]) == ("test", "2.wav", "empty_transcript")
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from flax_asr import errors
 from flax_asr.data import examples
 from flax_asr.record import json_lines
 
@@ -43,11 +44,14 @@ def beside(predictions: Path, split: str, data: examples.Examples) -> Path | Non
         The file; None where nothing is left out, and so there is none.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or an old one not removed.
     """
     path = predictions.with_name(predictions.name.replace("predictions", "left_out", 1))
     if not data.left_out:
-        path.unlink(missing_ok=True)  # of an earlier score
+        try:
+            path.unlink(missing_ok=True)  # of an earlier score
+        except OSError as error:
+            raise errors.CheckpointError(f"cannot remove {path}: {error.strerror}.") from error
         return None
     _write(path, {split: data})
     return path

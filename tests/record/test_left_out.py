@@ -61,6 +61,9 @@ def test_beside_predictions_stands_what_their_score_left_out(tmp_path):
     assert left_out.beside(predictions, "test", whole) is None
     assert not file.exists()
     assert (tmp_path / left_out.FILE).read_text() == "of the run"
+    file.mkdir()
+    with pytest.raises(errors.CheckpointError, match=r"cannot remove .*left_out-test\.jsonl"):
+        left_out.beside(predictions, "test", whole)
 
 
 def test_where_nothing_is_left_out_nothing_is_said(tmp_path, caplog):

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax_asr
 from flax_asr import (
+    atomic,
     checkpoint,
     config,
     hyperparameters,
@@ -52,9 +53,9 @@ _UNSPACED_REASON = (
 def write(run: Path, saved: checkpoint.SavedModel) -> Path:
     """Writes RUN/README.md for the checkpoint that is exported; returns its path."""
     content = render(run.name, saved, runlog.read(run), has_curves=(run / curves.FILE).is_file())
-    unfinished = run / f".{run_folder.CARD}.unfinished"
-    unfinished.write_text(content, encoding="utf-8")
-    return unfinished.replace(run / run_folder.CARD)
+    with atomic.replacing(run / run_folder.CARD) as unfinished:
+        unfinished.write_text(content, encoding="utf-8")
+    return run / run_folder.CARD
 
 
 def render(

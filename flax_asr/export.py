@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int, PyTree
 from transformers import Wav2Vec2Config
 
 from flax_asr import (
+    atomic,
     audio,
     card,
     checkpoint,
@@ -104,7 +104,7 @@ def write_folder(
     """
     folder = folder.absolute()
     model_config = _config(saved)
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    unfinished = atomic.unfinished(folder, shared=True)
     try:
         unfinished.mkdir(parents=True)
         model_config.to_json_file(unfinished / "config.json", use_diff=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import flax_asr
-from flax_asr import config, errors, inventory
+from flax_asr import atomic, config, errors, inventory
 from flax_asr.record import curves, left_out, runlog
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ _WRITTEN = frozenset(
         *(inventory.FOLDER, runlog.FILE, runlog.BOARD, curves.FILE, left_out.FILE),
     )
 )
+_HALF = (atomic.UNFINISHED, ".old")
+"""Suffixes of hidden names: what was being written, and an export that was being replaced."""
 
 FREE_TO_CHANGE = frozenset(
     "output_dir data.source data.num_workers data.prepared_dir data.cache_features model.attention"
@@ -234,7 +236,7 @@ def _is_written_by_a_run(name: str) -> bool:
     return (
         name in _WRITTEN
         or name.startswith(("predictions-", "left_out-"))
-        or (name.startswith(".") and name.endswith((".unfinished", ".old")))
+        or (name.startswith(".") and name.endswith(_HALF))
     )
 
 
@@ -246,7 +248,7 @@ def dated(name: str) -> str:
 def sweep(folder: Path) -> None:
     """Removes what a kill left half written."""
     for path in folder.glob(".*"):
-        if path.suffix in (".unfinished", ".old"):
+        if path.suffix in _HALF:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -255,12 +257,9 @@ def sweep(folder: Path) -> None:
 
 def record(folder: Path, cfg: config.Config) -> None:
     """Writes config.yaml, whole or not at all."""
-    unfinished = folder / f".{CONFIG}.unfinished"
     try:
-        config.save(cfg, unfinished)
-        with open(unfinished, "rb") as file:  # as checkpoints, which nobody resumes without it
-            os.fsync(file.fileno())
-        unfinished.replace(folder / CONFIG)
+        with atomic.replacing(folder / CONFIG) as unfinished:
+            config.save(cfg, unfinished)
     except OSError as error:
         raise errors.CheckpointError(
             f"cannot write {folder / CONFIG}: {error.strerror}."

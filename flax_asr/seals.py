@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flax_asr import errors
+from flax_asr import atomic, errors
 
 FILE = "seal.json"
 
@@ -24,12 +23,9 @@ def write(folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         # A machine that is taken away takes what the system has not yet written.
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    with open(folder / FILE, "w", encoding="utf-8") as file:
-        json.dump(files, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+        atomic.sync(path)
+    (folder / FILE).write_text(json.dumps(files, indent=1), encoding="utf-8")
+    atomic.sync(folder / FILE)
 
 
 def verify(folder: Path, *names: str) -> None:

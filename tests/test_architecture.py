@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(flax_asr.__file__).parent
 
 # From the ground up. A module may import from its own layer and from those below.
 LAYERS = (
-    "errors json_object trainer_names options config languages containers console seals"
+    "atomic errors json_object trainer_names options config languages containers console seals"
     " hosts.stopping bucket.store bucket.lease record.json_lines record.runlog"
     " estimate.chips estimate.hlo",
     "metrics alignment vocabulary text compat record.lineage",
@@ -164,6 +164,7 @@ def _named(module: str, word: str) -> bool:
         ("datasets", "sources.hub"),
         ("tensorboardX", "record.runlog"),
         ("gcsfs", "bucket.store"),
+        ("fsync", "atomic"),
     ],
 )
 def test_one_file_only_names_it(word, home):

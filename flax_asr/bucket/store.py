@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flax_asr import errors
+from flax_asr import atomic, errors
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +155,12 @@ class Store:
         """Objects by name, into these files; some at once, in no order."""
 
         def one(name: str) -> None:
-            files[name].parent.mkdir(parents=True, exist_ok=True)
-            unfinished = files[name].with_name(f".{files[name].name}.unfinished")
-            get = functools.partial(self._files.get_file, self._path(name), str(unfinished))
+            def get():
+                files[name].parent.mkdir(parents=True, exist_ok=True)
+                with atomic.replacing(files[name], shared=True, lasting=False) as unfinished:
+                    self._files.get_file(self._path(name), str(unfinished))
+
             self._tried(f"cannot copy {self.url}/{name} to {files[name]}", get)
-            unfinished.replace(files[name])
 
         _each(one, files)
 

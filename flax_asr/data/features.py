@@ -14,7 +14,6 @@ but for the part that was at work.
 import errno
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Int, Shaped
 
-from flax_asr import errors, seals
+from flax_asr import atomic, errors, seals
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +99,10 @@ class Features:
         Raises:
             DataError: the disk is full or cannot be written.
         """
-        path = self._path(number)
-        unfinished = path.with_name(f".{path.name}.unfinished")
         try:
-            with open(unfinished, "wb") as file:
+            with atomic.replacing(self._path(number)) as unfinished, unfinished.open("wb") as file:
                 for own in frames:
                     file.write(np.ascontiguousarray(own, self._dtype).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.rename(path)
         except OSError as error:
             raise self._unwritable(error) from error
 

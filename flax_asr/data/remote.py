@@ -8,7 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from flax_asr import errors
+from flax_asr import atomic, errors
 from flax_asr.bucket import store
 from flax_asr.data import shards
 
@@ -27,7 +27,7 @@ def fetch(url: str, folder: Path) -> None:
     if manifest is None or (local.is_file() and local.read_bytes() == manifest):
         return
     logger.info("copying %s to %s", place.url, folder)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished = atomic.unfinished(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     place.download({name: unfinished / name for name in place.list()})
     try:

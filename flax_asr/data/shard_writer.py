@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int16, UInt8
 
-from flax_asr import audio, seals
+from flax_asr import atomic, audio, seals
 from flax_asr.data import shards
 
 SHARD_BYTES = 256 * 2**20
@@ -126,12 +126,10 @@ class ShardWriter:
         }
         manifest["checksum"] = shards.checksum(manifest)
         for name in files:
-            _sync(self.folder / name)
-        unfinished = self.folder / f".{shards.MANIFEST}.unfinished"
-        unfinished.write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
-        _sync(unfinished)
-        unfinished.replace(self.folder / shards.MANIFEST)
-        _sync(self.folder)
+            atomic.sync(self.folder / name)
+        content = json.dumps(manifest, ensure_ascii=False, indent=1)
+        with atomic.replacing(self.folder / shards.MANIFEST) as unfinished:
+            unfinished.write_text(content, encoding="utf-8")
         self._journal_path.unlink()
 
     def discard(self) -> None:
@@ -241,11 +239,3 @@ def _read_bytes(path: Path, start: int, size: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(start)
         return file.read(size)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

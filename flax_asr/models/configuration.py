@@ -4,12 +4,11 @@ transformers is imported inside of functions: it imports torch where it can.
 """
 
 import difflib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_asr import errors, json_object
+from flax_asr import atomic, errors, json_object
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config
@@ -68,10 +67,9 @@ def write(folder: Path, config: "Wav2Vec2Config") -> None:
         ModelError: the folder cannot be written.
     """
     path = folder / _FILE
-    unfinished = path.with_name(f".{_FILE}.{os.getpid()}.unfinished")
     try:
-        unfinished.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
-        unfinished.replace(path)
+        with atomic.replacing(path, shared=True) as unfinished:
+            unfinished.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
     except OSError as error:
         raise errors.ModelError(f"{path} cannot be written: {error}.") from error
 

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flax_asr import errors, json_object
+from flax_asr import atomic, errors, json_object
 from flax_asr.models import convert, torch_pickle
 
 SAFETENSORS = "model.safetensors"
@@ -256,21 +256,11 @@ def write(
     from safetensors import numpy as safetensors_numpy
 
     path = Path(folder) / SAFETENSORS
-    # Beside the file, so that replacing it is one step of the file system.
-    unfinished = path.with_name(f".{SAFETENSORS}.{os.getpid()}.unfinished")
     arrays = {name: np.asarray(values, order="C") for name, values in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.touch()
-            mode = unfinished.stat().st_mode
+        with atomic.replacing(path, shared=True) as unfinished:
             safetensors_numpy.save_file(arrays, unfinished, dict(metadata or {"format": "pt"}))
-            unfinished.chmod(mode)  # or nobody but its owner could read it
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError) as error:
         raise errors.ModelError(f"{path} cannot be written: {error}.") from error
     return path

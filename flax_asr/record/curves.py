@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flax_asr import atomic
 from flax_asr.record import runlog
 
 FILE = "curves.png"
@@ -43,9 +44,9 @@ def draw(run: Path) -> Path | None:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend()
-    unfinished = run / f".{FILE}.unfinished"
-    figure.savefig(unfinished, format="png")
-    return unfinished.replace(run / FILE)
+    with atomic.replacing(run / FILE) as unfinished:
+        figure.savefig(unfinished, format="png")
+    return run / FILE
 
 
 def _points(history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:

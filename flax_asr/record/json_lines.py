@@ -2,12 +2,11 @@
 
 import contextlib
 import json
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_asr import errors
+from flax_asr import atomic, errors
 
 Write = Callable[[Mapping[str, Any]], None]
 
@@ -21,18 +20,16 @@ def writer(path: Path) -> Iterator[Write]:
     Raises:
         CheckpointError: it cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
-        # A transcript or an id may hold half a surrogate pair: written as it came.
-        with unfinished.open("x", encoding="utf-8", errors="surrogatepass") as file:
+        with (
+            atomic.replacing(path, shared=True) as unfinished,
+            # A transcript or an id may hold half a surrogate pair: written as it came.
+            unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file,
+        ):
 
             def write(line: Mapping[str, Any]) -> None:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
             yield write
-        unfinished.replace(path)
     except OSError as error:
         raise errors.CheckpointError(f"cannot write {path}: {error.strerror}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)

@@ -5,13 +5,12 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_asr import errors
+from flax_asr import atomic, errors
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +96,17 @@ class RunLog:
             self._board.close()
 
     def _write(self, events: Iterable[dict[str, Any]], anew: bool) -> None:
-        path = self._path.with_name(f".{FILE}.unfinished") if anew else self._path
+        lines = [json.dumps(e, ensure_ascii=False, allow_nan=False) + "\n" for e in events]
         # Until it has worked, a part may be there: then the whole file is written anew.
         self._complete = False
         try:
-            with open(path, "w" if anew else "a", encoding="utf-8") as file:
-                for event in events:
-                    file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            path.replace(self._path)
+            if anew:
+                with atomic.replacing(self._path) as unfinished:
+                    unfinished.write_text("".join(lines), encoding="utf-8")
+            else:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
+                atomic.sync(self._path)
         except OSError as error:
             raise errors.CheckpointError(
                 f"cannot write {self._path}: {error.strerror}. Make room or mend the folder, then"

@@ -495,3 +495,11 @@ def test_a_file_is_read_as_it_was_written(url, tmp_path, content):
     assert there.read("uploaded") == there.read("written") == content
     there.download({"uploaded": tmp_path / "back"})
     assert (tmp_path / "back").read_bytes() == content
+
+
+def test_a_disk_that_takes_no_copy_is_named(url, tmp_path):
+    there, file = store.Store(url), tmp_path / "file"
+    there.write("object", b"content")
+    file.write_bytes(b"")
+    with pytest.raises(errors.StoreError, match=r"cannot copy gs://.*/object to .*file/x: "):
+        there.download({"object": file / "x"})

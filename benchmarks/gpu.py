@@ -16,6 +16,7 @@ the extras `test` and `cuda13` (or `cuda12`), with a torch build of the same CUD
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -201,8 +202,6 @@ def largest(side: Ours | PyTorch, most: int) -> int:
 
 def measure(name: str, arguments: argparse.Namespace) -> dict:
     """One side's figures, or without `--rows` how many it can take; has a process of its own."""
-    if arguments.compiled:
-        kept_programs.keep(pathlib.Path(arguments.compiled))
     work = Work(arguments.small, arguments.bf16)
     side = SIDES[name](work)
     rows = arguments.rows
@@ -251,7 +250,9 @@ def main() -> None:
     parser.add_argument("--compiled", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        sidebyside.write_json(arguments.json, [measure(arguments.side, arguments)])
+        folder = arguments.compiled
+        with kept_programs.kept(pathlib.Path(folder)) if folder else contextlib.nullcontext():
+            sidebyside.write_json(arguments.json, [measure(arguments.side, arguments)])
         return
 
     gpu = has_gpu()

@@ -103,7 +103,7 @@ def main() -> None:
         cfg = configuration(folder, arguments.updates, arguments.mixed_precision)
         devices = parallel.Devices(jax.devices()[:1])
         made = assembly.Assembly(cfg, devices, None)
-        programs = made.compile(pathlib.Path(folder) / "compiled")
+        programs = made.compile()
         state = made.initial_state()
         sums = devices.zero_sums(state.trainable)
         flat = jax.device_get({**state.trainable, **state.frozen})

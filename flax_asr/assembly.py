@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from flax_asr import (
     experiment,
     feature_cache,
     inventory,
-    kept_programs,
     origins,
     parallel,
     programs,
@@ -197,11 +195,8 @@ class Assembly:
             kept=kept,
         )
 
-    def compile(self, folder: Path) -> Programs:
-        """Compiles every step in every shape, largest first; nothing is compiled later.
-
-        Compiled programs are kept in `folder`; damaged ones that are there are compiled again.
-        """
+    def compile(self) -> Programs:
+        """Compiles every step in every shape, largest first; nothing is compiled later."""
         begin = 0 if self.past is None else self.past.step
         jobs = programs.jobs(
             programs.Steps(
@@ -216,7 +211,6 @@ class Assembly:
             self.devices,
             (begin, self.updates - 1),
         ) | parallel.gather_jobs(self.state_shapes(), self.devices)
-        kept_programs.keep(folder)
         logger.info(
             "%d updates of %d clips, %d an epoch; %d programs to compile, the largest first",
             self.updates,

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import logging
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,17 +21,25 @@ _BYTES_AT_ONCE = 2**16
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 
-def keep(folder: Path) -> None:
-    """Keeps compiled programs in a folder, so that a resumed run does not compile them again."""
+@contextlib.contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """What is compiled meanwhile is kept in a folder, so that a resumed run takes it from there.
+
+    Afterwards JAX keeps programs where it did before, or nowhere.
+    """
     _discard_damaged(folder)
-    _tell_jax(folder)
+    before = jax.config.jax_compilation_cache_dir
+    _tell_jax(str(folder))
+    try:
+        yield
+    finally:
+        _tell_jax(before)
 
 
-def _tell_jax(folder: Path) -> None:
-    # JAX looks for its folder once a process: without this a second run's go to the first one's.
+def _tell_jax(folder: str | None) -> None:
+    # JAX looks for its folder once a process: without this it would go on with the one before.
     compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _discard_damaged(folder: Path) -> None:

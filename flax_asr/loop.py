@@ -16,6 +16,7 @@ from flax_asr import (
     evaluate,
     finishing,
     inventory,
+    kept_programs,
     parallel,
     resume,
     run_folder,
@@ -29,8 +30,6 @@ from flax_asr.hosts import cluster, multihost, stopping
 from flax_asr.record import learning, left_out, runlog, window
 
 logger = logging.getLogger(__name__)
-
-_MOST_NAMED = 32  # clips in a message
 
 
 def train(asked: config.Config, *, restart: bool = False) -> None:
@@ -74,8 +73,11 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
             left_out.record(folder, made.corpus.sets())
         for warning in made.warnings():
             logger.warning("warning: %s", warning)
-        with contextlib.closing(_reread(made, hosts)) as audio:
-            programs = made.compile(folder / run_folder.COMPILED)
+        with (
+            contextlib.closing(_reread(made, hosts)) as audio,
+            kept_programs.kept(folder / run_folder.COMPILED),
+        ):
+            programs = made.compile()
             with contextlib.closing(
                 Run(made, programs, folder, stop, hosts, mirrored, audio)
             ) as run:
@@ -242,14 +244,7 @@ class Run:
         data = self.made.corpus.train
         if metrics.bad_in_a_row >= self.cfg.max_bad_updates:
             ids = [data.ids[row] for group in groups for row in group.rows if row >= 0]
-            more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
-            raise errors.TrainingError(
-                f"{int(metrics.bad_in_a_row)} updates in a row had a gradient that is not finite;"
-                f" {self.window.last_finite()}. The last bad one was step {self.step} with the"
-                f" clips {', '.join(ids[:_MOST_NAMED])}{more}. Nothing of them is in the weights."
-                " Try a lower optim.learning_rate or train.mixed_precision bf16 or fp32, listen to"
-                " these clips, and see whether loss or gradient norm rose before in the log."
-            )
+            raise self.window.too_many_bad(self.step, int(metrics.bad_in_a_row), ids)
         plan = self.made.plan
         self.window.add(self.step, metrics, groups, plan.lengths, plan.shapes)
         bar.advance(1, **self.window.facts(), **self.watch.facts())

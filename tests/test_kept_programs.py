@@ -32,52 +32,50 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def read(monkeypatch):
-    """What is there for JAX to read, folder by folder."""
-    found = []
-    monkeypatch.setattr(
-        kept_programs,
-        "_tell_jax",
-        lambda folder: found.append({path.name for path in folder.iterdir()}),
-    )
-    return found
+def names(folder):
+    return {path.name for path in folder.iterdir()}
 
 
-def test_half_written_and_changed_programs_go_and_whole_ones_stay(folder, read, caplog):
-    with caplog.at_level(logging.WARNING, logger="flax_asr"):
-        kept_programs.keep(folder)
-    assert read == [{"whole-cache", "packed-otherwise-cache", "another file"}]
+def test_half_written_and_changed_programs_go_and_whole_ones_stay(folder, caplog):
+    with caplog.at_level(logging.WARNING, logger="flax_asr"), kept_programs.kept(folder):
+        assert names(folder) == {"whole-cache", "packed-otherwise-cache", "another file"}
     assert f"3 of 5 compiled programs in {folder} were damaged or half written" in caplog.text
 
 
-def test_nothing_is_said_where_all_is_whole(folder, read, tmp_path, caplog):
-    kept_programs.keep(folder)
+def test_nothing_is_said_where_all_is_whole(folder, tmp_path, caplog):
+    with kept_programs.kept(folder):
+        pass
     (tmp_path / "new").mkdir()
     caplog.clear()
-    kept_programs.keep(folder)
-    kept_programs.keep(tmp_path / "new")
+    for place in (folder, tmp_path / "new"):
+        with kept_programs.kept(place):
+            pass
     assert not caplog.records
-    assert read[2] == set()
+    assert names(tmp_path / "new") == set()
 
 
-TWO_RUNS = """
-import pathlib, sys
+A_PROGRAM = """
+import contextlib, pathlib, sys
 import jax
 from flax_asr import kept_programs
-for number, place in enumerate(map(pathlib.Path, sys.argv[1:])):
-    kept_programs.keep(place)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.jit(lambda x: x * number + 1)(1.0)
-    print(len(list(place.glob("*-cache"))) > 0)
+own, *runs = map(pathlib.Path, sys.argv[1:])
+jax.config.update("jax_compilation_cache_dir", str(own))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+for number, place in enumerate([own, *runs, own]):
+    with contextlib.suppress(KeyError):
+        with kept_programs.kept(place) if place in runs else contextlib.nullcontext():
+            before = set(own.glob("*-cache"))
+            jax.jit(lambda x: x * number + 1)(1.0)
+            print(len(set(own.glob("*-cache")) - before), len(list(place.glob("*-cache"))))
+            raise KeyError
 """
 
 
-def test_a_second_run_of_a_process_keeps_its_programs_in_its_own_folder(tmp_path):
+def test_every_run_of_a_process_keeps_its_programs_in_its_own_folder_and_only_these(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", TWO_RUNS, tmp_path / "one", tmp_path / "two"],
+        [sys.executable, "-c", A_PROGRAM, *(tmp_path / name for name in ("own", "one", "two"))],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    assert done.stdout.split() == ["True", "True"]
+    assert done.stdout.split("\n") == ["1 1", "0 1", "0 1", "1 2", ""]

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from flax_asr import audio, step
+from flax_asr import audio, errors, step
 from flax_asr.data import buckets
 
 _SUMS = ("updates", "finite", "loss", "infeasible", "blank", "real", "padded")
 _LATEST = ("learning_rate", "grad_norm", "loss_scale", "skipped")
 # Of the last update that was finite, however many lines ago; 0 before there was one.
 _FINITE = ("finite_step", "finite_loss", "finite_grad_norm")
+
+_MOST_NAMED = 32  # clips in a message
 
 
 class Window:
@@ -72,6 +74,19 @@ class Window:
         if finite:
             last = (step_number, float(metrics.loss), float(metrics.grad_norm))
             self._figures |= zip(_FINITE, last, strict=True)
+
+    def too_many_bad(
+        self, step_number: int, in_a_row: int, ids: Sequence[str]
+    ) -> errors.TrainingError:
+        """Why a run stops: so many updates that were not finite, the last one of these clips."""
+        more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
+        return errors.TrainingError(
+            f"{in_a_row} updates in a row had a gradient that is not finite;"
+            f" {self.last_finite()}. The last bad one was step {step_number} with the"
+            f" clips {', '.join(ids[:_MOST_NAMED])}{more}. Nothing of them is in the weights."
+            " Try a lower optim.learning_rate or train.mixed_precision bf16 or fp32, listen to"
+            " these clips, and see whether loss or gradient norm rose before in the log."
+        )
 
     def last_finite(self) -> str:
         """The figures of the last finite update, for people."""

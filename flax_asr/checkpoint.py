@@ -15,6 +15,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class Checkpoints:
         self._keep, self._writes = keep, writes
         self._publishing: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._opened = contextlib.ExitStack()
         if not writes:
             return
         try:
@@ -88,12 +90,12 @@ class Checkpoints:
                     shutil.rmtree(path)
         except OSError as error:
             raise self._cannot_write(error) from error
-        # What fails is raised here as one message; orbax would print tracebacks of it as well.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        _quieten_loose_ends()
-        self._link = contextlib.ExitStack()
-        self._reachable = self._link.enter_context(inventory.reachable(self._folder))
-        self._writer = _writer()
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(_quiet())
+            self._reachable = opened.enter_context(inventory.reachable(self._folder))
+            self._writer = _writer()
+            opened.callback(lambda: _close(self._writer))  # which may be another one by then
+            self._opened = opened.pop_all()
 
     def save(self, state: PyTree, meta: inventory.Meta) -> None:
         """Begins to save; returns as soon as the state is on the host.
@@ -150,9 +152,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            if self._writes:
-                _close(self._writer)
-                self._link.close()
+            self._opened.close()
 
     def _publish(self, step: int) -> None:
         unfinished, folder = inventory.unfinished(self._run, step), self._folder / str(step)
@@ -220,18 +220,26 @@ def _writer() -> ocp.AsyncCheckpointer:
     )
 
 
-def _quieten_loose_ends() -> None:
-    """No traceback for each array that was still being written when another one failed."""
-    show = sys.unraisablehook
-    if getattr(show, "is_quiet", False):
-        return
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No tracebacks beside the one message of what fails.
+
+    orbax logs them, and Python shows one of each array that was still being written then.
+    """
+    logger_of_orbax, show = logging.getLogger("absl"), sys.unraisablehook
 
     def show_others(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             show(unraisable)
 
-    show_others.is_quiet = True
+    level = logger_of_orbax.level
+    logger_of_orbax.setLevel(logging.CRITICAL)
     sys.unraisablehook = show_others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = show
+        logger_of_orbax.setLevel(level)
 
 
 def _close(writer: ocp.AsyncCheckpointer) -> None:

@@ -133,21 +133,26 @@ class Run:
             audio.wait()  # features of damaged audio would be kept for other runs too
         self.kept = made.kept(self.state)
         writes, kept = hosts.is_first, 0 if past is None else past.log_events
-        self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit, writes)
-        self.log = runlog.RunLog(folder, kept, self.step, writes)
-        self.failed_saves = self.log.last("failed_saves", 0)
-        self.watch = learning.Watch(made.expected, made.fresh_head, made.updates, self.log.events)
-        if not self.log.events:
-            self._log(self.watch.expectations())
-        self.window = window.Window(
-            {} if past is None else past.window,
-            made.semantics.hides_bad_losses,
-            made.semantics.logs_next_rate,
-        )
+        with contextlib.ExitStack() as opened:
+            self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit, writes)
+            opened.callback(self.checkpoints.close)
+            self.log = runlog.RunLog(folder, kept, self.step, writes)
+            opened.callback(self.log.close)
+            self.failed_saves = self.log.last("failed_saves", 0)
+            history = self.log.events
+            self.watch = learning.Watch(made.expected, made.fresh_head, made.updates, history)
+            if not history:
+                self._log(self.watch.expectations())
+            self.window = window.Window(
+                {} if past is None else past.window,
+                made.semantics.hides_bad_losses,
+                made.semantics.logs_next_rate,
+            )
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
-        self.log.close()
-        self.checkpoints.close()
+        """Lets go of log and checkpoints; waits for those that are being written."""
+        self._opened.close()
 
     def train(self) -> None:
         """Updates until the end or until asked to stop; on return everything is saved.

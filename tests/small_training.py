@@ -2,11 +2,14 @@
 
 import atexit
 import json
+import logging
 import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -208,6 +211,17 @@ def share_compiled(cache: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     kept_programs._tell_jax = lambda folder: None
+
+
+def process() -> dict[str, object]:
+    """What is one for the whole process, and a run is to leave as a program has it."""
+    return {
+        "settings of JAX": {name: getattr(jax.config, name, None) for name in jax.config.values},
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "log of orbax": logging.getLogger("absl").level,
+        "hook": sys.unraisablehook,
+        "threads": {thread.name for thread in threading.enumerate()} - {"rereading"},
+    }
 
 
 class Place:

@@ -16,19 +16,26 @@ import numpy as np
 import pytest
 import small_folder
 import small_saved
+import small_training
 
 from flax_asr import (
+    assembly,
     checkpoint,
     config,
     errors,
     experiment,
     inventory,
+    loop,
     optim,
     parallel,
     run_folder,
     seals,
     step,
 )
+from flax_asr.bucket import mirror
+from flax_asr.data import rereading
+from flax_asr.hosts import multihost, stopping
+from flax_asr.record import runlog
 
 SAVED = small_saved.saved()
 CONFIGURATION = config.build(SAVED.meta.run)
@@ -438,6 +445,34 @@ def test_a_failure_that_nobody_foresaw_is_no_saved_checkpoint(run, monkeypatch):
     writer.save(fresh(6), meta(6))
     writer.close()
     assert inventory.steps(run) == [6, 4, 2]
+
+
+def test_a_closed_writer_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+    """With a save behind it, and with one that fails while it is closed."""
+    before = small_training.process()
+    writer = checkpoint.Checkpoints(tmp_path, 9)
+    save_now(writer, fresh(1))
+    writer.close()
+    assert small_training.process() == before
+    writer = checkpoint.Checkpoints(tmp_path, 9)
+    monkeypatch.setattr(seals, "write", lambda folder: {}["no such thing"])
+    writer.save(fresh(2), meta(2))
+    with pytest.raises(KeyError, match="no such thing"):
+        writer.close()
+    assert small_training.process() == before
+
+
+def test_a_run_that_fails_while_it_is_set_up_lets_go_of_what_it_opened(tmp_path, monkeypatch):
+    made = object.__new__(assembly.Assembly)
+    vars(made).update(cfg=small_folder.configuration(tmp_path), devices=None, past=None)
+    monkeypatch.setattr(made, "initial_state", fresh)
+    (tmp_path / runlog.FILE).mkdir()
+    hosts, audio = multihost.Hosts(), rereading.Rereading([])
+    before = small_training.process()
+    with pytest.raises(errors.CheckpointError, match=r"cannot write .*log\.jsonl"):
+        loop.Run(made, {}, tmp_path, stopping.Stop(), hosts, mirror.Nowhere(), audio)
+    assert (tmp_path / inventory.FOLDER).is_dir()
+    assert small_training.process() == before
 
 
 def test_a_full_disk_is_one_clear_error_and_costs_no_older_checkpoint(run):

@@ -295,12 +295,15 @@ def test_sigterm_while_finishing_ends_at_once_and_the_same_command_finishes(plac
 
 @pytest.fixture
 def here(place, monkeypatch):
-    """Runs in this process, with the compiled programs of the others."""
+    """Runs in this process, which stays as it was, with the compiled programs of the others."""
     monkeypatch.setattr(export, "_torch_is_installed", None)
     small_training.without_torch()
 
     def run(folder, *more):
-        return __main__.main(place.command(folder, *more))
+        before = small_training.process()
+        status = __main__.main(place.command(folder, *more))
+        assert small_training.process() == before
+        return status
 
     return run
 

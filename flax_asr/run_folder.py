@@ -114,13 +114,6 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> inventory
     step = inventory.newest_sound(folder)
     for name, (a, b) in changes.items():
         logger.info("going on with %s %r (was %r)", name, b, a)
-    if "train.num_train_epochs" in changes and asked.train.max_steps is not None:
-        logger.warning(
-            "warning: train.num_train_epochs %g does nothing beside train.max_steps %d, which says"
-            " how long the run is.",
-            asked.train.num_train_epochs,
-            asked.train.max_steps,
-        )
     return inventory.read_meta(folder, step)
 
 

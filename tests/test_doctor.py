@@ -498,6 +498,23 @@ def test_a_group_norm_encoder_is_warned_of_its_padding():
     assert not list(findings.batches(config.Config(), 0.07, group_norm=False))
 
 
+@pytest.mark.parametrize(
+    ("length", "way_out", "has_no_effect"),
+    [
+        ({}, "Raise train.num_train_epochs or", False),
+        ({"num_train_epochs": 9.0}, "Raise train.num_train_epochs or", False),
+        ({"max_steps": 9}, "Raise train.max_steps or", False),
+        ({"max_steps": 9, "num_train_epochs": 5.0}, "Raise train.max_steps or", True),
+    ],
+)
+def test_steps_take_the_place_of_epochs_and_that_is_said(length, way_out, has_no_effect):
+    cfg = config.build({"train": {"eval_steps": 3, **length}, "optim": {"warmup_steps": 1}})
+    few, *others = findings.schedule(cfg, updates=9, fresh_head=True)
+    assert way_out in few.message
+    said = "train.num_train_epochs 5 does nothing beside train.max_steps 9"
+    assert [other.message.startswith(said) for other in others] == [True] * has_no_effect
+
+
 def test_a_bar_is_as_long_as_its_count_and_many_bins_fit_a_screen():
     assert list(consultation.bars(["a", "bb"], [1, 2])) == [f" a {'█' * 20} 1", f"bb {'█' * 40} 2"]
     lines = list(consultation.bars([str(n) for n in range(100)], [1] * 100))

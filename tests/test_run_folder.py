@@ -344,12 +344,6 @@ def test_a_run_that_cannot_be_put_aside_is_refused(folder, unfinished, monkeypat
     assert [p.name for p in folder.parent.iterdir()] == ["run"]
 
 
-def test_epochs_that_have_no_effect_are_warned_of(folder, unfinished, caplog):
-    changed = small_folder.configuration(folder, train={"num_train_epochs": 9.0})
-    assert resumed(folder, changed).step == 4
-    assert "train.num_train_epochs 9 does nothing beside train.max_steps 6" in caplog.text
-
-
 def test_restart_in_an_empty_folder_leaves_nothing_beside(folder):
     with run_folder.owned(folder):
         assert resumed(folder, small_folder.configuration(folder), restart=True) is None

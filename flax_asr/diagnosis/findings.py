@@ -180,6 +180,7 @@ def batches(cfg: config.Config, padding: float, group_norm: bool) -> Iterator[Fi
 def schedule(cfg: config.Config, updates: int, fresh_head: bool) -> Iterator[Finding]:
     """A learning rate or a length that does not suit the run."""
     warmup = cfg.optim.warmup_updates(updates)
+    steps, epochs = cfg.train.max_steps, cfg.train.num_train_epochs
     if warmup > updates / 5:
         rest = "" if warmup < updates else ": the rate never gets to optim.learning_rate"
         yield Finding(
@@ -199,7 +200,15 @@ def schedule(cfg: config.Config, updates: int, fresh_head: bool) -> Iterator[Fin
             "few_updates",
             0.5,
             f"{updates} updates are few: a fresh head writes nothing but blanks for the first"
-            " hundreds. Raise train.num_train_epochs or lower train.global_batch_size.",
+            f" hundreds. Raise train.{'num_train_epochs' if steps is None else 'max_steps'} or"
+            " lower train.global_batch_size.",
+        )
+    if steps is not None and epochs != config.TrainConfig.num_train_epochs:
+        yield Finding(
+            "no_effect",
+            0.01,
+            f"train.num_train_epochs {epochs:g} does nothing beside train.max_steps {steps}, which"
+            " says how long the run is: change that, or set it to null.",
         )
     if cfg.data.eval_splits and updates <= cfg.train.eval_steps:
         yield Finding(

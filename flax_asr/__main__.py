@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(library).propagate = False
     try:
         own, options = split(arguments)
-        return _run(_parser().parse_args(own), options)
+        known = _parser().parse_args(own)
+        _check_current_folder()
+        return _run(known, options)
     except errors.Interrupted as stop:
         terminal.tell(str(stop), sys.stderr)
         return INTERRUPTED
@@ -118,6 +120,17 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if "=" not in word and words and not words[0].startswith("--"):
             options.append(words.pop(0))
     return own, options
+
+
+def _check_current_folder() -> None:
+    """Raises `ConfigError` where it is gone, which libraries fail of while they are imported."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise errors.ConfigError(
+            f"the current folder cannot be used: {error.strerror}. It may have been deleted: go to"
+            " one that is there (`cd`), and run the command again."
+        ) from error
 
 
 def _run(known: argparse.Namespace, options: list[str]) -> int:

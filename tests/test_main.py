@@ -121,6 +121,22 @@ def test_a_wrong_command_line_is_one_line_and_status_2(words, expected, capsys):
     assert expected.format(recipe=RECIPE) in captured.err
 
 
+@pytest.mark.parametrize("words", [["train"], ["transcribe", "--model", "m", "a.wav"]])
+def test_a_current_folder_that_was_deleted_is_one_message_and_status_2(
+    words, tmp_path, monkeypatch, capsys
+):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert __main__.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "flax-asr: the current folder cannot be used: No such file or directory."
+    )
+    assert said.count("\n") == 1
+
+
 def test_options_win_wherever_config_stands():
     before = __main__.split(["train", "--seed", "1", "--config", RECIPE])
     after = __main__.split(["train", "--config", RECIPE, "--seed", "1"])

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import errors, inventory, partition, seals
+from flax_asr import atomic, errors, inventory, partition, seals
 from flax_asr import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)
@@ -163,6 +163,7 @@ class Checkpoints:
             if folder.exists():
                 folder.rename(replaced)
             unfinished.rename(folder)
+            atomic.sync_folder(self._folder)  # before older ones go
             shutil.rmtree(replaced, ignore_errors=True)
             for old in inventory.superfluous(
                 inventory.steps(self._run), inventory.scores(self._run), self._keep

@@ -170,6 +170,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _replace(unfinished: Path, folder: Path) -> None:
     """Two renames: a kill between them leaves the new folder or both, never half of one."""
+    for path in unfinished.iterdir():
+        atomic.sync(path)
     old = unfinished.with_suffix(".old")
     if folder.exists():
         folder.rename(old)
@@ -179,6 +181,7 @@ def _replace(unfinished: Path, folder: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
+    atomic.sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

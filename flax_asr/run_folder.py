@@ -261,7 +261,8 @@ def record(folder: Path, cfg: config.Config) -> None:
 
 def mark_finished(folder: Path, step: int) -> None:
     """Notes that test scores, card and export belong to the run as it is after `step`."""
-    (folder / FINISHED).write_text(f"{step}\n", encoding="utf-8")
+    with atomic.replacing(folder / FINISHED) as unfinished:
+        unfinished.write_text(f"{step}\n", encoding="utf-8")
 
 
 def is_finished(folder: Path, past: inventory.Meta, asked: config.Config) -> bool:

@@ -11,6 +11,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import fcntl
+import pathlib
 
 import jax
 import pytest
@@ -47,6 +48,32 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What is brought to the disk and what gets another name, in order.
+
+    A machine that is taken away takes what the system has not yet written.
+    """
+    done = []
+
+    def naming(name):
+        original = getattr(pathlib.Path, name)
+
+        def renamed(path, target):
+            done.append(f"{path.name} -> {target.name}")
+            return original(path, target)
+
+        monkeypatch.setattr(pathlib.Path, name, renamed)
+
+    def synced(file):
+        done.append(pathlib.Path(os.readlink(f"/proc/self/fd/{file}")).name)
+
+    naming("rename")
+    naming("replace")
+    monkeypatch.setattr(os, "fsync", synced)
+    return done
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 import re
 import resource
@@ -209,14 +208,18 @@ def test_the_model_of_a_checkpoint_is_the_average_where_one_is_kept(tmp_path):
         np.testing.assert_array_equal(found[path], leaf, err_msg=path)
 
 
-def test_what_is_sealed_is_on_the_disk(tmp_path, monkeypatch):
-    """A machine that is taken away takes what the system has not yet written."""
+def test_what_is_sealed_is_on_the_disk(tmp_path, done):
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-    safe = []
-    monkeypatch.setattr(os, "fsync", lambda file: safe.append(os.readlink(f"/proc/self/fd/{file}")))
     seals.write(tmp_path)
-    assert [pathlib.Path(path).name for path in safe] == ["a", "b", seals.FILE]
+    assert done == ["a", "b", seals.FILE]
+
+
+def test_a_checkpoint_has_its_name_on_the_disk_before_an_older_one_goes(tmp_path, done):
+    save(tmp_path, {n: fresh(n) for n in (1, 2)}, keep=1)
+    folder = inventory.FOLDER
+    moved = [entry for entry in done if entry == folder or " -> " in entry]
+    assert moved[2:] == [".unfinished-2 -> 2", folder, "1 -> .replaced-1"]
 
 
 def test_without_scores_the_newest_is_the_best(tmp_path):

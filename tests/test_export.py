@@ -193,6 +193,17 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkey
     assert (tmp_path / "out" / "old").is_file()
 
 
+def test_an_export_is_on_the_disk_before_it_has_its_name(tmp_path, done):
+    """A run that is marked as finished after it makes it no second time."""
+    new = tmp_path / ".new.unfinished"
+    new.mkdir()
+    for name in ("a", "b"):
+        (new / name).write_text(name)
+    export._replace(new, tmp_path / "out")
+    assert sorted(done[:2]) == ["a", "b"]
+    assert done[2:] == [".new.unfinished -> out", tmp_path.name]
+
+
 def test_what_it_says_of_itself_is_json_for_every_reader(tmp_path):
     """Of a run that diverged too, whose loss is no number."""
     saved = small_saved.saved()

@@ -12,10 +12,8 @@ import json
 import logging
 import os
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from transformers import Wav2Vec2Config
 
-from flax_asr import atomic, errors, inventory, partition, seals
+from flax_asr import atomic, errors, inventory, loose_ends, partition, seals
 from flax_asr import vocabulary as vocabularies
 
 logger = logging.getLogger(__name__)
@@ -91,7 +89,7 @@ class Checkpoints:
         except OSError as error:
             raise self._cannot_write(error) from error
         with contextlib.ExitStack() as opened:
-            opened.enter_context(_quiet())
+            opened.enter_context(loose_ends.hidden(_WRITE_ERRORS))
             self._reachable = opened.enter_context(inventory.reachable(self._folder))
             self._writer = _writer()
             opened.callback(lambda: _close(self._writer))  # which may be another one by then
@@ -122,7 +120,7 @@ class Checkpoints:
                 args=ocp.args.StandardSave(arrays),
             )
         except _WRITE_ERRORS as error:
-            self._give_up(unfinished)
+            self._give_up(unfinished, error)
             raise self._cannot_write(error) from error
         self._publishing = threading.Thread(target=self._publish, args=(meta.step,), daemon=True)
         self._publishing.start()
@@ -175,7 +173,7 @@ class Checkpoints:
                 shutil.rmtree(going)
         except Exception as error:  # whatever it is: a run must not go on as if this were saved
             self._failure = error
-            self._give_up(unfinished)
+            self._give_up(unfinished, error)
 
     def _make_room(self, arrays: PyTree) -> None:
         """Raises `OSError` where the arrays do not fit: nothing is begun then.
@@ -194,7 +192,7 @@ class Checkpoints:
                 f" {disk.free / 1e6:,.1f} MB are free",
             )
 
-    def _give_up(self, unfinished: Path) -> None:
+    def _give_up(self, unfinished: Path, error: Exception) -> None:
         """Removes what was begun, and has the next save begin anew.
 
         A writer of orbax that has failed raises that failure again at every later call.
@@ -202,6 +200,7 @@ class Checkpoints:
         _close(self._writer)
         self._writer = _writer()
         _remove(unfinished)
+        loose_ends.drop(error)
 
     def _cannot_write(self, error: Exception) -> errors.CheckpointError:
         kept = ", ".join(map(str, inventory.steps(self._run))) or "none"
@@ -219,28 +218,6 @@ def _writer() -> ocp.AsyncCheckpointer:
         ocp.StandardCheckpointHandler(multiprocessing_options=_alone()),
         multiprocessing_options=_alone(),
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No tracebacks beside the one message of what fails.
-
-    orbax logs them, and Python shows one of each array that was still being written then.
-    """
-    logger_of_orbax, show = logging.getLogger("absl"), sys.unraisablehook
-
-    def show_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            show(unraisable)
-
-    level = logger_of_orbax.level
-    logger_of_orbax.setLevel(logging.CRITICAL)
-    sys.unraisablehook = show_others
-    try:
-        yield
-    finally:
-        sys.unraisablehook = show
-        logger_of_orbax.setLevel(level)
 
 
 def _close(writer: ocp.AsyncCheckpointer) -> None:

@@ -219,6 +219,7 @@ def process() -> dict[str, object]:
         "settings of JAX": {name: getattr(jax.config, name, None) for name in jax.config.values},
         "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "log of orbax": logging.getLogger("absl").level,
+        "filters of tasks": list(logging.getLogger("asyncio").filters),
         "hook": sys.unraisablehook,
         "threads": {thread.name for thread in threading.enumerate()} - {"rereading"},
     }

@@ -55,7 +55,7 @@ def score(
     normalization: Sequence,
     seed: int,
     tokens: Sequence[int] | None = None,
-    predictions: Path | None = None,
+    predictions: list[dict[str, Any]] | None = None,
     padded: bool = False,
     rewrite: Callable[[str], str] | None = None,
 ) -> scoring.Scores:
@@ -70,8 +70,8 @@ def score(
         normalization: the steps that made the references, to be named beside the score.
         seed: of the bootstrap.
         tokens: label width of each shape of the plan; by default what these examples need.
-        predictions: where reference and hypothesis of each clip go, one JSON object a line; host 0
-            writes it, whole or not at all. No speaker is named, as Common Voice asks.
+        predictions: reference and hypothesis of each clip are appended, an object each for
+            `json_lines.write`. No speaker is named, as Common Voice asks.
         padded: score as the scripts of 2022 did as well: the frames up to the longest clip of the
             batch are read for every clip, every space counts, unknown characters of the reference
             are "[UNK]" there, which the model can say.
@@ -84,7 +84,6 @@ def score(
     with (
         loader.evaluation(data, plan, host, hosts, tokens=tokens) as batches,
         progress.Progress(len(data), "scoring", "clips") as bar,
-        _writer(predictions if host == 0 else None) as write,
     ):
         for batch, group in batches:
             losses, ids, frame_lengths = forward(batch)
@@ -104,7 +103,8 @@ def score(
                 counts.frames[row] = (frames == writes.blank).sum(), len(frames)
                 if padded:
                     _count_padded(counts, row, data.labels(row), ids[place, :longest], writes)
-                write(_prediction(data, row, written, characters))
+                if predictions is not None:
+                    predictions.append(_prediction(data, row, written, characters))
             bar.advance(int(real.sum()))
     rule = scoring.rule(normalization, spaced, padded, rewrite is not None and not padded)
     return scoring.summary(counts, data, spaced, padded, rule, seed)
@@ -148,7 +148,7 @@ def _count_padded(
 def _prediction(
     data: examples.Examples, row: int, written: str, characters: metrics.ErrorCounts
 ) -> dict[str, Any]:
-    """A clip's line in the file of predictions."""
+    """A clip's object in the file of predictions."""
     return {
         "id": data.ids[row],
         "reference": data.references[row],
@@ -156,11 +156,6 @@ def _prediction(
         "errors": characters.errors,
         "units": characters.units,
     }
-
-
-def _writer(path: Path | None) -> contextlib.AbstractContextManager[json_lines.Write]:
-    """Into this file, or nowhere."""
-    return contextlib.nullcontext(lambda line: None) if path is None else json_lines.writer(path)
 
 
 def compiled(
@@ -243,17 +238,21 @@ def _score_splits(
                 tokens=shapes.tokens,
                 rewrite=None if as_trained else normalize,
             )
+            predictions: list[dict[str, Any]] = []
+            in_groups = buckets.EvalPlan(data.samples, shapes.samples, rows)
+            scores = scored(plan=in_groups, predictions=predictions)
+            lines = filter(None, (scores.describe(name), scores.table()))
+            terminal.show("\n".join(lines), people)
+
             written = score_files.predictions(loaded, cfg, normalize, name, data)
-            scores = scored(
-                plan=buckets.EvalPlan(data.samples, shapes.samples, rows), predictions=written
-            )
             where = "no predictions are kept: the current folder cannot be written"
+            unused = None
             if written is not None:
                 where = f"predictions: {written}"
-            unused = left_out.beside(written, name, data) if written and hosts.is_first else None
-            caveats = f"  {_caveats(loaded, data, unused)}{where}"
-            lines = filter(None, (scores.describe(name), scores.table(), caveats))
-            terminal.show("\n".join(lines), people)
+                if hosts.is_first:
+                    json_lines.write(written, predictions)
+                    unused = left_out.beside(written, name, data)
+            terminal.show(f"  {_caveats(loaded, data, unused)}{where}", people)
             line = _result(name, scores, data) | {"predictions": written and str(written)}
             if legacy:
                 in_order = buckets.InOrder(data.samples, shapes.samples, rows)

@@ -27,7 +27,7 @@ from flax_asr.bucket import mirror, store
 from flax_asr.console import progress
 from flax_asr.data import buckets, loader, prepare, rereading
 from flax_asr.hosts import cluster, multihost, stopping
-from flax_asr.record import learning, left_out, runlog, window
+from flax_asr.record import json_lines, learning, left_out, runlog, window
 
 logger = logging.getLogger(__name__)
 
@@ -339,6 +339,7 @@ class Run:
         padded = self.made.semantics.padded_scores
         per_device = self.cfg.per_device_eval_batch_size
         forward = parallel.forward(self.programs, self.state.scored, self.devices, per_device)
+        plan, predictions = buckets.InOrder if padded else buckets.EvalPlan, []
 
         def unless_asked(batch):
             if self.stop.asked:
@@ -350,18 +351,18 @@ class Run:
         scores = evaluate.score(
             unless_asked,
             data,
-            (buckets.InOrder if padded else buckets.EvalPlan)(
-                data.samples, shapes.samples, self.devices.count * per_device
-            ),
+            plan(data.samples, shapes.samples, self.devices.count * per_device),
             self.made.corpus.vocabulary,
             tokens=shapes.tokens,
             language=self.made.cfg.data.language,
             normalization=self.made.corpus.normalizer.spec,
-            predictions=self.folder / score_files.named(which),
+            predictions=predictions,
             seed=self.made.cfg.seed,
             padded=padded,
         )
         logger.info("step %d: %s", self.step, scores.describe(which))
+        if self.hosts.is_first:
+            json_lines.write(self.folder / score_files.named(which), predictions)
         return scores.as_metrics(which)
 
     def _misses_evaluation(self) -> bool:

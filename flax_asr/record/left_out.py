@@ -58,7 +58,5 @@ def beside(predictions: Path, split: str, data: examples.Examples) -> Path | Non
 
 
 def _write(path: Path, sets: Mapping[str, examples.Examples]) -> None:
-    with json_lines.writer(path) as write:
-        for name, data in sets.items():
-            for entry in data.left_out:
-                write({"set": name, **entry._asdict()})
+    entries = ((name, entry) for name, data in sets.items() for entry in data.left_out)
+    json_lines.write(path, ({"set": name, **entry._asdict()} for name, entry in entries))

@@ -54,9 +54,7 @@ class Augmentation:
         ]
         self._slowest = data.samples / longest
         self._fastest = data.samples / np.array(shortest)
-        self._threads = concurrent.futures.ThreadPoolExecutor(
-            workers or pool.available_cores(), thread_name_prefix="augment"
-        )
+        self._workers = workers or pool.available_cores()
 
     def lengths(self, epoch: int) -> Int32[np.ndarray, " rows"]:
         """Samples of every row in this epoch."""
@@ -64,7 +62,9 @@ class Augmentation:
 
     def clips(self, epoch: int, rows: Iterable[int]) -> list[Clip]:
         """These rows as they are heard in this epoch."""
-        return list(self._threads.map(lambda row: self.clip(epoch, row), rows))
+        # Threads of a batch: they take little beside its clips, and none outlives the run.
+        with concurrent.futures.ThreadPoolExecutor(self._workers, "augment") as threads:
+            return list(threads.map(lambda row: self.clip(epoch, row), rows))
 
     def clip(self, epoch: int, row: int) -> Clip:
         """One row as it is heard in this epoch; `lengths` says how long it is."""

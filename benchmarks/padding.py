@@ -45,7 +45,7 @@ def main():
     arguments = parser.parse_args()
     samples = lengths()
     rows = [{"way": "random", "shapes": None, "efficiency": random_efficiency(samples)}]
-    for count in (1, 4, 8, 12, 16, 24):
+    for count in (1, 4, 8, 10, 12, 16, 24):
         exact = buckets.choose_shapes(samples, count)
         for way, shapes in (("quantiles", quantile_shapes(samples, count)), ("exact", exact)):
             efficiency = planned_efficiency(samples, shapes)

@@ -1,15 +1,16 @@
 """What the warm-up of a run on a TPU takes: every program of the zh-HK recipe, every shape.
 
     python benchmarks/warm_up.py [--config configs/xls_r_300m_zh_hk.yaml] [--topology v5e:1x1]
-        [--layers 24] [--shapes 12] [--json FILE]
+        [--layers 24] [--shapes 10] [--even-shapes] [--json FILE]
     python benchmarks/warm_up.py --one-at-a-time [--every 3] [--function accumulate]
 
 With the options that the recipe names for a TPU chip: bf16, nothing recomputed, or as the recipe
 itself has it with --checkpointing. Compiled for a chip that is not here, as a run compiles: the
-largest shapes first, one program a core at once. The shapes are guessed, as no data are there:
-evenly spaced up to data.max_seconds. Needs libtpu (`pip install '.[tpu]'`); takes half an hour of
-two cores. JAX's persistent cache keeps nothing that was compiled for a described chip, so that a
-second start cannot be measured here.
+largest shapes first, one program a core at once. The shapes are those that a run would choose for
+clips as long as in padding.py, or with --even-shapes those that `flax-asr plan` guesses without
+data: evenly spaced up to data.max_seconds. Needs libtpu (`pip install '.[tpu]'`); takes half an
+hour of two cores. JAX's persistent cache keeps nothing that was compiled for a described chip, so
+that a second start cannot be measured here.
 
 With --one-at-a-time a line a program has its own processor time, and its code, which stays in the
 device's memory beside that of all others. --every 3 compiles the largest of a function's shapes,
@@ -18,14 +19,17 @@ the fourth largest and so on; what all would take is worked out from those.
 
 import argparse
 import collections
+import dataclasses
 import pathlib
 import statistics
 import time
 from collections.abc import Iterator
 
+import padding
 import sidebyside
 
-from flax_asr import compilation, config, plan, programs, run_folder
+from flax_asr import compilation, config, experiment, plan, programs, run_folder
+from flax_asr.data import buckets
 from flax_asr.estimate import chips, workload
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "xls_r_300m_zh_hk.yaml"
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:1x1")
     parser.add_argument("--layers", type=int, help="in place of the encoder's own number")
     parser.add_argument("--shapes", type=int, help="in place of data.num_buckets")
+    parser.add_argument("--even-shapes", action="store_true", help="up to data.max_seconds")
     parser.add_argument("--checkpointing", action="store_true", help="activations recomputed")
     parser.add_argument("--one-at-a-time", action="store_true", help="a line a program")
     parser.add_argument("--every", type=int, default=1, help="every N-th shape of a function only")
@@ -53,11 +58,27 @@ def main() -> None:
         options += ["--data.num_buckets", str(arguments.shapes)]
     cfg = run_folder.resolve(config.load(arguments.config, options), devices.count)
     work = workload.of(cfg, devices.count)
+    if not arguments.even_shapes:
+        work = in_common_voice(work, cfg.data.num_buckets)
+        shapes = work.data.train_shapes.samples
+        real = padding.planned_efficiency(padding.lengths(), shapes)
+        print(f"{len(shapes)} shapes for training, in which {real:.3f} of the samples are real")
     jobs = programs.jobs(work.steps(cfg), devices, (0, workload.PLANNED_UPDATES - 1))
     jobs = {key: job for key, job in jobs.items() if arguments.function in (None, key[0])}
     rows = one_at_a_time if arguments.one_at_a_time else as_a_run
     chosen_jobs = {key: jobs[key] for key in chosen(jobs, arguments.every)}
     sidebyside.write_json(arguments.json, list(rows(jobs, chosen_jobs)))
+
+
+def in_common_voice(work: workload.Workload, num_buckets: int) -> workload.Workload:
+    """With the shapes that a run would choose for clips of Common Voice's lengths."""
+    lengths = padding.lengths()
+    train, scored = (
+        workload.labelled(buckets.choose_shapes(lengths, count))
+        for count in (num_buckets, experiment.scoring_buckets(num_buckets))
+    )
+    data = work.data._replace(train_shapes=train, eval_shapes=scored)
+    return dataclasses.replace(work, data=data)
 
 
 def chosen(jobs: dict, every: int) -> list[programs.Key]:

@@ -291,12 +291,16 @@ def even_shapes(
         frames = int(wav2vec2.frame_lengths(model_config, wanted))
         whole = -(-max(frames, 1) // buckets.FRAME_MULTIPLE) * buckets.FRAME_MULTIPLE
         samples.add(smallest(whole))
-    ascending = tuple(sorted(samples))
+    return labelled(tuple(sorted(samples)))
+
+
+def labelled(samples: tuple[int, ...]) -> experiment.Shapes:
+    """These padded lengths with as many labels as `LABELS_PER_SECOND` says."""
     multiple = loader.LABEL_MULTIPLE
-    tokens = tuple(
-        -(-LABELS_PER_SECOND * n // (audio.SAMPLE_RATE_HZ * multiple)) * multiple for n in ascending
+    per_label = audio.SAMPLE_RATE_HZ * multiple
+    return experiment.Shapes(
+        samples, tuple(-(-LABELS_PER_SECOND * n // per_label) * multiple for n in samples)
     )
-    return experiment.Shapes(ascending, tokens)
 
 
 def _symbols(cfg: config.Config, start: origins.Origin) -> tuple[int, str]:

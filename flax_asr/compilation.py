@@ -1,6 +1,8 @@
 """How steps are compiled: what XLA is told, and all of them before the first one runs."""
 
 import concurrent.futures
+import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +11,8 @@ import jax
 from jaxtyping import PyTree
 
 from flax_asr.data import pool
+
+logger = logging.getLogger(__name__)
 
 _TPU_OPTIONS = {
     # Equal operations of all layers share their code. Without, every layer has a copy: a quarter
@@ -63,8 +67,48 @@ class Compilable:
         return self._mapped(*arguments)
 
     def compile(self, *arguments: PyTree) -> jax.stages.Compiled:
-        """The program for arguments of these shapes, which may be arrays."""
-        return self._mapped.lower(*_lowerable(arguments)).compile(self.options)
+        """The program for arguments of these shapes, which may be arrays.
+
+        An option that this release of the compiler does not know is left out, with a warning.
+        """
+        lowered = self._mapped.lower(*_lowerable(arguments))
+        while True:
+            options = _REFUSED.without(self.options)
+            try:
+                return lowered.compile(options)
+            except jax.errors.JaxRuntimeError as error:
+                if not _REFUSED.note(options, error):
+                    raise
+
+
+class _Refused:
+    """Options that the compiler refuses, known to all threads once one of them has met it."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+
+    def without(self, options: dict[str, str] | None) -> dict[str, str] | None:
+        return options and {name: to for name, to in options.items() if name not in self._names}
+
+    def note(self, options: dict[str, str] | None, error: Exception) -> bool:
+        """Whether the error is about one of the options, which are meant to save time only."""
+        reason = str(error)
+        name = next((name for name in options or () if name in reason), None)
+        if name is None or "INVALID_ARGUMENT" not in reason:
+            return False
+        with self._lock:
+            if name not in self._names:
+                self._names.add(name)
+                logger.warning(
+                    "warning: the compiler does without %s, which this release of it refuses: %s",
+                    name,
+                    reason,
+                )
+        return True
+
+
+_REFUSED = _Refused()
 
 
 Job = tuple[Compilable, tuple]

@@ -5,6 +5,7 @@ import threading
 import time
 
 import jax
+import pytest
 
 from flax_asr import compilation
 
@@ -52,6 +53,28 @@ def test_what_only_scores_is_compiled_with_less_effort_than_what_trains():
         assert float(scores[target]) < float(trains[target])
         assert {**trains, target: ""} == {**scores, target: ""}
     assert trains != compilation.options(Chip("tpu", "TPU v4"))
+
+
+def test_an_option_that_the_compiler_does_not_know_is_left_out_and_told_of_once(caplog):
+    options = {"xla_of_another_release": "1", "xla_embed_ir_in_executable": "True"}
+    function = compilation.Compilable(jax.jit(lambda x: x + 1), options)
+    jobs = {number: (function, (jax.ShapeDtypeStruct((number,), float),)) for number in (1, 2, 3)}
+    compiled = compilation.compile_all(jobs)
+    assert compiled[2](jax.numpy.ones(2)).tolist() == [2, 2]
+    (told,) = caplog.messages
+    assert "does without xla_of_another_release" in told
+
+
+def test_what_else_the_compiler_refuses_is_an_error():
+    class Mapped:
+        def lower(self, *arguments):
+            return self
+
+        def compile(self, options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: xla_of_the_chip and all memory")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        compilation.Compilable(Mapped(), {"xla_of_the_chip": "1"}).compile()
 
 
 def test_compilations_are_counted_while_a_run_is_at_work_and_no_longer():

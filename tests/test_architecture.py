@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(flax_asr.__file__).parent
 
 # From the ground up. A module may import from its own layer and from those below.
 LAYERS = (
-    "atomic errors json_object loose_ends trainer_names options config languages containers"
+    "atomic errors json_object locks loose_ends trainer_names options config languages containers"
     " console seals hosts.stopping bucket.store bucket.lease record.json_lines record.runlog"
     " estimate.chips estimate.hlo",
     "metrics alignment vocabulary text compat record.lineage",
@@ -248,6 +248,7 @@ def test_the_wall_clock_is_read_only_for_people_and_for_names():
     assert readers == {
         "record.window",  # when an event was logged
         "record.runlog",  # the same, for TensorBoard
+        "bucket.copies",  # whether what is unfinished was left by a kill
         "bucket.lease",  # since when a run is at work, in a message
         "run_folder",  # the dated name of an old run
         "hosts.multihost",  # the name of a file that nobody else has

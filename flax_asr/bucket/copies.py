@@ -3,17 +3,22 @@
 Copies are kept, apart from those that runs work in, and only what has changed is fetched again.
 """
 
+import contextlib
 import logging
 import re
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from flax_asr import errors, inventory, run_folder, seals
+from flax_asr import atomic, errors, inventory, locks, run_folder, seals
 from flax_asr.bucket import store
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(rf"(.+)/{inventory.FOLDER}/(\d+)/?")
+_LEFT_SECONDS = 24 * 3600.0
+"""What nobody has written to for so long is unfinished for ever."""
 _SEAL = re.compile(rf"{inventory.FOLDER}/(\d+)/{re.escape(seals.FILE)}")
 
 
@@ -26,7 +31,7 @@ def model(url: str, step: int | None = None) -> Path:
 
     Raises:
         ModelError: there is nothing.
-        StoreError: the store cannot be read.
+        StoreError: the store cannot be read, or the copy not be written.
     """
     match = _CHECKPOINT.fullmatch(url)
     if match is not None:
@@ -35,12 +40,14 @@ def model(url: str, step: int | None = None) -> Path:
     listed = place.list()
     if not listed:
         raise errors.ModelError(f"there is nothing in {place.url}: name a run or a model folder.")
-    logger.info("copying what is needed of %s to %s", place.url, folder)
     sealed = sorted(int(found[1]) for found in map(_SEAL.fullmatch, listed) if found)
-    if run_folder.CONFIG in listed and sealed:
-        _copy_run(place, listed, folder, sealed, step)
-    else:
-        _copy_all(place, listed, folder)
+    with _alone_in(folder):
+        _remove_left(folder)
+        logger.info("copying what is needed of %s to %s", place.url, folder)
+        if run_folder.CONFIG in listed and sealed:
+            _copy_run(place, listed, folder, sealed, step)
+        else:
+            _copy_all(place, listed, folder)
     return folder
 
 
@@ -50,12 +57,41 @@ def pretrained(url: str) -> Path:
     return model(export if store.Store(export).list() else url)
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two processes would copy the same twice, and remove what the other has not finished."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locks.alone_in(folder, "copy a model to"))
+        except OSError as error:
+            raise errors.StoreError(
+                f"{folder}, for a copy, cannot be made: {error.strerror}. Mend that, or set"
+                " XDG_CACHE_HOME to a folder that can be written."
+            ) from error
+        yield
+
+
 def _copy_all(place: store.Store, listed: dict[str, store.Entry], folder: Path) -> None:
-    if folder.is_dir():
-        for path in folder.rglob("*"):
-            if path.is_file() and path.relative_to(folder).as_posix() not in listed:
-                path.unlink()
+    for path in folder.rglob("*"):
+        stays = path.relative_to(folder).as_posix() in listed or _is_unfinished(path)
+        if path.is_file() and not stays:
+            path.unlink(missing_ok=True)
     place.download({n: folder / n for n, e in listed.items() if not e.same_as(folder / n)})
+
+
+def _is_unfinished(path: Path) -> bool:
+    return path.name.endswith(atomic.UNFINISHED)
+
+
+def _remove_left(folder: Path) -> None:
+    """Removes what kills left unfinished.
+
+    What is younger may be at work: of a home that several machines see, the lock is one machine's.
+    """
+    for path in filter(_is_unfinished, folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _LEFT_SECONDS:
+                path.unlink()
 
 
 def _copy_run(

@@ -6,19 +6,17 @@ are. The bytes written depend on the source and the settings, not on the number 
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import logging
 import os
-import sys
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from flax_asr import common_voice, compat, config, errors
+from flax_asr import common_voice, compat, config, errors, locks
 from flax_asr.bucket import store
 from flax_asr.console import progress, terminal
 from flax_asr.data import decoding, pool, remote, shard_writer, shards
@@ -204,25 +202,14 @@ def _check_settings(split: shards.PreparedSplit, settings: dict[str, Any]) -> No
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Waits until no other process prepares this folder; a lock ends with its process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise errors.DataError(
-            f"{folder} cannot be made: {error.strerror}. Name another data.prepared_dir."
-        ) from error
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            terminal.tell(f"Waiting for another process to prepare {folder}", sys.stderr)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            held.enter_context(locks.alone_in(folder, "prepare"))
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise  # else a disk without locks: go on without
+            raise errors.DataError(
+                f"{folder} cannot be made: {error.strerror}. Name another data.prepared_dir."
+            ) from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _prepare_split(

@@ -1,5 +1,7 @@
 """Models and prepared data in a bucket: what is needed is copied, once, and verified."""
 
+import fcntl
+import os
 import pathlib
 import re
 
@@ -95,6 +97,46 @@ def test_another_folder_is_copied_whole_and_follows_changes(url, run, downloads)
     place.remove(["vocab.json"])
     copies.model(f"{url}/export")
     assert [path.name for path in local.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("place", ["export/", "checkpoints/2/"])
+def test_what_a_kill_left_goes_and_what_is_at_work_stays(url, run, place):
+    """On another machine, say, that sees the same home."""
+    of = f"{url}/export" if place == "export/" else url
+    left, at_work = (copies.model(url) / place / f".x.{n}.unfinished" for n in (0, 1))
+    for path in (left, at_work):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    os.utime(left, (0, 0))
+    copies.model(of)
+    assert [left.exists(), at_work.exists()] == [False, True]
+
+
+def test_a_second_process_waits_for_the_copy_of_the_first(url, run, downloads, monkeypatch):
+    folder = store.local_folder(f"{url}/export", kind="models")
+    flock, calls = fcntl.flock, []
+
+    def first_finishes_meanwhile(descriptor, operation):
+        calls.append(operation)
+        if len(calls) == 1:
+            raise BlockingIOError
+        if len(calls) == 2:
+            assert list(folder.iterdir()) == []
+            copies.model(f"{url}/export")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", first_finishes_meanwhile)
+    local = copies.model(f"{url}/export")
+    assert len(calls) == 3
+    assert downloads == ["config.json"]
+    assert local == folder
+    assert (local / "config.json").is_file()
+
+
+def test_where_no_copy_can_be_made_the_folder_is_named(url, run, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run / "config.yaml"))
+    with pytest.raises(errors.StoreError, match=r"cannot be made: Not a directory.*XDG_CACHE_HOME"):
+        copies.model(url)
 
 
 def test_a_url_with_nothing_behind_it_is_refused(url):

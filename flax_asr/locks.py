@@ -1,0 +1,42 @@
+"""Folders that one process at a time works in; a lock ends with its process."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from flax_asr.console import terminal
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, purpose: str) -> Iterator[None]:
+    """Makes the folder, and waits until no other process is in it.
+
+    On a disk without locks it waits for nobody.
+
+    Args:
+        folder: it may hold anything.
+        purpose: what the other process is there for; said where it is waited for.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            terminal.tell(f"Waiting for another process to {purpose} {folder}", sys.stderr)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)

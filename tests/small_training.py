@@ -221,7 +221,7 @@ def process() -> dict[str, object]:
         "log of orbax": logging.getLogger("absl").level,
         "filters of tasks": list(logging.getLogger("asyncio").filters),
         "hook": sys.unraisablehook,
-        "threads": {thread.name for thread in threading.enumerate()} - {"rereading"},
+        "threads": {thread.name for thread in threading.enumerate()},
     }
 
 

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from flax_asr import errors
 from flax_asr.data import shards
 
+PATIENCE_SECONDS = 10.0
+"""For a file: those of prepared audio have up to 256 MiB."""
+
 
 class Rereading:
     """Hashes the audio of prepared splits, in a thread that ends with the process or by `close`.
@@ -41,8 +44,9 @@ class Rereading:
         self.check()
 
     def close(self) -> None:
-        """Reads no further file."""
+        """Reads no further file; waits for the end of the one at hand, but not for a dead disk."""
         self._closing.set()
+        self._thread.join(PATIENCE_SECONDS)
 
     def _read(self) -> None:
         for split in self._splits.values():

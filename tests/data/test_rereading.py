@@ -53,17 +53,21 @@ def test_of_several_damaged_files_the_first_is_named(splits):
         rereading.Rereading(splits).wait()
 
 
-def test_a_closed_one_reads_no_further_file(splits, monkeypatch):
-    read, audio = [], None
-    begun = threading.Event()
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_closed_one_ends_with_the_file_at_hand_unless_the_disk_hangs(splits, monkeypatch, hangs):
+    read, begun, mended = [], threading.Event(), threading.Event()
 
     def verify(split, name):
-        begun.wait()
         read.append(name)
-        audio.close()
+        begun.set()
+        mended.wait(60.0 if hangs else 0.1)
 
     monkeypatch.setattr(shards.PreparedSplit, "verify", verify)
+    monkeypatch.setattr(rereading, "PATIENCE_SECONDS", 0.1 if hangs else 60.0)
     audio = rereading.Rereading(splits)
-    begun.set()
+    begun.wait()
+    audio.close()
+    assert audio._thread.is_alive() == hangs
+    mended.set()
     audio.wait()
     assert read == ["audio-00000.bin"]

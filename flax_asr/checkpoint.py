@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,14 +79,13 @@ class Checkpoints:
         self._keep, self._writes = keep, writes
         self._publishing: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._told = False
         self._opened = contextlib.ExitStack()
         if not writes:
             return
         try:
             self._folder.mkdir(exist_ok=True)
-            for path in self._folder.iterdir():
-                if path.name.startswith((inventory.UNFINISHED, inventory.REPLACED)):
-                    shutil.rmtree(path)
+            self._sweep()
         except OSError as error:
             raise self._cannot_write(error) from error
         with contextlib.ExitStack() as opened:
@@ -162,18 +162,43 @@ class Checkpoints:
                 folder.rename(replaced)
             unfinished.rename(folder)
             atomic.sync_folder(self._folder)  # before older ones go
-            shutil.rmtree(replaced, ignore_errors=True)
-            for old in inventory.superfluous(
-                inventory.steps(self._run), inventory.scores(self._run), self._keep
-            ):
-                # Renamed first: half of a checkpoint never has a step's name.
-                going = (self._folder / str(old)).rename(
-                    self._folder / f"{inventory.REPLACED}{old}"
-                )
-                shutil.rmtree(going)
+            self._remove_superfluous()
         except Exception as error:  # whatever it is: a run must not go on as if this were saved
             self._failure = error
             self._give_up(unfinished, error)
+
+    def _remove_superfluous(self) -> None:
+        self._sweep()
+        for old in inventory.superfluous(
+            inventory.steps(self._run), inventory.scores(self._run), self._keep
+        ):
+            path = self._folder / str(old)
+            with self._removing(path):
+                # Renamed first: half of a checkpoint never has a step's name.
+                shutil.rmtree(path.rename(self._folder / f"{inventory.REPLACED}{old}"))
+
+    def _sweep(self) -> None:
+        """Removes what is no checkpoint, or none any more, also of runs that were killed."""
+        for path in self._folder.iterdir():
+            if path.name.startswith((inventory.UNFINISHED, inventory.REPLACED)):
+                with self._removing(path):
+                    shutil.rmtree(path)
+
+    @contextlib.contextmanager
+    def _removing(self, path: Path) -> Iterator[None]:
+        """What cannot be removed takes room, and costs no run: it is told, the first time."""
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                logger.warning(
+                    "warning: %s is not needed any more and cannot be removed: %s. It takes room"
+                    " beside what train.save_total_limit keeps, as others may that come after it:"
+                    " mend the folder or delete it by hand. The run goes on.",
+                    path,
+                    error.strerror,
+                )
 
     def _make_room(self, arrays: PyTree) -> None:
         """Raises `OSError` where the arrays do not fit: nothing is begun then.

@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact, kept by rule, never used when damaged, refused when they do not fit."""
 
 import dataclasses
+import errno
 import json
 import logging
 import pathlib
@@ -516,6 +517,35 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(run, monkeypatch):
     writer.save(fresh(8), meta(8))
     writer.close()
     assert inventory.steps(run)[:2] == [8, 6]
+
+
+def test_what_cannot_be_removed_is_told_once_and_the_run_goes_on(run, monkeypatch, caplog):
+    """An older checkpoint that cannot be renamed, and others whose files cannot be deleted."""
+    folder, rmtree = run / inventory.FOLDER, shutil.rmtree
+    (folder / ".replaced-4").mkdir()
+    (folder / ".replaced-4" / "of a run before").touch()
+
+    def refused(path, **how):
+        if path.name.startswith(".replaced-"):
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path / "meta.json"))
+        rmtree(path, **how)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "rmtree", refused)
+        writer = checkpoint.Checkpoints(run, 1)
+        for number in (6, 8):
+            writer.save(fresh(number), meta(number))
+            writer.wait()
+        assert sorted(path.name for path in folder.iterdir()) == [
+            *(".replaced-4", ".replaced-6"),
+            *("2", "4", "8"),
+        ]
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert f"{folder / '.replaced-4'} is not needed any more and cannot be removed: Op" in told
+    writer.save(fresh(9), meta(9))
+    writer.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "9"]
+    assert_equal(checkpoint.restore(run, 9, shapes(fresh())), fresh(9))
 
 
 def test_a_vanished_folder_is_one_clear_error(run):

@@ -43,7 +43,7 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
     Args:
         source: as in the configuration: a release folder (the language's own or the one above
             it), its .tar.gz, `parquet:GLOB`, `hf:NAME[:CONFIG]`, or a manifest.
-        language: which of a release's languages.
+        language: which of a release's languages; clips whose `locale` is another are warned of.
         text_column: the column of the transcript; by default `sentence`, in a release of
             spontaneous speech `transcription`.
 
@@ -52,9 +52,9 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
     """
     column = text_column or "sentence"
     if source.startswith("parquet:"):
-        return hub.parquet(source.removeprefix("parquet:"), column)
+        return hub.parquet(source.removeprefix("parquet:"), column, language)
     if source.startswith("hf:"):
-        return hub.dataset(source.removeprefix("hf:"), column)
+        return hub.dataset(source.removeprefix("hf:"), column, language)
     if store.is_remote(source):
         raise errors.DataError(
             f"data.source {source}: a corpus is read from a disk: copy it to this machine. What"

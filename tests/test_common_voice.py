@@ -450,6 +450,7 @@ def test_a_manifest_s_clips_of_another_language_are_warned_of_once(tmp_path, cap
     assert warnings("zh", "zh-HK", language="zh-HK")
     assert warnings("sve", language="sv")
     assert warnings(["cy"])
+    assert warnings(7) == []  # the hub has numbers for names
 
 
 def test_a_manifest_without_splits_is_train(tmp_path):
@@ -635,10 +636,26 @@ def test_a_remote_recording_that_is_too_large_is_refused_by_row(monkeypatch):
         {"audio": {"bytes": None, "path": f"memory://{name}.wav"}, "sentence": name}
         for name in ("small", "large")
     ]
-    small, large = hub._hub_clips("hf:x", "train", rows, "sentence")
+    small, large = hub._hub_clips("hf:x", "train", rows, "sentence", "en")
     assert (small.audio, small.audio_bytes, small.refused) == (None, bytes(100), "")
     assert (large.audio, large.audio_bytes) == (None, None)
     assert large.refused == "over 100 bytes are no clip"
+
+
+@pytest.mark.parametrize("form", ["parquet:{}/*.parquet", "hf:{}"])
+def test_rows_of_another_language_are_warned_of_once(tmp_path, caplog, form):
+    for number, locales in enumerate([["cy", "cy-GB", None], ["de", "de"]]):
+        rows = [
+            {"audio": {"bytes": b"x", "path": "a"}, "sentence": "s", "locale": locale}
+            for locale in locales
+        ]
+        pq.write_table(
+            pa.Table.from_pylist(rows), tmp_path / f"train-0000{number}-of-00002.parquet"
+        )
+    source = open_source(form.format(tmp_path), language="cy")
+    assert len(list(source.read("train"))) == 5
+    (warning,) = caplog.messages
+    assert f"{source.name}, split train, row 3: the locale is 'de', but data.language" in warning
 
 
 @pytest.mark.parametrize("source", ["hf:", "hf::cy"])

@@ -40,12 +40,13 @@ def parquet_files(pattern: str) -> dict[str, list[str]]:
     return splits
 
 
-def parquet(pattern: str, column: str) -> clips.Source:
+def parquet(pattern: str, column: str, language: str) -> clips.Source:
     """Parquet files as the hub holds them: `audio` with bytes and path, the transcript's column.
 
     Args:
         pattern: a shell pattern; `**` stands for any folders. Each file's name tells its split.
         column: the column of the transcript.
+        language: of its clips; a column `locale` that says another one is warned of.
 
     Raises:
         errors.DataError: nothing matches, or a file is damaged or lacks a column.
@@ -68,29 +69,38 @@ def parquet(pattern: str, column: str) -> clips.Source:
             raise errors.DataError(f"{file}: not a parquet file: {error}") from None
         tables.need(file, names, ("audio", column))
     readers = {
-        split: functools.partial(_parquet_clips, files, split, column)
+        split: functools.partial(
+            _parquet_clips, f"parquet:{pattern}", split, files, column, language
+        )
         for split, files in splits.items()
     }
     place = pathlib.PurePath(files[0]).parent
     return clips.Source(f"parquet:{pattern}", clips.release_name(place), readers)
 
 
-def _parquet_clips(files: list[str], split: str, column: str) -> Iterator[clips.Clip]:
+def _parquet_clips(
+    name: str, split: str, files: list[str], column: str, language: str
+) -> Iterator[clips.Clip]:
+    unique, locales = _Unique(split), tables.Locales(f"{name}, split {split}", language, "row")
+    rows = ((pathlib.Path(file).parent, row) for file in files for row in _rows(file, column))
+    for number, (folder, row) in enumerate(rows):
+        locales.check(number, row)
+        yield unique(_record(row, column, folder))
+
+
+def _rows(file: str, column: str) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    unique = _Unique(split)
-    for file in files:
-        try:
-            with pq.ParquetFile(file) as table:
-                facts = [name for names in clips.FACTS.values() for name in names]
-                wanted = ["audio", "path", column, *facts]
-                columns = [name for name in table.schema_arrow.names if name in wanted]
-                for batch in table.iter_batches(batch_size=32, columns=columns):
-                    for row in batch.to_pylist():
-                        yield unique(_record(row, column, pathlib.Path(file).parent))
-        except (pa.ArrowException, OSError) as error:
-            raise errors.DataError(f"{file}: damaged: {error}") from None
+    facts = [name for names in clips.FACTS.values() for name in names]
+    wanted = ["audio", "path", column, "locale", *facts]
+    try:
+        with pq.ParquetFile(file) as table:
+            columns = [name for name in table.schema_arrow.names if name in wanted]
+            for batch in table.iter_batches(batch_size=32, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise errors.DataError(f"{file}: damaged: {error}") from None
 
 
 class _Unique:
@@ -136,12 +146,13 @@ def _record(row: Mapping[str, Any], column: str, folder: pathlib.Path | None) ->
     return clips.from_row(row, id, column, audio=str(folder / path))
 
 
-def dataset(name: str, column: str) -> clips.Source:
+def dataset(name: str, column: str, language: str) -> clips.Source:
     """A dataset of the hub or a local one, streamed; or a folder that `save_to_disk` wrote.
 
     Args:
         name: NAME or NAME:CONFIG, where NAME may be a local folder.
         column: the column of the transcript.
+        language: of its clips; a column `locale` that says another one is warned of.
 
     Raises:
         errors.DataError: it cannot be opened or lacks a column.
@@ -194,7 +205,9 @@ def dataset(name: str, column: str) -> clips.Source:
             table.info.features = None
         elif isinstance(table.features["audio"], datasets.Audio):
             table = table.cast_column("audio", datasets.Audio(decode=False))
-        readers[str(split)] = functools.partial(_hub_clips, f"hf:{name}", split, table, column)
+        readers[str(split)] = functools.partial(
+            _hub_clips, f"hf:{name}", split, table, column, language
+        )
     return clips.Source(f"hf:{name}", release, readers)
 
 
@@ -269,13 +282,16 @@ def _size_and_tail(file: str) -> tuple[int, str]:
         return size, hashlib.sha256(stream.read()).hexdigest()
 
 
-def _hub_clips(name: str, split: str, table: Any, column: str) -> Iterator[clips.Clip]:
+def _hub_clips(
+    name: str, split: str, table: Any, column: str, language: str
+) -> Iterator[clips.Clip]:
     import datasets
     import fsspec
 
+    unique, locales = _Unique(split), tables.Locales(f"{name}, split {split}", language, "row")
     try:
-        unique = _Unique(split)
-        for row in table:
+        for number, row in enumerate(table):
+            locales.check(number, row)
             clip = unique(_record(row, column, None))
             if clip.audio is not None and "://" in clip.audio:
                 with fsspec.open(clip.audio, "rb") as stream:

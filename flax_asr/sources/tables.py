@@ -9,9 +9,9 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from flax_asr import errors
 
@@ -155,25 +155,40 @@ def rows(stream: BinaryIO, name: str, suffix: str, needed: tuple[str, ...]) -> I
     yield from table
 
 
-def of_language(rows: Iterable[Row], name: str, language: str) -> Iterator[Row]:
-    """The same rows; the first whose `locale` is another language is warned of.
+class Locales:
+    """Warns of the first row whose `locale` is another language.
 
-    That of a region is the language's own: `en-GB` is `en`.
+    That of a region is the language's own: `en-GB` is `en`. A number, such as the hub has for one
+    of several names, says nothing.
+
+    Args:
+        name: how the message calls the table.
+        language: of its clips.
+        unit: what rows are counted in.
     """
-    own = _subtags(language)
-    warned = False
-    for number, row in rows:
+
+    def __init__(self, name: str, language: str, unit: str = "line"):
+        self._name, self._language, self._unit = name, language, unit
+        self._own = _subtags(language)
+        self._warned = False
+
+    def check(self, number: int, row: Mapping[str, Any]) -> None:
         locale = row.get("locale")
-        if not warned and locale not in ("", None) and _subtags(locale)[: len(own)] != own:
-            warned = True
+        if self._warned or locale in ("", None) or isinstance(locale, int):
+            return
+        if _subtags(locale)[: len(self._own)] != self._own:
+            self._warned = True
             logger.warning(
-                "warning: %s, line %d: the locale is %r, but data.language %r: are these its"
-                " clips?",
-                name,
-                number,
-                locale,
-                language,
+                "warning: %s, %s %d: the locale is %r, but data.language %r: are these its clips?",
+                *(self._name, self._unit, number, locale, self._language),
             )
+
+
+def of_language(rows: Iterable[Row], name: str, language: str) -> Iterator[Row]:
+    """The same rows, whose `Locales` are checked."""
+    locales = Locales(name, language)
+    for number, row in rows:
+        locales.check(number, row)
         yield number, row
 
 

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import faulthandler
+import functools
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 import flax_asr
 from flax_asr import config, errors
-from flax_asr.console import hidden, option_help, terminal
+from flax_asr.console import hidden, model_options, option_help, terminal
 from flax_asr.hosts import stopping
 
 USER_ERROR, INTERRUPTED = errors.STATUS, stopping.STATUS
@@ -208,7 +209,7 @@ def _epilog(command: str) -> str | None:
         return None
     if command in _TAKE_A_MODEL:
         return option_help.listing(
-            config.is_of_a_finished_model,
+            functools.partial(model_options.takes, command),
             "What is not given is as in the run of the model; an export knows language and\n"
             "normalisation, and is computed in fp32, like the models of others. Else it is the"
             " default.",

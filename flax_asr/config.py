@@ -345,12 +345,6 @@ def option_types() -> dict[str, Any]:
     return options.kinds(Config)
 
 
-def is_of_a_finished_model(name: str) -> bool:
-    """Whether `evaluate` and `transcribe` take the option of this name."""
-    begins = "seed data. text.normalization train.per_device_eval_batch_size train.mixed_precision"
-    return name.startswith(tuple(begins.split())) and not name.startswith("data.augment.")
-
-
 def load(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a configuration; what stands in `overrides` wins.
 

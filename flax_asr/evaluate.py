@@ -31,7 +31,7 @@ from flax_asr import (
     text,
     vocabulary,
 )
-from flax_asr.console import progress, results, terminal
+from flax_asr.console import model_options, progress, results, terminal
 from flax_asr.data import buckets, examples, loader, prepare, shards
 from flax_asr.hosts import cluster, multihost
 from flax_asr.models import wav2vec2
@@ -198,6 +198,7 @@ def command(
         json_file: one object a split, one a line; "-" is standard output.
         legacy: also score as the scripts of 2022 did.
     """
+    model_options.check("evaluate", overrides)
     cluster.join()
     with multihost.Hosts() as hosts:
         _score_splits(hosts, model, overrides, json_file, legacy)

@@ -105,17 +105,8 @@ def configure(loaded: LoadedModel, overrides: Sequence[str]) -> config.Config:
     """What the model knows, and what the user says on top of it.
 
     Raises:
-        ConfigError: an option that has no meaning for a finished model, or a wrong value.
+        ConfigError: an option that does not exist, or a wrong value.
     """
-    known = config.option_types()
-    for word in overrides:
-        name = word[2:].partition("=")[0]
-        if word.startswith("--") and name in known and not config.is_of_a_finished_model(name):
-            raise errors.ConfigError(
-                f"--{name} changes nothing in a finished model: leave it out. What does are seed,"
-                " the options of data (but not of data.augment), text.normalization,"
-                " train.per_device_eval_batch_size and train.mixed_precision."
-            )
     return config.build(loaded.settings, overrides)
 
 

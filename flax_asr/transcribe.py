@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from flax_asr import alignment, audio, compilation, criterion, errors, loading, parallel, step
-from flax_asr.console import progress, results, terminal
+from flax_asr.console import model_options, progress, results, terminal
 from flax_asr.data import buckets, loader
 from flax_asr.hosts import cluster
 from flax_asr.models import wav2vec2
@@ -58,8 +58,10 @@ def command(
         overrides: options of the configuration: batch size and precision.
 
     Raises:
-        ModelError, CheckpointError, ConfigError: the model cannot be loaded or set up so.
+        ModelError, CheckpointError, ConfigError: the model cannot be loaded or set up so, or an
+            option changes nothing.
     """
+    model_options.check("transcribe", overrides)
     cluster.devices()
     loaded = loading.load(model)
     cfg = loading.configure(loaded, overrides)

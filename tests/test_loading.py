@@ -206,17 +206,3 @@ def test_prepared_data_of_an_export_inside_of_a_run_is_the_run_s(run, exported):
     shutil.copytree(exported, folder / "export")
     loaded = loading.load(str(folder / "export"))
     assert loading.configure(loaded, []).output_dir == str(folder)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "optim.learning_rate=1",
-        "text.vocabulary=x",
-        "model.attention=auto",
-        "data.augment.speed=1,2",
-    ],
-)
-def test_options_that_change_nothing_are_refused(exported, name):
-    with pytest.raises(errors.ConfigError, match="changes nothing in a finished model"):
-        loading.configure(loading.load(str(exported)), [f"--{name}"])

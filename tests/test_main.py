@@ -16,7 +16,7 @@ import small_saved
 
 import flax_asr
 from flax_asr import __main__, config, errors
-from flax_asr.console import terminal
+from flax_asr.console import model_options, terminal
 from flax_asr.hosts import cluster
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,10 +31,9 @@ def test_every_command_has_help(command, capsys):
     shown = capsys.readouterr().out
     assert f"usage: flax-asr {command}" in shown
     for name in config.option_types():
-        takes = {
-            "export": False,
-            "evaluate": config.is_of_a_finished_model(name),
-            "transcribe": config.is_of_a_finished_model(name),
+        takes = {"export": False} | {
+            of_a_model: model_options.takes(of_a_model, name)
+            for of_a_model in ("evaluate", "transcribe")
         }
         assert (f"--{name} " in shown) == takes.get(command, True), name
 

@@ -1,0 +1,47 @@
+"""`evaluate` and `transcribe` take the options that change something in them, and no others."""
+
+import pytest
+
+from flax_asr import config, errors
+from flax_asr.console import model_options
+
+
+def test_a_model_is_transcribed_with_in_a_precision_and_a_batch_and_no_more():
+    taken = {name for name in config.option_types() if model_options.takes("transcribe", name)}
+    assert taken == {"train.per_device_eval_batch_size", "train.mixed_precision"}
+
+
+def test_a_model_is_scored_on_other_data_too():
+    taken = {name for name in config.option_types() if model_options.takes("evaluate", name)}
+    assert taken == {
+        *("seed", "text.normalization"),
+        *("train.per_device_eval_batch_size", "train.mixed_precision"),
+        *("data.source", "data.language", "data.text_column", "data.test_splits"),
+        *("data.prepared_dir", "data.min_seconds", "data.max_seconds", "data.trim_silence"),
+        *("data.num_buckets", "data.num_workers", "data.max_eval_clips"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("evaluate", "--optim.learning_rate=1", "--optim.learning_rate changes nothing in `eva"),
+        ("evaluate", "--text.vocabulary x", "--text.vocabulary changes nothing in `evaluate`"),
+        ("evaluate", "--data.augment.speed=1,2", "--data.augment.speed changes nothing"),
+        ("evaluate", "--data.eval_splits dev", "What is scored are the splits of data.test_splits"),
+        (
+            "transcribe",
+            "--data.source=x --train.mixed_precision fp32 --seed 1",
+            "--data.source and --seed change nothing in `transcribe`: leave them out. `flax-asr"
+            " transcribe --help` lists",
+        ),
+    ],
+)
+def test_options_that_change_nothing_are_refused_all_at_once(command, words, message):
+    with pytest.raises(errors.ConfigError) as refusal:
+        model_options.check(command, words.split())
+    assert message in str(refusal.value)
+
+
+def test_what_is_no_option_is_left_to_who_names_the_nearest():
+    model_options.check("transcribe", ["--train.mixed_precison", "fp32"])

@@ -83,7 +83,11 @@ class Examples:
 
     @property
     def hash(self) -> str:
-        """Of audio, raw text and choice of rows: two equal hashes score the same clips."""
+        """Of audio, raw text and choice of rows: two equal hashes score the same clips.
+
+        Of their order too, on which training depends: a release's archive has another hash than
+        its folder.
+        """
         content = [split.hash for split in self.splits] + self.ids
         return hashlib.sha256("\n".join(content).encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -129,8 +129,8 @@ def _check_current_folder() -> None:
         os.getcwd()
     except OSError as error:
         raise errors.ConfigError(
-            f"the current folder cannot be used: {error.strerror}. It may have been deleted: go to"
-            " one that is there (`cd`), and run the command again."
+            f"the current folder cannot be used: {errors.why(error)}. It may have been deleted: go"
+            " to one that is there (`cd`), and run the command again."
         ) from error
 
 

@@ -197,7 +197,7 @@ class Checkpoints:
                     " beside what train.save_total_limit keeps, as others may that come after it:"
                     " mend the folder or delete it by hand. The run goes on.",
                     path,
-                    error.strerror,
+                    errors.why(error),
                 )
 
     def _make_room(self, arrays: PyTree) -> None:
@@ -229,9 +229,8 @@ class Checkpoints:
 
     def _cannot_write(self, error: Exception) -> errors.CheckpointError:
         kept = ", ".join(map(str, inventory.steps(self._run))) or "none"
-        reason = error.strerror if isinstance(error, OSError) else str(error)
         # tensorstore puts its whole specification behind the reason.
-        reason = (reason or type(error).__name__).partition(" [")[0].partition("\n")[0]
+        reason = errors.why(error).partition(" [")[0].partition("\n")[0]
         return errors.CheckpointError(
             f"cannot write a checkpoint in {self._folder}: {reason}. Make room or mend the folder,"
             f" then run the same command again. Checkpoints there: {kept}."

@@ -59,6 +59,15 @@ class Interrupted(Exception):
     """The run was asked to stop and saved everything; the same command goes on from there."""
 
 
+def why(error: Exception) -> str:
+    """For a message: the system's words for what went wrong, else those of who raised it.
+
+    A library may raise an `OSError` that is none of the system's.
+    """
+    system = error.strerror if isinstance(error, OSError) else None
+    return system or str(error) or type(error).__name__
+
+
 def seen_from(path: str | os.PathLike) -> str:
     """For a message about a path that leads nowhere: where it began, if that is not said."""
     return "" if Path(path).is_absolute() else f" (seen from {Path.cwd()})"

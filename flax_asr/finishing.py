@@ -40,6 +40,6 @@ def write(folder: Path, saved: checkpoint.SavedModel, cfg: config.Config, update
         run_folder.mark_finished(folder, updates)
     except OSError as error:
         raise errors.CheckpointError(
-            f"cannot write in {folder}: {error.strerror}. Make room or mend the folder,"
+            f"cannot write in {folder}: {errors.why(error)}. Make room or mend the folder,"
             " then run the same command again: it finishes from the checkpoints."
         ) from error

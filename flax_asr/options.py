@@ -112,7 +112,7 @@ def read_yaml(path: str | os.PathLike) -> Mapping[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise errors.ConfigError(
-            f"cannot read the configuration {path}: {error.strerror}{errors.seen_from(path)}."
+            f"cannot read the configuration {path}: {errors.why(error)}{errors.seen_from(path)}."
         ) from error
     except UnicodeDecodeError as error:
         raise errors.ConfigError(f"{path} is not a text in UTF-8: {error}.") from error

@@ -69,7 +69,7 @@ def owned(folder: Path) -> Iterator[None]:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise errors.CheckpointError(
-            f"cannot write in output_dir {folder}: {error.strerror}. Give another --output_dir."
+            f"cannot write in output_dir {folder}: {errors.why(error)}. Give another --output_dir."
         ) from error
     try:
         try:
@@ -219,7 +219,7 @@ def put_aside(folder: Path, which: Callable[[str], bool] = lambda name: True) ->
         with contextlib.suppress(OSError):
             target.rmdir()  # if nothing is in it
         raise errors.CheckpointError(
-            f"the old run in {folder} cannot be moved to {target}: {error.strerror}. Move it"
+            f"the old run in {folder} cannot be moved to {target}: {errors.why(error)}. Move it"
             " yourself, or give another --output_dir."
         ) from error
     logger.info("the old run is kept in %s", target)
@@ -255,7 +255,7 @@ def record(folder: Path, cfg: config.Config) -> None:
             config.save(cfg, unfinished)
     except OSError as error:
         raise errors.CheckpointError(
-            f"cannot write {folder / CONFIG}: {error.strerror}."
+            f"cannot write {folder / CONFIG}: {errors.why(error)}."
         ) from error
 
 

@@ -48,7 +48,7 @@ def verify(folder: Path, *names: str) -> None:
         try:
             digest = sha256(path)
         except OSError as error:
-            raise errors.CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise errors.CheckpointError(f"{path} cannot be read: {errors.why(error)}") from error
         if digest != expected["sha256"]:
             raise errors.CheckpointError(f"{path} has changed since it was written (sha256)")
 

@@ -172,6 +172,15 @@ def test_one_file_only_names_it(word, home):
     assert _named(home, word)
 
 
+def test_what_the_system_says_of_a_failure_is_read_in_one_place():
+    """It may say nothing, and a message would end in "None"."""
+    attributes = {
+        module: {ast.unparse(n) for n in ast.walk(_tree(module)) if isinstance(n, ast.Attribute)}
+        for module in FILES
+    }
+    assert {m for m, found in attributes.items() if "error.strerror" in found} == {"errors"}
+
+
 def test_no_file_under_data_names_jax():
     under_data = [module for module in FILES if _root(module) == "data"]
     assert len(under_data) > 3

@@ -65,7 +65,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
             held.enter_context(locks.alone_in(folder, "copy a model to"))
         except OSError as error:
             raise errors.StoreError(
-                f"{folder}, for a copy, cannot be made: {error.strerror}. Mend that, or set"
+                f"{folder}, for a copy, cannot be made: {errors.why(error)}. Mend that, or set"
                 " XDG_CACHE_HOME to a folder that can be written."
             ) from error
         yield

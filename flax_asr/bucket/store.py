@@ -224,7 +224,7 @@ class Store:
                 f" Storage Object User on the bucket {self.bucket}."
             )
         if _is_local(error):
-            return f"{error.strerror}."
+            return f"{errors.why(error)}."
         return f"{text}. The bucket or the network does not answer as it should; try later."
 
 

@@ -48,7 +48,7 @@ def writer(json_file: str | None) -> Iterator[Write]:
 
 
 def _unwritable(json_file: str, error: OSError) -> errors.ConfigError:
-    return errors.ConfigError(f"--json {json_file} cannot be written: {error.strerror}.")
+    return errors.ConfigError(f"--json {json_file} cannot be written: {errors.why(error)}.")
 
 
 def _print(line: str) -> None:

@@ -98,7 +98,7 @@ def show(text: str, file: io.TextIOBase | None = None) -> None:
         raise
     except OSError as error:
         raise errors.ConfigError(
-            f"the output cannot be written: {error.strerror}. Send it elsewhere (`> FILE`)."
+            f"the output cannot be written: {errors.why(error)}. Send it elsewhere (`> FILE`)."
         ) from error
 
 

@@ -182,7 +182,7 @@ class Features:
     def _unwritable(self, error: OSError) -> errors.DataError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return errors.DataError(
-            f"{self.folder} cannot be written ({error.strerror}):"
+            f"{self.folder} cannot be written ({errors.why(error)}):"
             f" {'make room' if full else 'mend that'}, name another data.prepared_dir, or set"
             " data.cache_features false. What is computed is kept."
         )

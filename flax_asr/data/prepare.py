@@ -207,7 +207,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             held.enter_context(locks.alone_in(folder, "prepare"))
         except OSError as error:
             raise errors.DataError(
-                f"{folder} cannot be made: {error.strerror}. Name another data.prepared_dir."
+                f"{folder} cannot be made: {errors.why(error)}. Name another data.prepared_dir."
             ) from error
         yield
 

@@ -167,7 +167,7 @@ def _verify(path: Path, sha256: str) -> None:
     try:
         digest = seals.sha256(path)
     except OSError as error:
-        raise _damaged(path, f"cannot be read: {error.strerror}") from error
+        raise _damaged(path, f"cannot be read: {errors.why(error)}") from error
     if digest != sha256:
         raise _damaged(path, "is not what was written: its sha256 differs")
 

@@ -33,7 +33,7 @@ def draw(
             drawn.append(path)
     except OSError as error:
         raise errors.ConfigError(
-            f"--spectrograms {folder} cannot be written: {error.strerror}."
+            f"--spectrograms {folder} cannot be written: {errors.why(error)}."
         ) from error
     return drawn
 

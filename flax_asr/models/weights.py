@@ -236,7 +236,7 @@ def read(folder: str | os.PathLike) -> Tensors:
             try:
                 return reader(path)
             except OSError as error:
-                raise errors.ModelError(f"{path} cannot be read: {error.strerror}.") from error
+                raise errors.ModelError(f"{path} cannot be read: {errors.why(error)}.") from error
     raise errors.ModelError(f"{folder} holds no weights: one of {', '.join(FILES)} must be there.")
 
 

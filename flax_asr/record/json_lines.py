@@ -25,4 +25,4 @@ def write(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
             for content in objects:
                 file.write(json.dumps(content, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise errors.CheckpointError(f"cannot write {path}: {error.strerror}.") from error
+        raise errors.CheckpointError(f"cannot write {path}: {errors.why(error)}.") from error

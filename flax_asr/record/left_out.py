@@ -51,7 +51,7 @@ def beside(predictions: Path, split: str, data: examples.Examples) -> Path | Non
         try:
             path.unlink(missing_ok=True)  # of an earlier score
         except OSError as error:
-            raise errors.CheckpointError(f"cannot remove {path}: {error.strerror}.") from error
+            raise errors.CheckpointError(f"cannot remove {path}: {errors.why(error)}.") from error
         return None
     _write(path, {split: data})
     return path

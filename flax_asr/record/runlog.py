@@ -109,8 +109,8 @@ class RunLog:
                 atomic.sync(self._path)
         except OSError as error:
             raise errors.CheckpointError(
-                f"cannot write {self._path}: {error.strerror}. Make room or mend the folder, then"
-                " run the same command again: it goes on from the newest checkpoint."
+                f"cannot write {self._path}: {errors.why(error)}. Make room or mend the folder,"
+                " then run the same command again: it goes on from the newest checkpoint."
             ) from error
         self._complete = True
 

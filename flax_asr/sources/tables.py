@@ -38,7 +38,7 @@ def opened(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise errors.DataError(f"{path} cannot be read: {error.strerror}.") from error
+        raise errors.DataError(f"{path} cannot be read: {errors.why(error)}.") from error
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:

@@ -1,5 +1,6 @@
 """Files of JSON objects that are whole or not there, whoever else writes them."""
 
+import io
 import json
 
 import pytest
@@ -40,3 +41,13 @@ def test_what_is_broken_off_leaves_the_old_file(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(errors.CheckpointError, match=r"cannot write .*a\.jsonl: No such file"):
         json_lines.write(tmp_path / "gone" / "a.jsonl", [])
+
+
+def test_what_the_system_has_no_words_for_is_told_in_those_of_who_raised_it(tmp_path):
+    def failing():
+        yield {"id": "1"}
+        raise io.UnsupportedOperation("not writable")
+
+    with pytest.raises(errors.CheckpointError, match=r"a\.jsonl: not writable\.$"):
+        json_lines.write(tmp_path / "a.jsonl", failing())
+    assert errors.why(OSError()) == "OSError"

@@ -66,8 +66,9 @@ class _PretrainedModel:
 
         Raises:
             ModelError: an architecture that is not supported.
-            TypeError: an option that does not exist.
+            TypeError: no configuration, or an option that does not exist.
         """
+        _check_type(type(self), config)
         wav2vec2.check(config)
         _check_options(type(self), config, module_options)
         self._config = config
@@ -146,6 +147,9 @@ class _PretrainedModel:
         return_dict: bool | None = None,
     ) -> Any:
         """Runs the model; for use as it is, under jit and under grad.
+
+        Gradients go backwards (`jax.grad`, `jax.vjp`): dropout, attention and others have their
+        own, without a forward mode (`jax.jvp`).
 
         Args:
             input_values: [batch samples] audio at 16 kHz, normalised, padded at the end.
@@ -340,6 +344,17 @@ def _check_shape(name: str, mask: Array, shape: tuple[Any, ...], unit: str) -> N
         raise ValueError(f"{name} has the shape {mask.shape}: it must be [batch {unit}], {shape}.")
 
 
+def _check_type(model: type, config: Any) -> None:
+    from transformers import Wav2Vec2Config
+
+    if not isinstance(config, Wav2Vec2Config):
+        raise TypeError(
+            f"{model.__name__}: the configuration is {config!r:.60}: it must be a"
+            " transformers.Wav2Vec2Config. A model that has weights, in a folder or on the hub, is"
+            f" {model.__name__}.from_pretrained(NAME)."
+        )
+
+
 def _check_options(model: type, config: "Wav2Vec2Config", options: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(model.module_class) if field.init]
     for name in options:
@@ -365,10 +380,7 @@ class FlaxWav2Vec2Model(_PretrainedModel):
 
 
 class FlaxWav2Vec2ForCTC(_PretrainedModel):
-    """wav2vec 2.0 with a linear head over the vocabulary: `.logits`.
-
-    Gradients go backwards (`jax.grad`, `jax.vjp`); its kernels have no forward mode (`jax.jvp`).
-    """
+    """wav2vec 2.0 with a linear head over the vocabulary: `.logits`."""
 
     module_class = wav2vec2.Wav2Vec2ForCTCModule
     output_class = outputs.FlaxCausalLMOutput

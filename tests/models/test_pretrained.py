@@ -356,6 +356,18 @@ def test_an_option_that_does_not_exist_is_named_with_the_nearest(folder):
         FlaxWav2Vec2Model.from_pretrained(folder, layer_dropp=0.0)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [None, {"hidden_size": 32}, "a/folder", transformers.Wav2Vec2Config, transformers.BertConfig()],
+)
+def test_what_is_no_configuration_is_refused_with_what_is(config):
+    for make in (FlaxWav2Vec2ForCTC, FlaxWav2Vec2Model):
+        with pytest.raises(TypeError, match=r"must be a transformers\.Wav2Vec2Config") as refusal:
+            make(config)
+        assert f"{config!r:.60}" in str(refusal.value)
+        assert f"{make.__name__}.from_pretrained(NAME)" in str(refusal.value)
+
+
 def test_the_shortest_audio_gives_a_frame(model):
     assert model(np.ones((1, 30), np.float32)).logits.shape == (1, 1, 11)
 

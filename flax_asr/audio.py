@@ -17,7 +17,7 @@ import soxr
 from jaxtyping import Float32, Int16
 
 from flax_asr import errors
-from flax_asr.containers import mp3, ogg
+from flax_asr.containers import mp3, ogg, riff
 
 SAMPLE_RATE_HZ = 16_000
 # What `decode` may answer, in the order in which it looks.
@@ -162,12 +162,17 @@ def _size(file: io.BytesIO | io.BufferedReader) -> int:
     )
 
 
+def _is_mp3(sound: soundfile.SoundFile) -> bool:
+    """Also in a WAV file, as some recorders and ffmpeg write it."""
+    return sound.subtype.startswith("MPEG_LAYER")
+
+
 def _channels(
     sound: soundfile.SoundFile, file_bytes: int
 ) -> tuple[Float32[np.ndarray, " frames"], Float32[np.ndarray, " frames"]]:
     """The mean of all channels and the first of them, read in pieces."""
     frames = _BLOCK_FRAMES
-    if sound.format in ("MP3", "OGG"):
+    if _is_mp3(sound) or sound.format == "OGG":
         # soundfile seeks after every read, and then such a decoder goes on with other last bits.
         frames = max(frames, min(sound.frames, _FRAMES_A_BYTE * file_bytes))
     means, firsts = [], []
@@ -191,12 +196,12 @@ def _check_length(
     sound: soundfile.SoundFile, decoded: int, file: io.BytesIO | io.BufferedReader
 ) -> None:
     """Compares what was decoded with what the file says it holds."""
-    is_mp3 = sound.format == "MP3"
+    is_mp3 = _is_mp3(sound)
     if decoded < sound.frames - (_MP3_SLACK_FRAMES if is_mp3 else 0):
         raise errors.AudioError("truncated", f"{decoded} of {sound.frames} samples are there")
     if is_mp3:
         file.seek(0)
-        extent = mp3.extent(file.read())
+        extent = mp3.extent(riff.content(file.read()))
         if extent is None:
             return
         if extent.missing_bytes:

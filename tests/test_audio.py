@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import struct
 
 import lameenc
 import librosa
@@ -11,7 +12,7 @@ import pytest
 import soundfile
 
 from flax_asr import audio
-from flax_asr.containers import mp3, ogg
+from flax_asr.containers import mp3, ogg, riff
 from flax_asr.errors import AudioError
 
 
@@ -41,6 +42,17 @@ def lame(samples, rate_hz, variable=False):
         encoder.set_bit_rate(64)
     pcm = (samples * 32767).astype("<i2").tobytes()
     return bytes(encoder.encode(pcm)) + bytes(encoder.flush())
+
+
+def in_wav(content, rate_hz=48_000):
+    """MP3 in a WAV file, with a chunk of odd length before it."""
+    form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, rate_hz, 8_000, 1, 0, 12, 1, 2, 141, 1, 1393)
+    chunks = ((b"fmt ", form), (b"LIST", b"INFOx"), (b"data", content))
+    body = b"WAVE" + b"".join(
+        name + struct.pack("<I", len(chunk)) + chunk + bytes(len(chunk) % 2)
+        for name, chunk in chunks
+    )
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def refusal(source, **options):
@@ -141,6 +153,27 @@ def test_a_variable_bit_rate_without_a_frame_count_is_refused_not_shortened():
     content = lame(tone(seconds=3), 48_000, variable=True)
     assert len(soundfile.read(io.BytesIO(content))[0]) < 120_000
     assert refusal(content) == "damaged"
+
+
+@pytest.mark.parametrize("rate_hz", [48_000, 16_000])
+def test_mp3_in_a_wav_file_is_mp3(rate_hz):
+    """libsndfile takes its header for sound, and counts samples that are not there."""
+    plain, tagged = lame(tone(rate_hz, 3), rate_hz), written(tone(rate_hz, 3), rate_hz, "MP3")
+    for content in (plain, tagged):
+        np.testing.assert_array_equal(audio.decode(in_wav(content, rate_hz)), audio.decode(content))
+        assert refusal(in_wav(content[:-10], rate_hz)) == "truncated"
+        assert refusal(in_wav(content, rate_hz)[:-10]) == "truncated"
+    variable = lame(tone(rate_hz, 3), rate_hz, variable=True)
+    with pytest.raises(AudioError, match="damaged: a variable bit rate without a frame count"):
+        audio.decode(in_wav(variable, rate_hz))
+
+
+def test_the_content_of_a_wav_file_is_its_chunk_of_data():
+    assert riff.content(in_wav(b"abc")) == b"abc"
+    assert riff.content(in_wav(b"abc")[:-2]) == b"ab"
+    assert riff.content(in_wav(b"abc").replace(b"data", b"more")) == b""
+    assert riff.content(b"abc") == b"abc"
+    assert riff.content(b"RIFF") == b""
 
 
 @pytest.mark.parametrize(("rate_hz", "frame"), [(48_000, 1152), (16_000, 576), (8_000, 576)])

@@ -259,7 +259,7 @@ def test_columns_of_all_releases_are_found_by_name(release):
         (b"", "the file is empty"),
         (b"path\tsentence\n", "the split 'train' has no clips"),
         (b"path\tsentence\na\tfine\nb\tcaf\xe9\n", r"train.tsv, line 3: not UTF-8 \(byte 0xe9"),
-        ("path\tsentence\n".encode("utf-16"), "written in UTF-16"),
+        ("path\tsentence\r\n".encode("utf-16"), "written in UTF-16"),
         (b"path\tpath\tsentence\n", r"twice: \['path'\]"),
         (b"path\tsentence\na\t" + b"x" * 2**21, "line 2: longer than 1 MiB"),
     ],
@@ -543,6 +543,9 @@ def test_rows_with_one_beginning_are_no_parts(tmp_path):
         ("a.csv", "path;sentence\na;b\n", "separated by ';': a .tsv has tabs"),
         ("a.csv", 'path,sentence\na,"b\n', "line 2: unexpected end of data"),
         ("a.csv", "path,sentence\n", "a header and no clips"),
+        ("a.csv", "path,sentence\ra,b\rc,d\r", r"a carriage return alone.*tr '\\r' '\\n' <"),
+        ("a.tsv", "path\tsentence\ra\tb\r", "a carriage return alone"),
+        ("a.jsonl", '{"path": "a"}\r{"path": "b"}\r' + 2**20 * " ", "a carriage return alone"),
         ("a.jsonl", '{"path": "a", "sentence": "b"}\n{"path"\n', "line 2: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: a list where an object is expected"),
         ("a.jsonl", '{"path": "a", "sentence": "\\ud800"}\n', "line 1: half of a surrogate pair"),
@@ -558,7 +561,7 @@ def test_rows_with_one_beginning_are_no_parts(tmp_path):
     ],
 )
 def test_a_wrong_manifest_is_named_with_its_line(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, newline="")
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
 
@@ -640,6 +643,24 @@ def test_a_remote_recording_that_is_too_large_is_refused_by_row(monkeypatch):
     assert (small.audio, small.audio_bytes, small.refused) == (None, bytes(100), "")
     assert (large.audio, large.audio_bytes) == (None, None)
     assert large.refused == "over 100 bytes are no clip"
+
+
+@pytest.mark.parametrize("form", ["table", "parquet", "release"])
+def test_splits_that_differ_in_case_only_are_refused(release, tmp_path, form):
+    if form == "table":
+        source = tmp_path / "clips.csv"
+        source.write_text("path,sentence,split\na.wav,a,Train\nb.wav,b,train\n")
+    elif form == "parquet":
+        source = f"parquet:{tmp_path}/*.parquet"
+        for split in ("Train", "train"):
+            pq.write_table(
+                pa.table({"audio": [b"z"], "sentence": ["1"]}), tmp_path / f"{split}.parquet"
+            )
+    else:
+        source = release
+        (release / "Train.tsv").write_bytes((release / "train.tsv").read_bytes())
+    with pytest.raises(DataError, match=r"a split 'Train' and a split 'train': if they are one"):
+        open_source(str(source), language="zh-HK")
 
 
 @pytest.mark.parametrize("form", ["parquet:{}/*.parquet", "hf:{}"])

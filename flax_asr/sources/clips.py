@@ -70,11 +70,23 @@ class Source:
         name: where it lies, for messages and reports.
         release: which release it is, as far as its names tell.
         readers: for each split what makes a fresh iterator.
+
+    Raises:
+        errors.DataError: two splits differ in case only; one would be used, the other not.
     """
 
     name: str
     release: str
     readers: Mapping[str, Callable[[], Iterator[Clip]]]
+
+    def __post_init__(self):
+        spelt: dict[str, str] = {}
+        for split in self.readers:
+            if (other := spelt.setdefault(split.casefold(), split)) != split:
+                raise errors.DataError(
+                    f"{self.name}: has a split {other!r} and a split {split!r}: if they are one,"
+                    " write it alike; if not, give them other names"
+                )
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits, train first."""

@@ -46,12 +46,17 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
     number = 0
     while raw := stream.readline(_MOST_LINE_BYTES + 1):
         number += 1
-        if len(raw) > _MOST_LINE_BYTES:
-            raise errors.DataError(f"{name}, line {number}: longer than 1 MiB; is this a table?")
         if number == 1:
             if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise errors.DataError(f"{name}: written in UTF-16; save it as UTF-8")
+            if b"\r" in raw.rstrip(b"\r\n"):
+                raise errors.DataError(
+                    f"{name}: its lines end in a carriage return alone, as old Macs wrote them;"
+                    " convert the file, for example: tr '\\r' '\\n' < OLD > NEW"
+                )
             raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if len(raw) > _MOST_LINE_BYTES:
+            raise errors.DataError(f"{name}, line {number}: longer than 1 MiB; is this a table?")
         try:
             yield number, raw.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -8,26 +8,31 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from flax_asr import errors
 from flax_asr.console import terminal
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, purpose: str) -> Iterator[None]:
-    """Makes the folder, and waits until no other process is in it.
+def alone_in(
+    folder: Path, purpose: str, refusal: type[errors.FlaxAsrError], mend: str
+) -> Iterator[None]:
+    """Makes the folder, and waits until no other process of this machine is in it.
 
     On a disk without locks it waits for nobody.
 
     Args:
         folder: it may hold anything.
         purpose: what the other process is there for; said where it is waited for.
-
-    Raises:
-        OSError: the folder cannot be made.
+        refusal: what is raised where the folder cannot be made.
+        mend: what to do then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise refusal(f"{folder} cannot be made: {errors.why(error)}. {mend}.") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

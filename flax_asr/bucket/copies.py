@@ -8,7 +8,6 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from flax_asr import atomic, errors, inventory, locks, run_folder, seals
@@ -41,7 +40,8 @@ def model(url: str, step: int | None = None) -> Path:
     if not listed:
         raise errors.ModelError(f"there is nothing in {place.url}: name a run or a model folder.")
     sealed = sorted(int(found[1]) for found in map(_SEAL.fullmatch, listed) if found)
-    with _alone_in(folder):
+    mend = "Mend that, or set XDG_CACHE_HOME to a folder that can be written"
+    with locks.alone_in(folder, "copy a model to", errors.StoreError, mend):
         _remove_left(folder)
         logger.info("copying what is needed of %s to %s", place.url, folder)
         if run_folder.CONFIG in listed and sealed:
@@ -55,20 +55,6 @@ def pretrained(url: str) -> Path:
     """The local name of weights to start from; of a run that is finished, its export."""
     export = f"{url.rstrip('/')}/{run_folder.EXPORT}"
     return model(export if store.Store(export).list() else url)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Two processes would copy the same twice, and remove what the other has not finished."""
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locks.alone_in(folder, "copy a model to"))
-        except OSError as error:
-            raise errors.StoreError(
-                f"{folder}, for a copy, cannot be made: {errors.why(error)}. Mend that, or set"
-                " XDG_CACHE_HOME to a folder that can be written."
-            ) from error
-        yield
 
 
 def _copy_all(place: store.Store, listed: dict[str, store.Entry], folder: Path) -> None:

@@ -199,17 +199,9 @@ def _check_settings(split: shards.PreparedSplit, settings: dict[str, Any]) -> No
         )
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Waits until no other process prepares this folder; a lock ends with its process."""
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locks.alone_in(folder, "prepare"))
-        except OSError as error:
-            raise errors.DataError(
-                f"{folder} cannot be made: {errors.why(error)}. Name another data.prepared_dir."
-            ) from error
-        yield
+    return locks.alone_in(folder, "prepare", errors.DataError, "Name another data.prepared_dir")
 
 
 def _prepare_split(

@@ -4,7 +4,6 @@ alone."""
 import itertools
 import json
 
-import jax
 import numpy as np
 import pytest
 import small_saved
@@ -128,11 +127,11 @@ def test_few_shapes_for_many_lengths(windowed):
     assert len(shapes) == 2
 
 
-def test_every_program_is_compiled_with_the_options_of_the_chip(near, clips):
+def test_every_program_is_compiled_with_the_options_of_the_chip(near, clips, caplog):
     recogniser = _recogniser(near)
     recogniser._evaluate.options = {"xla_no_such_option": "1"}
-    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
-        list(recogniser.texts(clips[:1]))
+    assert len(list(recogniser.texts(clips[:1]))) == 1
+    assert "the compiler does without xla_no_such_option" in caplog.text
 
 
 def test_a_file_that_fails_does_not_stop_the_others(exported, clips, tmp_path, capsys):

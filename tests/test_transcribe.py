@@ -171,5 +171,5 @@ def test_a_recording_shorter_than_a_frame_and_a_silent_one(exported, tmp_path):
 
 
 def test_an_option_that_means_nothing_here_is_refused_before_the_model_is_read():
-    with pytest.raises(errors.ConfigError, match=r"--data\.language changes nothing"):
-        transcribe.command("nowhere", ["a.wav"], None, ["--data.language=cy"])
+    with pytest.raises(errors.ConfigError, match=r"--optim\.learning_rate changes nothing"):
+        transcribe.command("nowhere", ["a.wav"], None, ["--optim.learning_rate=1"])

@@ -1,49 +1,62 @@
-"""The options of the configuration that the commands for a finished model take.
+"""The options of the configuration that the commands for a finished model take."""
 
-Each changes what the command does: what would change nothing is refused, not passed over.
-"""
-
+import logging
 from collections.abc import Sequence
 
 from flax_asr import config, errors
 
+logger = logging.getLogger(__name__)
+
 _OF_BOTH = ("train.per_device_eval_batch_size", "train.mixed_precision")
-_OF_EVALUATE = ("seed", "data.", "text.normalization")
+_OF_DATA = ("seed", "data.", "text.normalization")
 _OF_TRAINING = (
     "data.train_splits",
     "data.eval_splits",
     "data.max_train_clips",
     "data.cache_features",
-    "data.augment.",
 )
 
 
 def takes(command: str, name: str) -> bool:
-    """Whether `evaluate` or `transcribe` takes the option of this name."""
-    of_data = name.startswith(_OF_EVALUATE) and not name.startswith(_OF_TRAINING)
+    """Whether the option of this name changes something in `evaluate` or `transcribe`."""
+    of_data = _may_stand(name) and not name.startswith(_OF_TRAINING)
     return name in _OF_BOTH or (of_data and command == "evaluate")
 
 
+def _may_stand(name: str) -> bool:
+    """Whether both take it, so that one set of options serves both."""
+    of_data = name.startswith(_OF_DATA) and not name.startswith("data.augment.")
+    return name in _OF_BOTH or of_data
+
+
 def check(command: str, words: Sequence[str]) -> None:
-    """Refuses options that change nothing in `evaluate` or `transcribe`.
+    """Looks for options that change nothing in `evaluate` or `transcribe`.
+
+    Those of data and text that the other command has a use for are warned of.
 
     Args:
         command: which of the two.
         words: `--section.key value`, as on a command line.
 
     Raises:
-        ConfigError: names all of them.
+        ConfigError: names all that have no meaning for a finished model.
     """
     known = config.option_types()
     names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
     idle = [name for name in names if name in known and not takes(command, name)]
+    refused = [name for name in idle if not _may_stand(name)]
+    if refused:
+        raise errors.ConfigError(
+            f"{_change_nothing(refused, command)}: leave {'it' if len(refused) == 1 else 'them'}"
+            f" out. `flax-asr {command} --help` lists what does."
+        )
     if idle:
-        named = " and ".join(f"--{name}" for name in idle)
-        few = len(idle) == 1
         hint = ""
         if command == "evaluate" and any(name.endswith("_splits") for name in idle):
             hint = " What is scored are the splits of data.test_splits."
-        raise errors.ConfigError(
-            f"{named} {'changes' if few else 'change'} nothing in `{command}`: leave"
-            f" {'it' if few else 'them'} out.{hint} `flax-asr {command} --help` lists what does."
-        )
+        logger.warning("warning: %s.%s", _change_nothing(idle, command), hint)
+
+
+def _change_nothing(names: Sequence[str], command: str) -> str:
+    named = " and ".join(f"--{name}" for name in names)
+    return f"{named} {'changes' if len(names) == 1 else 'change'} nothing in `{command}`"

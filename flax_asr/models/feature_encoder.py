@@ -233,12 +233,13 @@ def _pieces(config: layers.Wav2Vec2Config, rows: int, samples: int) -> int:
     """Into how many pieces a clip is cut on TPU, so that all pieces fill whole tiles of rows.
 
     4 clips of 10 s take XLA for TPU twice as long as 8 do, and three times as long to compile.
-    A norm over all frames of a clip forbids it.
+    A norm over all frames of a clip forbids it, and so do pieces shorter than a receptive field.
     """
     taps, stride = _receptive_field(config)
     pieces = math.lcm(rows, _ROWS) // rows
     frames = (samples - taps) // stride + 1
-    return pieces if config.feat_extract_norm == "layer" and frames >= 2 * pieces else 1
+    fewest = pieces * max(2, -(-taps // stride))
+    return pieces if config.feat_extract_norm == "layer" and frames >= fewest else 1
 
 
 def _receptive_field(config: layers.Wav2Vec2Config) -> tuple[int, int]:

@@ -53,6 +53,8 @@ def test_pieces_give_the_gradients_of_whole_clips():
     [
         ({"feat_extract_norm": "group"}, 4, 4000),
         ({}, 1, 300),  # so few frames that pieces would mostly overlap
+        # a receptive field of 30 frames: what a piece sees of the next one would end behind that
+        ({"conv_kernel": [10, 20, 20], "conv_stride": [5, 2, 1]}, 2, 1474),
     ],
 )
 def test_what_cannot_be_cut_stays_whole(changes, batch, samples):
@@ -62,7 +64,7 @@ def test_what_cannot_be_cut_stays_whole(changes, batch, samples):
 
 @pytest.mark.parametrize(
     ("kernel", "stride"),
-    [([10, 3, 2], [5, 2, 2]), ([4, 4], [4, 4]), ([5, 2], [7, 3])],
+    [([10, 3, 2], [5, 2, 2]), ([4, 4], [4, 4]), ([5, 2], [7, 3]), ([10, 20, 20], [5, 2, 1])],
 )
 def test_pieces_follow_the_convolutions_of_the_configuration(kernel, stride):
     changes = {"conv_kernel": kernel, "conv_stride": stride, "conv_dim": [16] * len(kernel)}

@@ -3,7 +3,9 @@
 The command line prints the message alone and exits with status 2 (75 for `Interrupted`).
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 STATUS = 2
@@ -71,3 +73,12 @@ def why(error: Exception) -> str:
 def seen_from(path: str | os.PathLike) -> str:
     """For a message about a path that leads nowhere: where it began, if that is not said."""
     return "" if Path(path).is_absolute() else f" (seen from {Path.cwd()})"
+
+
+@contextlib.contextmanager
+def in_model(place: str | os.PathLike) -> Iterator[None]:
+    """Says of which model it is what a ModelError inside says."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{place}: {error}") from error

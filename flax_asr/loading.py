@@ -21,7 +21,7 @@ from flax_asr import (
     vocabulary,
 )
 from flax_asr.bucket import copies, store
-from flax_asr.models import configuration, convert, wav2vec2, weights
+from flax_asr.models import configuration, convert, pretrained, wav2vec2, weights
 from flax_asr.record import lineage
 
 
@@ -133,7 +133,8 @@ def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedMo
 
 def _from_hugging_face(model: str, place: str) -> LoadedModel:
     origin = origins.read(config.ModelConfig(pretrained=place))
-    wav2vec2.check(origin.model_config)
+    with errors.in_model(model):
+        wav2vec2.check(origin.model_config)
     tensors = weights.read(origin.folder)
     if not convert.has_head(tensors):
         raise errors.ModelError(
@@ -152,7 +153,7 @@ def _from_hugging_face(model: str, place: str) -> LoadedModel:
             f" vocab.json {origin.vocabulary.size} with all that the tokenizer adds: the files do"
             " not belong together."
         )
-    params = convert.params_from_torch(tensors, origin.model_config, head=True)
+    params = pretrained.of_tensors(tensors, origin.model_config, model, head=True)
     facts = _read_facts(origin.folder)
     settings: dict[str, Any] = {
         "output_dir": str(_place(place, origin.folder)),

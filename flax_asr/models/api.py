@@ -274,16 +274,17 @@ class _PretrainedModel:
             configuration.override(
                 config, {name: options.pop(name) for name in list(options) if name in fields}
             )
-        model = cls(config, seed=seed, dtype=dtype, _do_init=False, **options)
+        source = pretrained_model_name_or_path
+        with errors.in_model(source):
+            model = cls(config, seed=seed, dtype=dtype, _do_init=False, **options)
         tensors = weights.read(folder)
         if cls.has_head:
             keep = convert.has_head(tensors) and (
                 not ignore_mismatched_sizes or len(tensors["lm_head.weight"]) == config.vocab_size
             )
-            source = pretrained_model_name_or_path
             params = pretrained.with_head(tensors, config, seed, keep=keep, source=source)
         else:
-            params = convert.params_from_torch(tensors, config, head=False)
+            params = pretrained.of_tensors(tensors, config, source, head=False)
         if not _do_init:
             return model, params
         model._is_initialized = True

@@ -47,6 +47,8 @@ CLASSIFIERS_ONLY = (
     "objective.",
 )
 
+_OF_FAIRSEQ = (".self_attn.", "w2v_encoder.", "w2v_model.")
+
 _logger = logging.getLogger("flax_asr")
 
 
@@ -190,7 +192,7 @@ def _check(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> None:
     if tensor.shape != expected:
         raise errors.ModelError(
             f"The tensor {name!r} has shape {tuple(tensor.shape)} in the checkpoint, but "
-            f"{expected} by its configuration (config.json)."
+            f"{expected} by its configuration (config.json and model.config)."
         )
     # bfloat16 comes as ml_dtypes' type, whose kind is "V"; its name says that it is a float.
     if "float" not in tensor.dtype.name:
@@ -212,7 +214,8 @@ def _refuse_differences(present: set[str], expected: set[str], what: str) -> Non
         parts = [f"missing: {_listed(missing)}"] if missing else []
         parts += [f"left over: {_listed(left_over)}"] if left_over else []
         raise errors.ModelError(
-            f"{what} not those that the configuration (config.json) describes; {'; '.join(parts)}."
+            f"{what} not those that the configuration (config.json and model.config) describes; "
+            f"{'; '.join(parts)}."
         )
 
 
@@ -231,11 +234,16 @@ def params_from_torch(
     """
     entries = _parameters(config, head=head)
     found = _canonical(tensors, head=head)
-    prefix = "" if head else PREFIX
-    if PREFIX + MASK_EMBEDDING not in found:
-        found[PREFIX + MASK_EMBEDDING] = _fresh_mask_embedding(config)
+    if any(mark in name for name in found for mark in _OF_FAIRSEQ):
+        raise errors.ModelError(
+            "The checkpoint's tensors have fairseq's names: convert it with transformers' "
+            "convert_wav2vec2_original_pytorch_checkpoint_to_pytorch.py and give what that writes."
+        )
+    prefix, mask_embedding = "" if head else PREFIX, PREFIX + MASK_EMBEDDING
     expected = {prefix + entry.torch_name for entry in entries}
-    _refuse_differences(set(found), expected, "The checkpoint's tensors are")
+    _refuse_differences({*found, mask_embedding}, expected, "The checkpoint's tensors are")
+    if mask_embedding not in found:
+        found[mask_embedding] = _fresh_mask_embedding(config)
 
     params: Tree = {}
     for entry in entries:

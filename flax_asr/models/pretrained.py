@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from flax_asr import errors
 from flax_asr.data import buckets
 from flax_asr.models import configuration, convert, wav2vec2, weights
 
@@ -66,7 +67,8 @@ def load(
     configuration.override(config, dict(config_overrides or {}))
     if head_vocab_size is not None:
         config.vocab_size = head_vocab_size
-    wav2vec2.check(config)
+    with errors.in_model(folder):
+        wav2vec2.check(config)
     tensors = weights.read(folder)
     stored = convert.has_head(tensors)
     keep = head_vocab_size is None and stored
@@ -103,7 +105,8 @@ def with_head(
     source: str | os.PathLike,
 ) -> Tree:
     if keep:
-        return convert.params_from_torch(tensors, config, head=True)
+        return of_tensors(tensors, config, source, head=True)
+    encoder = of_tensors(tensors, config, source, head=False)
     _logger.warning(
         "%s: %s; it gets a fresh CTC head for %d tokens, which must be trained.",
         source,
@@ -115,6 +118,14 @@ def with_head(
     # As torch's class starts: transformers, Wav2Vec2PreTrainedModel._init_weights.
     values = np.random.default_rng(seed).normal(0.0, config.initializer_range, kernel)
     return {
-        "wav2vec2": convert.params_from_torch(tensors, config, head=False),
+        "wav2vec2": encoder,
         "lm_head": {"kernel": values.astype(np.float32), "bias": np.zeros(bias, np.float32)},
     }
+
+
+def of_tensors(
+    tensors: weights.Tensors, config: "Wav2Vec2Config", source: str | os.PathLike, *, head: bool
+) -> Tree:
+    """`convert.params_from_torch`, whose errors say that it is about `source`."""
+    with errors.in_model(source):
+        return convert.params_from_torch(tensors, config, head=head)

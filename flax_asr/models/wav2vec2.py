@@ -82,7 +82,8 @@ def check(config: layers.Wav2Vec2Config) -> None:
     if config.add_adapter:
         refuse("add_adapter", "asks for convolutions after the encoder, which are not supported")
     if config.adapter_attn_dim is not None:
-        refuse("adapter_attn_dim", "asks for attention adapters (MMS), which are not supported")
+        why = "asks for attention adapters (MMS), which are not supported: take a model without"
+        refuse("adapter_attn_dim", f"{why} them, such as facebook/mms-300m")
     for key in _COUNTS:
         if getattr(config, key) is None or getattr(config, key) < 1:
             refuse(key, "is not positive")

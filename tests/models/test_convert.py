@@ -243,6 +243,12 @@ def test_a_tensor_left_over_or_missing_is_named():
         convert.params_from_torch(tensors, config, head=True)
 
 
+def test_the_names_of_fairseq_are_answered_with_the_converter():
+    tensors = {key.replace("attention", "self_attn"): value for key, value in _tensors().items()}
+    with pytest.raises(errors.ModelError, match="have fairseq's names: convert it with"):
+        convert.params_from_torch(tensors, small_torch.config(), head=True)
+
+
 def test_a_configuration_with_other_layers_or_norms_is_refused():
     with pytest.raises(errors.ModelError, match=r"left over: 'wav2vec2\.encoder\.layers\.1"):
         convert.params_from_torch(_tensors(), small_torch.config(num_hidden_layers=1), head=True)

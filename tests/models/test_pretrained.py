@@ -1,5 +1,7 @@
 import json
 import logging
+import re
+import shutil
 
 import flax
 import jax
@@ -261,10 +263,27 @@ def test_the_same_size_asked_for_still_gives_a_fresh_head(folder):
 
 
 def test_a_head_of_another_size_is_refused_unless_mismatches_are_ignored(folder):
-    with pytest.raises(errors.ModelError, match=r"lm_head\.weight.*\(11, 24\).*\(5, 24\)"):
+    match = rf"^{re.escape(str(folder))}: .*lm_head\.weight.*\(11, 24\).*\(5, 24\)"
+    with pytest.raises(errors.ModelError, match=match):
         FlaxWav2Vec2ForCTC.from_pretrained(folder, vocab_size=5)
     model = FlaxWav2Vec2ForCTC.from_pretrained(folder, vocab_size=5, ignore_mismatched_sizes=True)
     assert model.params["lm_head"]["kernel"].shape == (24, 5)
+
+
+def test_tensors_that_do_not_fit_are_refused_by_their_folder_and_nothing_else_is_said(
+    built, folder, tmp_path, caplog
+):
+    tensors = {f"module.{name}": values for name, values in small_torch.tensors(built).items()}
+    shutil.copy(folder / "config.json", tmp_path)
+    weights.write(tmp_path, tensors)
+    for load in (
+        pretrained.load,
+        FlaxWav2Vec2ForCTC.from_pretrained,
+        FlaxWav2Vec2Model.from_pretrained,
+    ):
+        with pytest.raises(errors.ModelError, match=rf"^{re.escape(str(tmp_path))}: .*missing: "):
+            load(tmp_path)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("architecture", small_torch.ARCHITECTURES)
@@ -545,7 +564,8 @@ def test_folders_that_hold_no_wav2vec2_model_are_named(tmp_path):
         "[]": r"config\.json cannot be read: it holds a list",
         "{": r"config\.json cannot be read: Expecting property name",
         '{"model_type": "wav2vec2", "hidden_size": "big"}': r"config\.json: .*hidden_size",
-        '{"model_type": "wav2vec2", "adapter_attn_dim": 16}': "adapter_attn_dim",
+        '{"model_type": "wav2vec2", "adapter_attn_dim": 16}': f"^{re.escape(str(tmp_path))}: model"
+        " configuration: adapter_attn_dim: 16 .* take a model without them",
         '{"model_type": "wav2vec2"}': "holds no weights",
     }.items():
         (tmp_path / "config.json").write_text(content)

@@ -126,7 +126,12 @@ class _PretrainedModel:
     def init_weights(
         self, rng: Array, input_shape: tuple[int, ...], params: Mapping[str, Any] | None = None
     ) -> pretrained.Tree:
-        """Random parameters; with `params`, only what is missing from them."""
+        """Random parameters; with `params`, only what is missing from them.
+
+        Raises:
+            ValueError: `input_shape` is no batch of audio, or too short for a frame.
+        """
+        _frames(self.config, "input_shape is", tuple(input_shape))
         random = pretrained.random(self.module, rng, input_shape)
         if params is None:
             return random
@@ -170,13 +175,7 @@ class _PretrainedModel:
         """
         config = self.config
         input_values = jnp.asarray(input_values, jnp.float32)
-        frames = input_values.ndim == 2 and wav2vec2.frame_lengths(config, input_values.shape[1])
-        if not frames:
-            least = pretrained.shortest(config)[1]
-            raise ValueError(
-                f"input_values has the shape {input_values.shape}: it must be [batch samples], with"
-                f" {least} samples or more, which give a frame."
-            )
+        frames = _frames(config, "input_values has the shape", input_values.shape)
         batch = input_values.shape[0]
         if output_attentions is None:
             output_attentions = config.output_attentions
@@ -340,6 +339,17 @@ class _PretrainedModel:
         return _cast(params, jnp.float32, mask)
 
 
+def _frames(config: "Wav2Vec2Config", what: str, shape: tuple[Any, ...]) -> Any:
+    frames = len(shape) == 2 and wav2vec2.frame_lengths(config, shape[1])
+    if not frames:
+        least = pretrained.shortest(config)[1]
+        raise ValueError(
+            f"{what} {shape}: it must be [batch samples], with {least} samples or more, which give"
+            " a frame."
+        )
+    return frames
+
+
 def _check_shape(name: str, mask: Array, shape: tuple[Any, ...], unit: str) -> None:
     if mask.shape != shape:
         raise ValueError(f"{name} has the shape {mask.shape}: it must be [batch {unit}], {shape}.")
@@ -360,15 +370,18 @@ def _check_options(model: type, config: "Wav2Vec2Config", options: Mapping[str, 
     known = [field.name for field in dataclasses.fields(model.module_class) if field.init]
     for name in options:
         if name not in known or name in ("parent", "name"):
-            near = difflib.get_close_matches(name, [*known, *config.to_dict()], n=1)
+            fields = config.to_dict()
+            near = difflib.get_close_matches(name, [*known, *fields], n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
+            if name in fields:
+                hint = f" It is a field of the configuration: set config.{name}."
             raise TypeError(f"{model.__name__} has no option {name!r}.{hint}")
 
 
 def _cast(params: Mapping[str, Any], dtype: Any, mask: Any) -> pretrained.Tree:
     params, mask = flax.core.unfreeze(params), flax.core.unfreeze(mask)
     if mask is None:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        mask = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating), params)
     return jax.tree.map(lambda leaf, chosen: leaf.astype(dtype) if chosen else leaf, params, mask)
 
 

@@ -348,6 +348,8 @@ def test_what_is_no_batch_of_audio_is_refused_with_the_shape(model, shape):
     with pytest.raises(ValueError, match=r"\[batch samples\], with 30 samples or more") as caught:
         model(np.zeros(shape, np.float32))
     assert str(shape) in str(caught.value)
+    with pytest.raises(ValueError, match=r"input_shape is .*, with 30 samples or more"):
+        FlaxWav2Vec2ForCTC(model.config, input_shape=shape)
 
 
 @pytest.mark.parametrize("shape", [(1, SAMPLES), (2, SAMPLES - 1), (2, FRAMES), (SAMPLES,)])
@@ -373,6 +375,8 @@ def test_an_option_that_does_not_exist_is_named_with_the_nearest(folder):
         FlaxWav2Vec2ForCTC.from_pretrained(folder, torch_dtype="float16")
     with pytest.raises(TypeError, match=r"no option 'layer_dropp'\. Did you mean 'layerdrop'"):
         FlaxWav2Vec2Model.from_pretrained(folder, layer_dropp=0.0)
+    with pytest.raises(TypeError, match=r"a field of the configuration: set config\.layerdrop"):
+        FlaxWav2Vec2Model.from_pretrained(folder, config=small_torch.config(), layerdrop=0.0)
 
 
 @pytest.mark.parametrize(
@@ -540,6 +544,7 @@ def test_parameters_can_be_cast_in_part(model):
     assert cast["lm_head"]["kernel"].dtype == jnp.bfloat16
     assert cast["lm_head"]["bias"].dtype == jnp.float32
     assert model.to_fp16(model.params)["lm_head"]["bias"].dtype == jnp.float16
+    assert model.to_bf16({"count": jnp.arange(3)})["count"].dtype == jnp.int32
     assert model.to_fp32(cast)["lm_head"]["kernel"].dtype == jnp.float32
     frozen = model.to_bf16(flax.core.freeze(model.params), mask)
     jax.tree.map(np.testing.assert_array_equal, frozen, cast)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jaxtyping import Array
 
 from flax_asr import errors
@@ -126,6 +127,14 @@ def with_head(
 def of_tensors(
     tensors: weights.Tensors, config: "Wav2Vec2Config", source: str | os.PathLike, *, head: bool
 ) -> Tree:
-    """`convert.params_from_torch`, whose errors say that it is about `source`."""
+    """`convert.params_from_torch`, of numbers only; errors say that it is about `source`."""
     with errors.in_model(source):
-        return convert.params_from_torch(tensors, config, head=head)
+        params = convert.params_from_torch(tensors, config, head=head)
+        for path, values in traverse_util.flatten_dict(params).items():
+            # An infinity can be meant, as a bias that forbids a symbol.
+            if np.isnan(values.min()):
+                raise errors.ModelError(
+                    f"the tensor {convert.torch_name(path)!r} holds NaN: the file is damaged, or"
+                    " its training went wrong. Download or copy the model again."
+                )
+        return params

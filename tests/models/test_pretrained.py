@@ -2,6 +2,7 @@ import json
 import logging
 import re
 import shutil
+from contextlib import nullcontext
 
 import flax
 import jax
@@ -284,6 +285,16 @@ def test_tensors_that_do_not_fit_are_refused_by_their_folder_and_nothing_else_is
         with pytest.raises(errors.ModelError, match=rf"^{re.escape(str(tmp_path))}: .*missing: "):
             load(tmp_path)
     assert not caplog.records
+
+
+def test_weights_that_are_no_numbers_are_refused_by_their_name(built, folder, tmp_path):
+    tensors = small_torch.tensors(built)
+    shutil.copy(folder / "config.json", tmp_path)
+    for values, name in ((-np.inf, None), (np.nan, r"lm_head\.bias")):
+        tensors["lm_head.bias"] = np.array([*tensors["lm_head.bias"][1:], values])
+        weights.write(tmp_path, tensors)
+        with pytest.raises(errors.ModelError, match=name) if name else nullcontext():
+            pretrained.load(tmp_path)
 
 
 @pytest.mark.parametrize("architecture", small_torch.ARCHITECTURES)

@@ -84,7 +84,9 @@ def command(
             write(line)
             bar.advance()
     if failed:
-        terminal.tell(f"flax-asr: {failed} of {len(files)} files could not be read", sys.stderr)
+        terminal.tell(
+            f"flax-asr: {failed} of {len(files)} files could not be transcribed", sys.stderr
+        )
     return errors.STATUS if failed else 0
 
 
@@ -98,7 +100,7 @@ class Recogniser:
     """
 
     def __init__(self, loaded: loading.LoadedModel, mixed_precision: str, rows: int):
-        self._model, self._rows = loaded, rows
+        self._model, self._rows, self._precision = loaded, rows, mixed_precision
         self._devices = parallel.Devices(jax.local_devices()[:1])
         self._params = self._devices.replicate(step.flat(loaded.params))
         self._evaluate = parallel.evaluate(loaded.objective(mixed_precision), self._devices)
@@ -133,10 +135,21 @@ class Recogniser:
         ids = iter(self._symbols(pieces))
         writes = self._model.vocabulary
         for heard in waiting:
-            kept = [next(ids)[w.first_frame : w.last_frame] for w in heard.windows]
+            found = list(itertools.islice(ids, len(heard.windows)))
+            if any(symbols is None for symbols in found):
+                yield heard.path, self._overflow()
+                continue
+            windows = zip(found, heard.windows, strict=True)
+            kept = [symbols[w.first_frame : w.last_frame] for symbols, w in windows]
             path = np.concatenate(kept) if kept else np.zeros(0, np.int32)
             text = writes.decode(alignment.greedy_collapse(path, writes.blank))
             yield heard.path, heard.failure or text
+
+    def _overflow(self) -> errors.AudioError:
+        why = "the weights are damaged or their training went wrong"
+        if self._precision == "fp16":
+            why = "give --train.mixed_precision bf16 or fp32"
+        return errors.AudioError("overflow", f"the scores in {self._precision} are NaN: {why}")
 
     def windows(self, samples: int) -> list[Window]:
         """How a recording is cut.
@@ -169,12 +182,14 @@ class Recogniser:
         rounded = math.ceil(frames / buckets.FRAME_MULTIPLE) * buckets.FRAME_MULTIPLE
         return buckets.smallest_samples(rounded, config.conv_kernel, config.conv_stride)
 
-    def _symbols(self, pieces: Sequence[Float32[np.ndarray, " _"]]) -> list[Int[np.ndarray, " _"]]:
-        """The most likely symbol of each real frame of each piece."""
+    def _symbols(
+        self, pieces: Sequence[Float32[np.ndarray, " _"]]
+    ) -> list[Int[np.ndarray, " _"] | None]:
+        """The most likely symbol of each real frame of each piece; None where scores are NaN."""
         by_shape: dict[int, list[int]] = {}
         for place, piece in enumerate(pieces):
             by_shape.setdefault(self._padded(len(piece)), []).append(place)
-        found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(pieces)
+        found: list[np.ndarray | None] = [None] * len(pieces)
         for shape, places in by_shape.items():
             while places:
                 # Whole batches, then one by one: two programs a shape, and no row for nothing.
@@ -183,9 +198,10 @@ class Recogniser:
                 batch = _batch([pieces[place] for place in taken], shape)
                 (placed,) = self._devices.micro_batches(batch, rows)
                 program = self._program((rows, shape), placed)
-                _, ids, lengths = jax.device_get(program(self._params, placed))
+                losses, ids, lengths = jax.device_get(program(self._params, placed))
                 for row, place in enumerate(taken):
-                    found[place] = ids[row, : lengths[row]]
+                    if not np.isnan(losses[row]):
+                        found[place] = ids[row, : lengths[row]]
         return found
 
     def _program(self, key: tuple[int, int], placed: criterion.Batch) -> Callable:

@@ -149,6 +149,15 @@ def test_a_file_that_fails_does_not_stop_the_others(exported, clips, tmp_path, c
     assert [line.split("\t")[0] for line in output.out.splitlines()] == [clips[0], clips[1]]
 
 
+def test_scores_that_are_no_numbers_are_no_text(near, clips):
+    loaded = loading.load(str(near))
+    loaded.params["lm_head"]["bias"][1] = np.nan
+    ((_, found),) = transcribe.Recogniser(loaded, "fp16", 1).texts(clips[:1])
+    assert str(found) == (
+        "overflow: the scores in fp16 are NaN: give --train.mixed_precision bf16 or fp32"
+    )
+
+
 def test_json_to_standard_output_is_all_there_is_on_it(exported, clips, capsys):
     assert transcribe.command(str(exported), clips[:2], "-") == 0
     output = capsys.readouterr()

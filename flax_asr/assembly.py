@@ -167,7 +167,17 @@ class Assembly:
             self.cfg, self.start.model_config, params, self._rule.optimiser
         )
 
-    def kept(self, state: step.TrainState) -> features.Features | None:
+    def with_weights(self, state: step.TrainState, params: PyTree) -> step.TrainState:
+        """The state with these weights, a nested tree on the host, in place of its own."""
+        flat = step.flat(params)
+        average = {path: flat[path] for path in state.average}
+        return state.replace(
+            trainable=self.devices.replicate({path: flat[path] for path in state.trainable}),
+            frozen=self.devices.replicate({path: flat[path] for path in state.frozen}),
+            average=self.devices.place(average, self.layout.state.average),
+        )
+
+    def cached_features(self, state: step.TrainState) -> features.Features | None:
         """The frozen layers' output for the training clips; None where audio is trained on."""
         if not self.cfg.data.cache_features:
             return None
@@ -181,9 +191,9 @@ class Assembly:
         )
 
     def batches(
-        self, begin: int, kept: features.Features | None
+        self, begin: int, cached: features.Features | None
     ) -> loader.Prefetched[tuple[int, list[loader.Planned]]]:
-        """This host's batches from update `begin` on, of what is `kept` where that is given."""
+        """This host's batches from update `begin` on, of `cached` features where they are given."""
         return loader.updates(
             self.corpus.train,
             self.plan,
@@ -192,7 +202,7 @@ class Assembly:
             self.devices.host_count,
             tokens=self.train_shapes.tokens,
             augmentation=self.augmentation,
-            kept=kept,
+            kept=cached,
         )
 
     def compile(self) -> Programs:

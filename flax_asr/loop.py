@@ -95,8 +95,8 @@ def _reread(made: assembly.Assembly, hosts: multihost.Hosts) -> rereading.Reread
     return rereading.Rereading(made.corpus.splits() if hosts.is_first or not shared else [])
 
 
-class _Asked(Exception):
-    """The process is to stop, in the middle of an evaluation."""
+class _EvaluationBrokenOff(Exception):
+    """The process was asked to stop in the middle of an evaluation, which is made up for later."""
 
 
 class Run:
@@ -131,12 +131,12 @@ class Run:
             logger.info("going on after update %d", past.step)
         if made.cfg.data.cache_features:
             audio.wait()  # features of damaged audio would be kept for other runs too
-        self.kept = made.kept(self.state)
-        writes, kept = hosts.is_first, 0 if past is None else past.log_events
+        self.cached_features = made.cached_features(self.state)
+        writes, logged = hosts.is_first, 0 if past is None else past.log_events
         with contextlib.ExitStack() as opened:
             self.checkpoints = checkpoint.Checkpoints(folder, self.cfg.save_total_limit, writes)
             opened.callback(self.checkpoints.close)
-            self.log = runlog.RunLog(folder, kept, self.step, writes)
+            self.log = runlog.RunLog(folder, logged, self.step, writes)
             opened.callback(self.log.close)
             self.failed_saves = self.log.last("failed_saves", 0)
             history = self.log.events
@@ -192,7 +192,7 @@ class Run:
         previous = None
         with (
             compilation.Compilations() as compilations,
-            self.made.batches(self.step, self.kept) as batches,
+            self.made.batches(self.step, self.cached_features) as batches,
             progress.Progress(self.made.updates, "training", "updates", initial=self.step) as bar,
         ):
             for number, groups in batches:
@@ -305,7 +305,8 @@ class Run:
             if self.made.scores("eval") and self._due(self.cfg.eval_steps):
                 # A stop breaks the evaluation off; the next start makes up for it. Hosts score
                 # together, so none can go on by itself after a write that failed.
-                with contextlib.suppress(_Asked), self._saving(must=self.hosts.count > 1):
+                must = self.hosts.count > 1
+                with contextlib.suppress(_EvaluationBrokenOff), self._saving(must):
                     metrics = self._score("eval")
                     improved = metrics[best] < self.log.best(best)
                     self._log(metrics | self.made.weights_scored())
@@ -333,7 +334,7 @@ class Run:
         """`eval` or `test` figures of the present parameters.
 
         Raises:
-            _Asked: the process is to stop.
+            _EvaluationBrokenOff: the process is to stop.
         """
         data, shapes = self.made.corpus.scored()[which], self.made.eval_shapes
         padded = self.made.semantics.padded_scores
@@ -343,7 +344,7 @@ class Run:
 
         def unless_asked(batch):
             if self.stop.asked:
-                raise _Asked
+                raise _EvaluationBrokenOff
             scored = forward(batch)
             self.stop.passed()
             return scored
@@ -379,22 +380,8 @@ class Run:
         self.audio.wait()
         saved = self.made.described(finishing.best(self.folder, self.hosts, self.mirrored))
         if self.made.scores("test"):
-            flat = step.flat(saved.params)
-            self.state = self.state.replace(
-                trainable=self.devices.replicate({p: flat[p] for p in self.state.trainable}),
-                frozen=self.devices.replicate({p: flat[p] for p in self.state.frozen}),
-                average=self.devices.place(
-                    {p: flat[p] for p in self.state.average}, self.made.layout.state.average
-                ),
-            )
-            scores = self._score("test")
-            self.log.append(
-                {
-                    "step": self.step,
-                    "best_step": saved.step,
-                    **scores,
-                    **self.made.weights_scored(),
-                }
-            )
+            self.state = self.made.with_weights(self.state, saved.params)
+            scores = self._score("test") | self.made.weights_scored()
+            self.log.append({"step": self.step, "best_step": saved.step, **scores})
         if self.hosts.is_first:
             finishing.write(self.folder, saved, self.made.cfg, self.step)

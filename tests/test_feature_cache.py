@@ -107,7 +107,7 @@ class Small:
         self.state = self.made.initial_state()
 
     def kept(self):
-        return self.made.kept(self.state)
+        return self.made.cached_features(self.state)
 
     def frames(self):
         """Of every row."""
@@ -180,7 +180,7 @@ def test_other_weights_below_are_other_features(small, monkeypatch, path, again)
     moved = small.state.replace(**{part: own | {path: own[path] + 1}})
     monkeypatch.setattr(feature_cache, "_compute", lambda *arguments: None)
     monkeypatch.setattr(features.Features, "open", lambda kept: None)
-    assert (small.made.kept(moved).folder != folder) == again
+    assert (small.made.cached_features(moved).folder != folder) == again
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_room_is_looked_for_before_anything_is_computed(small, monkeypatch, tmp_
     monkeypatch.setattr(feature_cache.compilation, "compile_all", lambda *arguments: 1 / 0)
     monkeypatch.setattr(feature_cache.prepare, "prepared_folder", lambda cfg: tmp_path)
     with pytest.raises(errors.DataError, match="no room"):
-        small.made.kept(small.state)
+        small.made.cached_features(small.state)
 
 
 def test_too_little_room_is_said_before_the_first_clip(tmp_path):

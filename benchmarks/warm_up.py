@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import padding
 import sidebyside
 
-from flax_asr import compilation, config, experiment, plan, programs, run_folder
+from flax_asr import batch_size, compilation, config, experiment, plan, programs
 from flax_asr.data import buckets
 from flax_asr.estimate import chips, workload
 
@@ -56,7 +56,7 @@ def main() -> None:
         options += ["--model.config.num_hidden_layers", str(arguments.layers)]
     if arguments.shapes is not None:
         options += ["--data.num_buckets", str(arguments.shapes)]
-    cfg = run_folder.resolve(config.load(arguments.config, options), devices.count)
+    cfg = batch_size.resolve(config.load(arguments.config, options), devices.count)
     work = workload.of(cfg, devices.count)
     if not arguments.even_shapes:
         work = in_common_voice(work, cfg.data.num_buckets)

@@ -10,18 +10,19 @@ from jaxtyping import PyTree
 
 import flax_asr
 from flax_asr import (
+    batch_size,
     checkpoint,
     compat,
     compilation,
     config,
     corpora,
+    differences,
     experiment,
     feature_cache,
     inventory,
     origins,
     parallel,
     programs,
-    run_folder,
     step,
 )
 from flax_asr.console import progress
@@ -64,14 +65,14 @@ class Assembly:
 
     def __init__(self, cfg: config.Config, devices: parallel.Devices, past: inventory.Meta | None):
         self.cfg, self.devices, self.past = cfg, devices, past
-        self.group_rows = run_folder.group_rows(cfg, devices.count, past)
+        self.group_rows = batch_size.group_rows(cfg, devices.count, past)
         start = origins.read(cfg.model) if past is None else origins.resumed(past)
         feature_cache.check(cfg, start, devices.host_count)
         self.corpus = corpora.prepared(cfg, start)
         if past is None:
             start, self._params = experiment.initial_model(cfg, start, self.corpus)
         else:
-            run_folder.check_data(past, self._splits())
+            differences.check_data(past, self._splits())
             inventory.check_vocabulary(past, self.corpus.vocabulary)
             self._params = None
         self.start = start

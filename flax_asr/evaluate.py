@@ -18,13 +18,13 @@ from flax_asr import (
     common_voice,
     compilation,
     config,
+    differences,
     errors,
     experiment,
     languages,
     loading,
     metrics,
     parallel,
-    run_folder,
     score_files,
     scoring,
     step,
@@ -219,7 +219,7 @@ def _score_splits(
     if hosts.count > 1:
         found = {f"clips of {name}": data.hash for name, data in sets.items()}
         found |= {"weights": multihost.digest(loaded.params), "--legacy": legacy}
-        hosts.agree("data, model or options", run_folder.same_on_all_hosts(cfg) | found)
+        hosts.agree("data, model or options", differences.same_on_all_hosts(cfg) | found)
     devices = parallel.Devices()
     shapes = experiment.scoring_shapes(cfg, loaded.config, list(sets.values()))
     forward = compiled(loaded, cfg, shapes, devices)

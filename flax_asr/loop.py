@@ -9,9 +9,12 @@ import jax
 
 from flax_asr import (
     assembly,
+    batch_size,
     checkpoint,
     compilation,
     config,
+    differences,
+    early_stopping,
     errors,
     evaluate,
     finishing,
@@ -46,7 +49,8 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
     asked.require("output_dir", "data.source", "data.language")
     cluster.join()
     devices = parallel.Devices()
-    cfg = run_folder.resolve(asked, devices.count)
+    early_stopping.check(asked)
+    cfg = batch_size.resolve(asked, devices.count)
     folder = store.local_folder(cfg.output_dir, kind="runs")
     with (
         multihost.Hosts() as hosts,
@@ -54,7 +58,7 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
         stopping.Stop(hosts.leave) as stop,
         contextlib.closing(mirror.attached(cfg, folder, restart, hosts)) as mirrored,
     ):
-        hosts.agree("configuration", run_folder.same_on_all_hosts(cfg))
+        hosts.agree("configuration", differences.same_on_all_hosts(cfg))
         past = resume.point(hosts, folder, cfg, restart, mirrored)
         if past is not None and hosts.decided(lambda: run_folder.is_finished(folder, past, cfg)):
             mirrored.wait()
@@ -184,7 +188,7 @@ class Run:
             self._log({"stopped_early_after": patience})
 
     def _stops_early(self) -> bool:
-        return run_folder.out_of_patience(self.log.events, self.cfg)
+        return early_stopping.is_due(self.log.events, self.cfg)
 
     def _updates(self) -> None:
         at_once = self.made.train_function(self.step) == "update_from"

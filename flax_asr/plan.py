@@ -16,7 +16,17 @@ from dataclasses import dataclass
 
 import jax
 
-from flax_asr import audio, compilation, config, errors, parallel, partition, programs, run_folder
+from flax_asr import (
+    audio,
+    batch_size,
+    compilation,
+    config,
+    early_stopping,
+    errors,
+    parallel,
+    partition,
+    programs,
+)
 from flax_asr.console import results, terminal
 from flax_asr.estimate import chips, hlo, outlook, workload
 from flax_asr.hosts import cluster
@@ -52,7 +62,8 @@ def command(
     """
     described = chips.parse(topology)
     devices = describe(described)
-    cfg = run_folder.resolve(cfg, devices.count)
+    early_stopping.check(cfg)
+    cfg = batch_size.resolve(cfg, devices.count)
     work = workload.of(cfg, devices.count)
     people = results.people(json_file)
     terminal.show(_opening(described, devices, work, every_shape), people)

@@ -6,19 +6,15 @@ done, else refuse and name the ways out.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import fcntl
-import importlib.metadata
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import flax_asr
-from flax_asr import atomic, config, errors, inventory
+from flax_asr import atomic, config, differences, early_stopping, errors, inventory
 from flax_asr.record import curves, left_out, runlog
 
 logger = logging.getLogger(__name__)
@@ -34,27 +30,6 @@ _WRITTEN = frozenset(
 )
 _HALF = (atomic.UNFINISHED, ".old")
 """Suffixes of hidden names: what was being written, and an export that was being replaced."""
-
-FREE_TO_CHANGE = frozenset(
-    "output_dir data.source data.num_workers data.prepared_dir data.cache_features model.attention"
-    " model.remat_policy train.gradient_checkpointing train.logging_steps train.eval_steps"
-    " train.save_steps train.save_total_limit train.per_device_train_batch_size"
-    " train.per_device_eval_batch_size train.early_stopping_patience train.max_bad_updates"
-    " train.on_save_error train.zero_sharding".split()
-)
-"""Where and how fast to train, not what. `check_data` compares the clips of a source that moved."""
-
-LENGTHS = ("train.max_steps", "train.num_train_epochs")
-
-UNSET = "not set"
-"""Stands for what a mapping such as model.config does not have."""
-
-
-OWN_TO_A_HOST = frozenset(
-    "output_dir data.source data.prepared_dir data.num_workers model.pretrained"
-    " text.vocabulary".split()
-)
-"""Paths, which may differ between hosts: what lies there is compared instead."""
 
 
 @contextlib.contextmanager
@@ -109,11 +84,11 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> inventory
             f"{folder} holds checkpoints but no {CONFIG}: give another --output_dir, or --restart"
             " to begin again (what is there is kept under a dated name)."
         )
-    changes = differences(config.load(folder / CONFIG), asked)
-    _refuse_meaningful(asked.output_dir, changes)
+    changes = differences.between(config.load(folder / CONFIG), asked)
+    differences.check(asked.output_dir, changes)
     step = inventory.newest_sound(folder)
-    for name, (a, b) in changes.items():
-        logger.info("going on with %s %r (was %r)", name, b, a)
+    for name, (was, now) in changes.items():
+        logger.info("going on with %s %r (was %r)", name, now, was)
     return inventory.read_meta(folder, step)
 
 
@@ -145,53 +120,6 @@ def _refuse_to_overwrite(folder: Path) -> None:
             f"output_dir {folder} holds {' and '.join(at_risk)}, which no run wrote and this one"
             " would write over: give another --output_dir, or move it."
         )
-
-
-def same_on_all_hosts(cfg: config.Config) -> dict[str, Any]:
-    """What hosts that train together must have in common before they begin."""
-    settings = {n: v for n, v in config.flat(cfg).items() if n not in OWN_TO_A_HOST}
-    versions = {"flax_asr": flax_asr.__version__, "jax": importlib.metadata.version("jax")}
-    return settings | versions
-
-
-def differences(old: config.Config, new: config.Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted names of what differs, with both values."""
-    before, after = _every_name(old), _every_name(new)
-    pairs = {name: (before.get(name, UNSET), after.get(name, UNSET)) for name in before | after}
-    return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
-
-
-def _every_name(cfg: config.Config) -> dict[str, Any]:
-    """Every option by its dotted name, those inside of a mapping such as model.config too."""
-    named: dict[str, Any] = {}
-    for name, value in config.flat(cfg).items():
-        if isinstance(value, dict):
-            named |= {f"{name}.{key}": item for key, item in value.items()}
-        else:
-            named[name] = value
-    return named
-
-
-def _refuse_meaningful(folder: str, changes: Mapping[str, tuple[Any, Any]]) -> None:
-    refused = {
-        name: (old, new)
-        for name, (old, new) in changes.items()
-        if name not in FREE_TO_CHANGE and not _longer(name, old, new)
-    }
-    if refused:
-        listed = "\n".join(
-            f"  {name}: was {old!r}, now {new!r}" for name, (old, new) in refused.items()
-        )
-        raise errors.ConfigError(
-            f"{folder} holds a run with another configuration:\n{listed}\nGive another"
-            " --output_dir, or --restart to begin again (the old run is kept under a dated"
-            f" name), or --model.pretrained {folder} with another --output_dir to start from its"
-            " weights."
-        )
-
-
-def _longer(name: str, old: Any, new: Any) -> bool:
-    return name in LENGTHS and old is not None and new is not None and new > old
 
 
 def put_aside(folder: Path, which: Callable[[str], bool] = lambda name: True) -> None:
@@ -268,114 +196,10 @@ def mark_finished(folder: Path, step: int) -> None:
 def is_finished(folder: Path, past: inventory.Meta, asked: config.Config) -> bool:
     """Whether nothing is left to do: no update, and card and export are those of the last one."""
     before, after = config.flat(inventory.meta_config(past)), config.flat(asked)
-    longer = any(before[name] != after[name] for name in LENGTHS)
+    longer = any(before[name] != after[name] for name in differences.LENGTHS)
     unfinished = longer or past.step < past.facts["updates"]
-    if unfinished and not out_of_patience(runlog.read(folder), asked.train):
+    if unfinished and not early_stopping.is_due(runlog.read(folder), asked.train):
         return False
     marked = folder / FINISHED
     written = (folder / CARD).is_file() and (folder / EXPORT / "config.json").is_file()
     return written and marked.is_file() and marked.read_bytes().strip() == b"%d" % past.step
-
-
-def out_of_patience(history: Sequence[Mapping[str, Any]], train: config.TrainConfig) -> bool:
-    """Whether so many evaluations in a row as are allowed brought no better score.
-
-    Args:
-        history: the events of the log.
-        train: which score, and how many.
-    """
-    if train.early_stopping_patience is None:
-        return False
-    name = f"eval_{train.metric_for_best_model}"
-    return runlog.evaluations_since_best(history, name) >= train.early_stopping_patience
-
-
-def check_data(past: inventory.Meta, splits: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuses to go on with other clips than those that the run began with.
-
-    Args:
-        past: where the run goes on.
-        splits: what `train`, `eval` and `test` are now, as in the checkpoint's facts.
-
-    Raises:
-        ConfigError: names the sets that differ, with release and clips.
-    """
-    then = past.facts["splits"]
-    changed = [
-        f"{name}: was {_described(then, name)}, now {_described(splits, name)}"
-        for name in sorted(then.keys() | splits.keys())
-        if name not in then or name not in splits or then[name]["hash"] != splits[name]["hash"]
-    ]
-    if changed:
-        raise errors.ConfigError(
-            "the data are not those that this run began with:\n  "
-            + "\n  ".join(changed)
-            + "\nPut the old data.source back, or give another --output_dir, or --restart."
-        )
-
-
-def _described(splits: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    if name not in splits:
-        return "not there"
-    split = splits[name]
-    return f"{split['clips']} clips of {split['release']} ({split['hash'][:12]})"
-
-
-def resolve(asked: config.Config, device_count: int) -> config.Config:
-    """The configuration with its number of clips an update written out.
-
-    Raises:
-        ConfigError: the devices cannot share the global batch; names what would fit. Or the run
-            is to stop early by scores that nobody takes.
-    """
-    train = asked.train
-    if train.early_stopping_patience is not None and not asked.data.eval_splits:
-        raise errors.ConfigError(
-            f"train.early_stopping_patience is {train.early_stopping_patience}, but"
-            " data.eval_splits is empty: name a split, or leave the patience out."
-        )
-    at_once = device_count * train.per_device_train_batch_size
-    size = train.global_batch_size
-    if size is None:
-        size = at_once * (train.gradient_accumulation_steps or 1)
-    elif size % at_once:
-        raise errors.ConfigError(
-            f"train.global_batch_size {size} is not {device_count} devices x"
-            f" train.per_device_train_batch_size {train.per_device_train_batch_size} x a whole"
-            f" number: {_fitting(size, device_count)}."
-        )
-    return dataclasses.replace(
-        asked,
-        train=dataclasses.replace(train, global_batch_size=size, gradient_accumulation_steps=None),
-    )
-
-
-def group_rows(cfg: config.Config, device_count: int, past: inventory.Meta | None) -> int:
-    """Rows of a batch group: what the devices take at once when the run begins, the same later on.
-
-    Raises:
-        ConfigError: the devices there are now cannot share such a group; names what would fit.
-    """
-    at_once = device_count * cfg.train.per_device_train_batch_size
-    if past is None:
-        return at_once
-    if past.group_rows % at_once:
-        raise errors.ConfigError(
-            f"this run was begun with {past.group_rows} clips at once, which {device_count} devices"
-            f" x train.per_device_train_batch_size {cfg.train.per_device_train_batch_size} do not"
-            f" divide: {_fitting(past.group_rows, device_count)}."
-        )
-    return past.group_rows
-
-
-def _fitting(rows: int, device_count: int) -> str:
-    share, rest = divmod(rows, device_count)
-    if rest:
-        fitting = [str(n) for n in range(1, rows + 1) if rows % n == 0]
-        return f"{device_count} devices cannot share {rows} clips; {_or(fitting)} devices could"
-    fitting = [str(n) for n in range(1, share + 1) if share % n == 0]
-    return f"--train.per_device_train_batch_size {_or(fitting)} would do"
-
-
-def _or(choices: list[str]) -> str:
-    return " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)

@@ -25,8 +25,8 @@ LAYERS = (
     " estimate.forecast record.learning",
     "criterion",
     "step",
-    "hosts parallel checkpoint run_folder bucket.copies record.window hyperparameters card"
-    " experiment origins corpora feature_cache",
+    "hosts parallel checkpoint batch_size differences early_stopping run_folder bucket.copies"
+    " record.window hyperparameters card experiment origins corpora feature_cache",
     "programs",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
     "loading score_files evaluate transcribe export resume finishing",

@@ -13,6 +13,7 @@ import transformers
 
 from flax_asr import (
     assembly,
+    batch_size,
     config,
     criterion,
     errors,
@@ -20,7 +21,6 @@ from flax_asr import (
     inventory,
     origins,
     parallel,
-    run_folder,
     step,
 )
 from flax_asr.data import features, loader
@@ -102,7 +102,7 @@ class Small:
         asked = config.build({}, place.command(folder / "run", *OPTIONS)[1:])
         data = dataclasses.replace(asked.data, prepared_dir=str(folder / "prepared"))
         devices = parallel.Devices()
-        cfg = run_folder.resolve(dataclasses.replace(asked, data=data), devices.count)
+        cfg = batch_size.resolve(dataclasses.replace(asked, data=data), devices.count)
         self.made = assembly.Assembly(cfg, devices, None)
         self.state = self.made.initial_state()
 

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from ruamel.yaml import YAML
 
-from flax_asr import __main__, config, run_folder
+from flax_asr import __main__, batch_size, config
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -90,11 +90,11 @@ def test_zh_hk_has_the_hyperparameters_of_the_published_card():
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_zh_hk_updates_with_32_clips_on_any_number_of_devices(devices):
     cfg = config.load(ROOT / "configs" / "xls_r_300m_zh_hk.yaml")
-    assert run_folder.resolve(cfg, devices).train.global_batch_size == 32
+    assert batch_size.resolve(cfg, devices).train.global_batch_size == 32
     smaller = config.load(
         ROOT / "configs" / "xls_r_300m_zh_hk.yaml", ["--train.per_device_train_batch_size", "4"]
     )
-    assert run_folder.resolve(smaller, 8).train.global_batch_size == 32
+    assert batch_size.resolve(smaller, 8).train.global_batch_size == 32
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,6 @@ def test_zh_hk_updates_with_32_clips_on_any_number_of_devices(devices):
     [("v5e8", 8, 1), ("gpu80", 1, 4)],
 )
 def test_a_fitted_recipe_fits_its_number_of_devices(name, devices, micro_batches):
-    cfg = run_folder.resolve(config.load(ROOT / "configs" / f"xls_r_300m_{name}.yaml"), devices)
+    cfg = batch_size.resolve(config.load(ROOT / "configs" / f"xls_r_300m_{name}.yaml"), devices)
     at_once = devices * cfg.train.per_device_train_batch_size
     assert cfg.train.global_batch_size == micro_batches * at_once

@@ -1,6 +1,5 @@
 """What a second run does with a run folder, case by case."""
 
-import dataclasses
 import errno
 import json
 import logging
@@ -14,7 +13,7 @@ import sys
 import pytest
 import small_folder
 
-from flax_asr import config, errors, inventory, run_folder
+from flax_asr import config, differences, errors, inventory, run_folder
 from flax_asr.record import runlog
 
 
@@ -122,21 +121,6 @@ def test_the_configuration_is_on_the_disk_before_it_takes_the_old_one_s_place(fo
     assert [path.name for path in folder.iterdir()] == [run_folder.CONFIG]
 
 
-def test_patience_is_a_number_of_evaluations_without_a_better_score():
-    def history(*scores):
-        return [{"step": step, "eval_clips": 1, "eval_cer": cer} for step, cer in enumerate(scores)]
-
-    def is_over(patience, *scores):
-        train = config.TrainConfig(early_stopping_patience=patience)
-        return run_folder.out_of_patience(history(*scores), train)
-
-    assert not is_over(2, 0.5, 0.5)
-    assert is_over(2, 0.5, 0.5, 0.6)
-    assert not is_over(2, 0.5, 0.6, 0.4)
-    assert not is_over(None, 0.5, 0.5, 0.5)
-    assert not is_over(1)
-
-
 def test_an_old_run_goes_checkpoints_first_and_configuration_last(folder, finished, done):
     """A kill in between must leave nothing that looks like the new run's."""
     run_folder.put_aside(folder)
@@ -169,7 +153,7 @@ HARMLESS = {
 
 
 def test_every_option_that_is_free_to_change_is_tried_below():
-    assert HARMLESS.keys() - set(run_folder.LENGTHS) == run_folder.FREE_TO_CHANGE
+    assert HARMLESS.keys() - set(differences.LENGTHS) == differences.FREE_TO_CHANGE
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -241,7 +225,7 @@ def test_a_refusal_names_every_difference_and_the_ways_out(folder, unfinished):
 
 def test_every_option_is_free_or_guarded(folder, unfinished):
     """A name that the configuration does not have would guard nothing."""
-    assert run_folder.FREE_TO_CHANGE | set(run_folder.LENGTHS) <= config.option_types().keys()
+    assert differences.FREE_TO_CHANGE | set(differences.LENGTHS) <= config.option_types().keys()
 
 
 def test_restart_keeps_the_old_folder_whole(folder, unfinished):
@@ -398,59 +382,12 @@ def test_a_read_only_output_dir_is_refused(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    ("train", "devices", "size"),
-    [
-        ({"per_device_train_batch_size": 4}, 2, 8),
-        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, 2, 24),
-        ({"per_device_train_batch_size": 4, "global_batch_size": 32}, 8, 32),
-        ({"per_device_train_batch_size": 4, "global_batch_size": 32}, 1, 32),
-    ],
-)
-def test_the_global_batch_is_resolved(train, devices, size):
-    resolved = run_folder.resolve(config.Config(train=config.TrainConfig(**train)), devices)
-    assert resolved.train.global_batch_size == size
-    assert resolved.train.gradient_accumulation_steps is None
-    assert run_folder.resolve(resolved, devices) == resolved
-
-
-@pytest.mark.parametrize(
-    ("size", "per_device", "devices", "expected"),
-    [
-        (32, 5, 2, "--train.per_device_train_batch_size 1, 2, 4, 8 or 16 would do"),
-        (6, 4, 2, "--train.per_device_train_batch_size 1 or 3 would do"),
-        (2, 4, 2, "--train.per_device_train_batch_size 1 would do"),
-        (10, 1, 4, "4 devices cannot share 10 clips; 1, 2, 5 or 10 devices could"),
-    ],
-)
-def test_a_global_batch_that_does_not_divide_names_what_would_fit(
-    size, per_device, devices, expected
-):
-    train = config.TrainConfig(global_batch_size=size, per_device_train_batch_size=per_device)
-    with pytest.raises(errors.ConfigError) as refusal:
-        run_folder.resolve(config.Config(train=train), devices)
-    start = f"train.global_batch_size {size} is not {devices} devices x"
-    assert str(refusal.value).startswith(start)
-    assert str(refusal.value).endswith(f"a whole number: {expected}.")
-
-
-def test_the_group_is_that_of_the_start(folder, unfinished):
-    past = resumed(folder, unfinished)
-    assert run_folder.group_rows(unfinished, 2, None) == 8
-    assert run_folder.group_rows(unfinished, 1, past) == 8
-    smaller = dataclasses.replace(past, group_rows=4)
-    with pytest.raises(errors.ConfigError, match=r"per_device_train_batch_size 1 or 2 would do"):
-        run_folder.group_rows(unfinished, 2, smaller)
-    with pytest.raises(errors.ConfigError, match=r"1, 2 or 4 devices could"):
-        run_folder.group_rows(unfinished, 8, smaller)
-
-
 def test_other_clips_are_refused(folder, unfinished):
     past = resumed(folder, unfinished)
-    run_folder.check_data(past, json.loads(json.dumps(small_folder.SPLITS)))
+    differences.check_data(past, json.loads(json.dumps(small_folder.SPLITS)))
     newer = {"train": small_folder.SPLITS["train"] | {"hash": "ef" * 32, "release": "cv-10"}}
     with pytest.raises(errors.ConfigError) as refusal:
-        run_folder.check_data(past, newer)
+        differences.check_data(past, newer)
     message = str(refusal.value)
     assert "train: was 7 clips of cv-corpus-9 (abababababab), now 7 clips of cv-10 (efef" in message
     assert "eval: was 3 clips of cv-corpus-9 (cdcdcdcdcdcd), now not there" in message

@@ -8,7 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_asr import audio, config, corpora, experiment, optim, origins, partition, run_folder
+from flax_asr import (
+    audio,
+    batch_size,
+    config,
+    corpora,
+    early_stopping,
+    experiment,
+    optim,
+    origins,
+    partition,
+)
 from flax_asr.data import buckets, pool, prepare
 from flax_asr.diagnosis import findings, survey, trial
 from flax_asr.estimate import forecast
@@ -51,11 +61,12 @@ class Prognosis:
         findings: what is worth saying about them.
 
     Raises:
-        ConfigError: the batch does not fit the devices.
+        ConfigError: the batch does not fit the devices, or early stopping has no scores.
     """
 
     def __init__(self, cfg: config.Config, seen: Seen):
-        self.cfg = run_folder.resolve(cfg, seen.devices.count)
+        early_stopping.check(cfg)
+        self.cfg = batch_size.resolve(cfg, seen.devices.count)
         self.seen = seen
         self.facts: dict[str, Any] = {}
         self.findings: list[findings.Finding] = []

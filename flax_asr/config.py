@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flax_asr import errors, options
+from flax_asr import checks, errors, options, yaml_file
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,7 @@ class AugmentConfig:
             ("gain_db", -60.0, 60.0),
             ("noise_snr_db", -20.0, 100.0),
         ):
-            bounds = getattr(self, name)
-            if bounds is not None and not least <= bounds[0] <= bounds[1] <= most:
-                raise errors.ConfigError(
-                    f"data.augment.{name} is {list(bounds)}: it must be [low, high], in"
-                    f" {least:g} to {most:g}."
-                )
+            checks.inside(f"data.augment.{name}", getattr(self, name), least, most)
 
     @property
     def fastest(self) -> float:
@@ -96,12 +91,12 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):
-        options.at_least("data.min_seconds", self.min_seconds, 0)
-        options.at_least("data.num_buckets", self.num_buckets, 1)
+        checks.at_least("data.min_seconds", self.min_seconds, 0)
+        checks.at_least("data.num_buckets", self.num_buckets, 1)
         for name in ("num_workers", "max_train_clips", "max_eval_clips"):
-            options.at_least(f"data.{name}", getattr(self, name), 1)
+            checks.at_least(f"data.{name}", getattr(self, name), 1)
         for name in ("train_splits", "eval_splits", "test_splits"):
-            options.splits(f"data.{name}", getattr(self, name))
+            checks.splits(f"data.{name}", getattr(self, name))
         if self.max_seconds <= self.min_seconds:
             raise errors.ConfigError(
                 f"data.max_seconds is {self.max_seconds}: it must be larger than"
@@ -126,7 +121,7 @@ class TextConfig:
     vocabulary: str | None = None
 
     def __post_init__(self):
-        options.at_least("text.min_count", self.min_count, 1)
+        checks.at_least("text.min_count", self.min_count, 1)
 
 
 @dataclass(frozen=True)
@@ -158,7 +153,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("freeze_encoder_steps", "trainable_layers"):
-            options.at_least(f"model.{name}", getattr(self, name), 0)
+            checks.at_least(f"model.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -196,10 +191,10 @@ class OptimConfig:
 
     def __post_init__(self):
         for name in ("learning_rate", "head_learning_rate"):
-            options.above(f"optim.{name}", getattr(self, name), 0)
-        options.at_least("optim.warmup_steps", self.warmup_steps, 0)
+            checks.above(f"optim.{name}", getattr(self, name), 0)
+        checks.at_least("optim.warmup_steps", self.warmup_steps, 0)
         for name in ("warmup_fraction", "hold_fraction"):
-            options.at_least(f"optim.{name}", getattr(self, name), 0)
+            checks.at_least(f"optim.{name}", getattr(self, name), 0)
         if self.warmup_steps and self.warmup_fraction is not None:
             raise errors.ConfigError(
                 "optim.warmup_steps and optim.warmup_fraction exclude each other: remove one."
@@ -216,9 +211,9 @@ class OptimConfig:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise errors.ConfigError(f"optim.ema_decay is {self.ema_decay}: it must be in (0, 1).")
-        options.above("optim.adam_epsilon", self.adam_epsilon, 0)
-        options.at_least("optim.weight_decay", self.weight_decay, 0)
-        options.above("optim.max_grad_norm", self.max_grad_norm, 0)
+        checks.above("optim.adam_epsilon", self.adam_epsilon, 0)
+        checks.at_least("optim.weight_decay", self.weight_decay, 0)
+        checks.above("optim.max_grad_norm", self.max_grad_norm, 0)
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             if not 0 <= value < 1:
@@ -279,13 +274,13 @@ class TrainConfig:
     zero_sharding: bool = False
 
     def __post_init__(self):
-        options.above("train.num_train_epochs", self.num_train_epochs, 0)
+        checks.above("train.num_train_epochs", self.num_train_epochs, 0)
         for name in (
             "max_steps global_batch_size gradient_accumulation_steps per_device_train_batch_size"
             " per_device_eval_batch_size logging_steps eval_steps save_steps save_total_limit"
             " early_stopping_patience max_bad_updates"
         ).split():
-            options.at_least(f"train.{name}", getattr(self, name), 1)
+            checks.at_least(f"train.{name}", getattr(self, name), 1)
         if self.global_batch_size and self.gradient_accumulation_steps:
             raise errors.ConfigError(
                 "train.global_batch_size and train.gradient_accumulation_steps exclude each"
@@ -311,8 +306,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
-        options.at_least("seed", self.seed, 0)
-        options.below("seed", self.seed, 2**32)  # jax leaves out further bits without a word
+        checks.at_least("seed", self.seed, 0)
+        checks.below("seed", self.seed, 2**32)  # jax leaves out further bits without a word
         for name, value in flat(self).items():
             if value == "":
                 raise errors.ConfigError(f"{name} is empty: give it a value, or leave it out.")
@@ -326,7 +321,7 @@ class Config:
     def require(self, *names: str) -> None:
         """Raises `ConfigError`, which names all of these dotted options that are null."""
         values = flat(self)
-        options.utf8({name: values[name] for name in _PLACES})
+        checks.utf8({name: values[name] for name in _PLACES})
         if missing := [name for name in names if values[name] is None]:
             *others, last = missing
             named = f"{', '.join(others)} and {last} are" if others else f"{last} is"
@@ -355,7 +350,7 @@ def load(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: names the file or option, the key and the nearest right name.
     """
-    return build(options.read_yaml(path) if path is not None else {}, overrides, origin=path)
+    return build(yaml_file.read(path) if path is not None else {}, overrides, origin=path)
 
 
 def build(
@@ -376,7 +371,7 @@ def build(
 
 def as_dict(config: Config) -> dict[str, Any]:
     """Nested plain values; `build` gives the same configuration back."""
-    return options.plain(dataclasses.asdict(config))
+    return yaml_file.plain(dataclasses.asdict(config))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -391,4 +386,4 @@ def save(config: Config, path: str | os.PathLike) -> None:
 
 def dump(config: Config) -> str:
     """The configuration as YAML."""
-    return options.to_yaml(as_dict(config))
+    return yaml_file.dump(as_dict(config))

@@ -1,154 +1,18 @@
-"""How options are read: strict YAML 1.2, `--section.key value`, and the nearest right name.
+"""How options are read: `--section.key value`, values of their types, and the nearest right name.
 
 What options there are is config.py's part; here they are dotted names with their types.
 """
 
 import dataclasses
 import difflib
-import io
 import json
 import math
-import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from flax_asr import errors, trainer_names
-
-_MOST_CHARACTERS = 2**18
-_DEEPEST = 32
-
-
-def _yaml():
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.allow_unicode = True
-    yaml.sort_base_mapping_type_on_output = False
-    return yaml
-
-
-def utf8(places: Mapping[str, str | None]) -> None:
-    """Raises `ConfigError` where a place cannot be written down; what it is named after fails."""
-    for name, place in places.items():
-        if place is not None and any("\ud800" <= character <= "\udfff" for character in place):
-            raise errors.ConfigError(
-                f"{name} is {place!a}: a name that is not UTF-8; rename it, or make a link to it."
-            )
-
-
-def at_least(name: str, value: float | None, least: float) -> None:
-    """Raises `ConfigError` where an option is below its bound; None has none."""
-    if value is not None and value < least:
-        raise errors.ConfigError(f"{name} is {value}: it must be at least {least}.")
-
-
-def above(name: str, value: float | None, bound: float) -> None:
-    """Raises `ConfigError` where an option is not above its bound; None has none."""
-    if value is not None and value <= bound:
-        raise errors.ConfigError(f"{name} is {value}: it must be larger than {bound}.")
-
-
-def below(name: str, value: float, bound: float) -> None:
-    """Raises `ConfigError` where an option is not below its bound."""
-    if value >= bound:
-        raise errors.ConfigError(f"{name} is {value}: it must be less than {bound}.")
-
-
-def splits(name: str, names: Sequence[str]) -> None:
-    """Raises `ConfigError` where a split is named twice, or cannot be the name of a folder.
-
-    Such are the names of its prepared data and, with more behind it, of its predictions.
-    """
-    if len(set(names)) < len(names):
-        raise errors.ConfigError(f"{name} is {list(names)}: name every split once.")
-    for split in names:
-        if not split or split in (".", "..") or "/" in split or "\0" in split:
-            raise errors.ConfigError(
-                f"{name}: {split!r} cannot be the name of a folder: call the split otherwise in the"
-                " table."
-            )
-
-
-def plain(value: Any) -> Any:
-    """The same with lists in place of tuples, as YAML and JSON have it."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [plain(item) for item in value]
-    return value
-
-
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """Plain values as YAML that `read_yaml` reads back equal."""
-    out = io.StringIO()
-    yaml = _yaml()
-
-    class Representer(yaml.Representer):
-        """Writes characters that cannot be seen as escapes: U+0085 would be read as a space."""
-
-        def represent_text(self, text: str):
-            style = None if text.isprintable() else '"'
-            return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-    Representer.add_representer(str, Representer.represent_text)
-    yaml.Representer = Representer
-    yaml.dump(values, out)
-    return out.getvalue()
-
-
-def read_yaml(path: str | os.PathLike) -> Mapping[str, Any]:
-    """The mapping in a YAML 1.2 file; an empty file is an empty one.
-
-    Raises:
-        ConfigError: unreadable, not YAML, a key twice, or no mapping.
-    """
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise errors.ConfigError(
-            f"cannot read the configuration {path}: {errors.why(error)}{errors.seen_from(path)}."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise errors.ConfigError(f"{path} is not a text in UTF-8: {error}.") from error
-    try:
-        _check_form(path, text)
-        values = _yaml().load(text)
-    except YAMLError as error:
-        raise errors.ConfigError(f"{path} is not valid YAML: {_first_lines(error)}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, Mapping):
-        raise errors.ConfigError(f"{path}: expected `section:` lines, found {_kind(values)}.")
-    return values
-
-
-def _check_form(path: str | os.PathLike, text: str) -> None:
-    """Refuses what a few lines could take all memory or days with: a stranger's run has a file."""
-    from ruamel.yaml import tokens
-
-    if len(text) > _MOST_CHARACTERS:
-        raise errors.ConfigError(f"{path}: {len(text)} characters are no configuration.")
-    depth = 0
-    for token in _yaml().scan(text):
-        name = type(token).__name__
-        depth += name.endswith("StartToken") - name.endswith("EndToken")
-        if isinstance(token, tokens.AliasToken):
-            raise errors.ConfigError(f"{path} has aliases (*name): write the values out.")
-        if depth > _DEEPEST:
-            raise errors.ConfigError(
-                f"{path} is no configuration: its values are nested too deeply."
-            )
-
-
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith(("To suppress", "http", "#")))
+from flax_asr import errors, trainer_names, yaml_file
 
 
 def sections(cls: type, within: str = "") -> dict[str, type]:
@@ -207,8 +71,9 @@ def flatten(
         elif isinstance(value, Mapping):
             flat |= flatten(value, kinds, where, name)
         elif value is not None:
+            found = yaml_file.kind(value)
             raise errors.ConfigError(
-                f"{where}{name} is a section: expected keys below it, found {_kind(value)}."
+                f"{where}{name} is a section: expected keys below it, found {found}."
             )
     return flat
 
@@ -263,9 +128,10 @@ def parse(arguments: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
             value = rest.pop(0)
         if name in found:
             raise errors.ConfigError(f"--{name} is given twice.")
-        found[name] = (
-            _scalar(name, value) if inside_mapping else _option_value(name, value, kinds[name])
-        )
+        if inside_mapping:
+            found[name] = yaml_file.scalar(f"--{name}", value)
+        else:
+            found[name] = _option_value(name, value, kinds[name])
     return found
 
 
@@ -293,25 +159,16 @@ def _option_value(name: str, text: str, kind: Any) -> Any:
     if text == "null" and (types.NoneType in members or lists):
         return None
     if lists and float in typing.get_args(lists[0]) and not text.startswith("["):
-        return _scalar(name, f"[{text}]")
+        return yaml_file.scalar(f"--{name}", f"[{text}]")
     if lists and not text.startswith("["):
         return _separated(text) if str not in members or "," in text else text
     if str in members and not lists:
         return text
-    return _scalar(name, text)
+    return yaml_file.scalar(f"--{name}", text)
 
 
 def _separated(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _scalar(name: str, text: str) -> Any:
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return _yaml().load(text)
-    except YAMLError as error:
-        raise errors.ConfigError(f"--{name} {text}: {_first_lines(error)}") from error
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -359,7 +216,3 @@ def choices(kind: Any) -> tuple[str, ...]:
 def spelt(value: Any) -> str:
     """A value as it is given on a command line."""
     return "null" if value is None else json.dumps(value).replace('"', "")
-
-
-def _kind(value: Any) -> str:
-    return {list: "a list", str: f"the text {value!r}"}.get(type(value), repr(value))

@@ -14,9 +14,9 @@ PACKAGE = pathlib.Path(flax_asr.__file__).parent
 
 # From the ground up. A module may import from its own layer and from those below.
 LAYERS = (
-    "atomic errors json_object locks loose_ends trainer_names options config languages containers"
-    " console seals hosts.stopping bucket.store bucket.lease record.json_lines record.runlog"
-    " estimate.chips estimate.hlo",
+    "atomic errors json_object yaml_file locks loose_ends trainer_names checks options config"
+    " languages containers console seals hosts.stopping bucket.store bucket.lease"
+    " record.json_lines record.runlog estimate.chips estimate.hlo",
     "metrics alignment vocabulary text compat record.lineage",
     "audio sources common_voice record.curves record.left_out data scoring inventory",
     "diagnosis.survey diagnosis.findings diagnosis.consultation diagnosis.host"

@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_asr import config, errors, loading, options, origins
+from flax_asr import config, errors, loading, origins, yaml_file
 
 CONFIG = {
     "model_type": "wav2vec2",
@@ -176,5 +176,5 @@ def test_yaml_that_explodes_is_refused_at_once(tmp_path, content):
     (tmp_path / "config.yaml").write_text(content)
     start = time.monotonic()
     with pytest.raises(errors.ConfigError, match=r"config\.yaml"):
-        options.read_yaml(tmp_path / "config.yaml")
+        yaml_file.read(tmp_path / "config.yaml")
     assert time.monotonic() - start < 20

@@ -1,10 +1,8 @@
 """The model card: README.md of a run, in the form that the Hugging Face Trainer gave its cards."""
 
-import html
 import importlib.metadata
 import math
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from flax_asr import (
     hyperparameters,
     inventory,
     languages,
+    markdown,
     run_folder,
     scoring,
 )
-from flax_asr.console import terminal
 from flax_asr.record import curves, lineage, runlog
 
 COLUMNS = {
@@ -41,8 +39,6 @@ PACKAGES = {
 }
 _TASK = ("automatic-speech-recognition", "Automatic Speech Recognition")
 _NOT_FINITE = "not finite"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 _UNSPACED_REASON = (
     "The character error rate (CER) is the figure to look at: the language is written without"
     " spaces, so a whole sentence is one word, wrong with its first wrong character; the word error"
@@ -80,20 +76,20 @@ def render(
     scores = _scores(saved, history)
     sections = [
         _metadata(name, saved, cfg, scores),
-        f"# {escape(name)}",
+        f"# {markdown.escape(name)}",
         _introduction(saved, cfg, scores),
-        _section("Model description", _description(saved)),
-        _section(
+        markdown.section("Model description", _description(saved)),
+        markdown.section(
             "Intended uses & limitations",
             f"Transcribes recordings of one speaker, 16 kHz. {weights} is read by `transformers`"
             ' (`pipeline("automatic-speech-recognition", model=...)`).',
         ),
-        _section("Training and evaluation data", _data(saved, cfg)),
+        markdown.section("Training and evaluation data", _data(saved, cfg)),
         "## Training procedure",
-        _section("Training hyperparameters", _hyperparameters(saved.meta, cfg), level=3),
-        _section("Training results", table(history) + _early_stop(saved, history), level=3),
+        markdown.section("Training hyperparameters", _hyperparameters(saved.meta, cfg), level=3),
+        markdown.section("Training results", table(history) + _early_stop(saved, history), level=3),
         *([f"![Losses and error rates over the steps]({curves.FILE})"] if has_curves else []),
-        _section("Framework versions", _bullets(versions()), level=3),
+        markdown.section("Framework versions", markdown.bullets(versions()), level=3),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -145,12 +141,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def escape(value: Any) -> str:
-    """Text from data, harmless inside of Markdown: no markup, no HTML, no control, one line."""
-    one_line = terminal.plain(" ".join(str(value).split()))
-    return _MARKDOWN.sub(r"\\\1", html.escape(one_line, quote=False))
-
-
 def _was_scored(figures: Mapping[str, Any], which: str) -> bool:
     """Whether `eval` or `test` figures are there; a loss that is not finite is not in the log."""
     return bool({f"{which}_loss", f"{which}_clips"} & figures.keys())
@@ -171,14 +161,6 @@ def _number(value: float | None) -> str:
 
 def _rounded(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else _NOT_FINITE
-
-
-def _section(title: str, content: str, level: int = 2) -> str:
-    return f"{'#' * level} {title}\n\n{content}"
-
-
-def _bullets(items: Mapping[str, Any], separator: str = " ") -> str:
-    return "\n".join(f"- {name}{separator}{value}" for name, value in items.items())
 
 
 def _scores(
@@ -256,7 +238,7 @@ def _metadata(
         for metric in metrics
         if metric in figures and math.isfinite(figures[metric])
     ]
-    base = _hub_model(saved.meta.facts)
+    base = lineage.hub_model(saved.meta.facts)
     metadata = ModelCardData(
         language=[cfg.data.language],
         # That of Facebook's wav2vec 2.0 weights; of others' nothing is known here.
@@ -280,43 +262,23 @@ def _introduction(
     scores: Mapping[str, Mapping[str, float]],
 ) -> str:
     facts = saved.meta.facts
-    base, hub = facts["started_from"], _hub_model(facts)
-    link = f"[{hub}](https://huggingface.co/{hub})"
-    if base is None:
-        origin = "was trained from random weights"
-    elif base == hub:
-        origin = f"is a fine-tuned version of {link}"
-    else:
-        origin = f"is a fine-tuned version of the local model {_called(base, None)}"
-        origin += f", which goes back to {link}," if hub is not None else ""
-    release = saved.meta.facts["splits"]["train"]["release"]
-    dataset = escape(f"COMMON_VOICE - {cfg.data.language.upper()}")
-    lines = [f"This model {origin} on the {dataset} dataset ({escape(release)})."]
+    release = markdown.escape(facts["splits"]["train"]["release"])
+    dataset = markdown.escape(f"COMMON_VOICE - {cfg.data.language.upper()}")
+    lines = [f"This model {_origin(facts)} on the {dataset} dataset ({release})."]
     for which, title in (("eval", "evaluation"), ("test", "test")):
         if which in scores:
             lines.append(f"It achieves the following results on the {title} set:")
-            order = ["loss", "wer", "cer"] if _spaced(cfg) else ["cer", "loss", "wer"]
-            lines += [
-                f"- {name.capitalize()}: {_rounded(scores[which][name])}"
-                for name in order
-                if name in scores[which]
-            ]
-            lines += [
-                f"- {name.capitalize()} over real frames only: {scores[which][f'real_{name}']:.4f}"
-                for name in order
-                if f"real_{name}" in scores[which]
-            ]
-            lines.append("")
+            lines += [*_results(scores[which], _spaced(cfg)), ""]
     if set(cfg.data.eval_splits) & set(cfg.data.test_splits):
         lines.append(
             "**The test score is too good**: the same split chose the checkpoint"
-            f" ({escape(_split_names(cfg, 'eval'))}) and was scored with it."
+            f" ({markdown.escape(_split_names(cfg, 'eval'))}) and was scored with it."
         )
     elif "eval" in scores:
         lines.append("The evaluation set chose the checkpoint.")
     if not _spaced(cfg):
         lines.append(_UNSPACED_REASON)
-    lines.append(f"Scored: {escape(_rule(saved, cfg, scores))}.")
+    lines.append(f"Scored: {markdown.escape(_rule(saved, cfg, scores))}.")
     if _padded(scores):
         lines.append(
             "**The error rates are those of the scripts of 2022**, which read the output over"
@@ -325,14 +287,38 @@ def _introduction(
     return "\n".join(lines)
 
 
+def _origin(facts: Mapping[str, Any]) -> str:
+    base, hub = facts["started_from"], lineage.hub_model(facts)
+    link = f"[{hub}](https://huggingface.co/{hub})"
+    if base is None:
+        return "was trained from random weights"
+    if base == hub:
+        return f"is a fine-tuned version of {link}"
+    origin = f"is a fine-tuned version of the local model {_called(base, None)}"
+    return origin if hub is None else f"{origin}, which goes back to {link},"
+
+
+def _results(figures: Mapping[str, float], spaced: bool) -> list[str]:
+    """The figures of a set, one a line, what its language is judged by first."""
+    order = ["loss", "wer", "cer"] if spaced else ["cer", "loss", "wer"]
+    return [
+        *(f"- {name.capitalize()}: {_rounded(figures[name])}" for name in order if name in figures),
+        *(
+            f"- {name.capitalize()} over real frames only: {figures[f'real_{name}']:.4f}"
+            for name in order
+            if f"real_{name}" in figures
+        ),
+    ]
+
+
 def _description(saved: checkpoint.SavedModel) -> str:
     shape = saved.model_config
     facts = saved.meta.facts
-    earlier = lineage.parse(_earlier(facts))
+    earlier = lineage.parse(lineage.earlier(facts))
     told = {
         f"Before, {number}": f"from {_called(run.started_from, run.revision)},"
-        f" {run.updates} updates on {escape(run.release)} {escape(run.language)};"
-        f" head: {escape(run.head)}"
+        f" {run.updates} updates on {markdown.escape(run.release)} {markdown.escape(run.language)};"
+        f" head: {markdown.escape(run.head)}"
         for number, run in enumerate(earlier, 1)
     }
     extensions = facts.get("extensions", [])
@@ -345,7 +331,7 @@ def _description(saved: checkpoint.SavedModel) -> str:
         f" {shape.hidden_size}, {saved.vocabulary.size} symbols",
         **told,
         "Started from": f"{_called(facts['started_from'], facts['revision'])};"
-        f" head: {escape(facts['head'])}",
+        f" head: {markdown.escape(facts['head'])}",
         "This checkpoint": f"after {saved.step} updates" + (f"; {longer}" if longer else ""),
     }
     decay = inventory.meta_config(saved.meta).optim.ema_decay
@@ -354,7 +340,7 @@ def _description(saved: checkpoint.SavedModel) -> str:
             f"the exponential moving average over the updates, decay {decay:g}; it is what was"
             " scored, and what is exported"
         )
-    return _bullets(history, ": ")
+    return markdown.bullets(history, ": ")
 
 
 def _called(started_from: str | None, revision: str | None) -> str:
@@ -362,21 +348,8 @@ def _called(started_from: str | None, revision: str | None) -> str:
     if started_from is None:
         return "random weights"
     if revision is None:
-        return escape(Path(started_from).name)
-    return f"{escape(started_from)} at {escape(revision)}"
-
-
-def _earlier(facts: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return facts.get("lineage", [])
-
-
-def _hub_model(facts: Mapping[str, Any]) -> str | None:
-    """The nearest model of the hub that the weights go back to; a folder has no revision."""
-    for run in [facts, *reversed(_earlier(facts))]:
-        name = run["started_from"]
-        if run["revision"] is not None and name is not None and _HUB_ID.fullmatch(name):
-            return name
-    return None
+        return markdown.escape(Path(started_from).name)
+    return f"{markdown.escape(started_from)} at {markdown.escape(revision)}"
 
 
 def _data(saved: checkpoint.SavedModel, cfg: config.Config) -> str:
@@ -384,8 +357,8 @@ def _data(saved: checkpoint.SavedModel, cfg: config.Config) -> str:
     for which, split in saved.meta.facts["splits"].items():
         cells = [
             which,
-            escape(_split_names(cfg, which)),
-            escape(split["release"]),
+            markdown.escape(_split_names(cfg, which)),
+            markdown.escape(split["release"]),
             split["clips"],
             f"{split['seconds'] / 3600:.2f}",
             f"`{split['hash'][:16]}`",
@@ -395,5 +368,5 @@ def _data(saved: checkpoint.SavedModel, cfg: config.Config) -> str:
 
 
 def _hyperparameters(meta: inventory.Meta, cfg: config.Config) -> str:
-    listed = _bullets(hyperparameters.describe(meta, cfg), ": ")
+    listed = markdown.bullets(hyperparameters.describe(meta, cfg), ": ")
     return f"The following hyperparameters were used during training:\n{listed}"

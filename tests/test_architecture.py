@@ -17,7 +17,7 @@ LAYERS = (
     "atomic errors json_object yaml_file locks loose_ends trainer_names checks options config"
     " languages containers console seals hosts.stopping bucket.store bucket.lease"
     " record.json_lines record.runlog estimate.chips estimate.hlo",
-    "metrics alignment vocabulary text compat record.lineage",
+    "metrics alignment vocabulary text compat markdown record.lineage",
     "audio sources common_voice record.curves record.left_out data scoring inventory",
     "diagnosis.survey diagnosis.findings diagnosis.consultation diagnosis.host"
     " diagnosis.spectrograms torch_logits",

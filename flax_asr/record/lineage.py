@@ -1,5 +1,6 @@
 """Where weights come from: the runs behind an exported folder, oldest first."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from flax_asr import errors, json_object
 
 FILE = "flax_asr.json"
 """Beside the weights of our exports: language, normalisation, release, split hashes, origin."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,14 @@ def behind(folder: Path) -> list[dict[str, Any]]:
             "language": facts["language"],
             "updates": facts["step"],
         }
-        earlier = facts.get("lineage", [])
-        parse([*earlier, own])
+        before = earlier(facts)
+        parse([*before, own])
     except (KeyError, TypeError, errors.ModelError) as error:
         raise errors.ModelError(
             f"{folder / FILE} is damaged ({error}): export the model again, or delete the file"
             " (then the card will not tell where it comes from)."
         ) from error
-    return [*earlier, own]
+    return [*before, own]
 
 
 def parse(values: Sequence[Mapping[str, Any]]) -> list[Ancestor]:
@@ -80,3 +83,17 @@ def read(folder: Path) -> dict[str, Any]:
         ModelError: the file cannot be read or is no JSON object.
     """
     return json_object.read(folder / FILE) or {}
+
+
+def earlier(facts: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The runs before the one whose facts these are, as `behind` gave them."""
+    return facts.get("lineage", [])
+
+
+def hub_model(facts: Mapping[str, Any]) -> str | None:
+    """The nearest model of the hub that the weights go back to; a folder has no revision."""
+    for run in [facts, *reversed(earlier(facts))]:
+        name = run["started_from"]
+        if run["revision"] is not None and name is not None and _HUB_ID.fullmatch(name):
+            return name
+    return None

@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 
 import flax_asr
-from flax_asr import __main__, card
+from flax_asr import __main__, markdown
 from flax_asr.console import progress, terminal
 from flax_asr.data import shards
 from flax_asr.diagnosis import consultation, findings
@@ -70,7 +70,7 @@ def test_progress_and_its_lines_are_plain(is_terminal):
 
 
 def test_a_card_carries_no_control_characters():
-    assert terminal.plain(card.escape(EVIL)) == card.escape(EVIL)
+    assert terminal.plain(markdown.escape(EVIL)) == markdown.escape(EVIL)
 
 
 def test_findings_of_the_doctor_are_plain():

@@ -19,7 +19,7 @@ LAYERS = (
     " record.json_lines record.runlog estimate.chips estimate.hlo",
     "metrics alignment vocabulary text compat markdown record.lineage",
     "audio sources common_voice record.curves record.left_out data scoring inventory",
-    "diagnosis.survey diagnosis.findings diagnosis.consultation diagnosis.host"
+    "diagnosis.survey diagnosis.suspects diagnosis.findings diagnosis.consultation diagnosis.host"
     " diagnosis.spectrograms torch_logits",
     "compilation kept_programs ctc ctc_columns ctc_kernel optim models partition estimate.flops"
     " estimate.forecast record.learning",

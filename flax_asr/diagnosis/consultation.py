@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flax_asr import audio
-from flax_asr.diagnosis import findings
+from flax_asr.diagnosis import findings, suspects
 
 _BAR = 40
 _MOST_BARS = 24
@@ -67,10 +67,8 @@ def _splits(facts: Mapping[str, Any]) -> Iterator[str]:
         shared = ", ".join(f"{what} {count}" for what, count in counts.items())
         yield f"clips of {name} that training has something of: {shared}"
     for clip in facts.get("suspects", ()):
-        yield (
-            f"suspect: {ascii(clip['id'])[1:-1]} has {clip['tokens']} characters in"
-            f" {clip['seconds']} s, {clip['times_usual']:.2g} times as long as usual"
-        )
+        odd = suspects.Odd(**clip)
+        yield f"suspect: {ascii(odd.id)[1:-1]} has {odd.describe()}"
     for path in facts.get("spectrograms", ()):
         yield f"spectrogram: {path}"
 

@@ -35,6 +35,7 @@ class Odd:
         return not 1 / _ODD < self.times_usual < _ODD
 
     def describe(self) -> str:
+        """For people, without its name."""
         return (
             f"{self.tokens} characters in {self.seconds} s, {self.times_usual:.2g} times as long"
             " as usual"

@@ -123,9 +123,7 @@ def _lower_layers(cfg: config.Config, model_config: Wav2Vec2Config) -> int | Non
 
 def parameter_shapes(model: criterion.Objective) -> PyTree:
     """Shapes of the nested parameter tree, without computing anything."""
-    config = model.config
-    samples = buckets.smallest_samples(2, config.conv_kernel, config.conv_stride)
-    audio = jax.ShapeDtypeStruct((1, samples), jnp.float32)
+    audio = jax.ShapeDtypeStruct((1, frame_samples(model.config)(2)), jnp.float32)
     # Attention has the same parameters in every form, and one of a GPU is refused elsewhere.
     module = model.module.clone(attention="xla")
     return jax.eval_shape(lambda a: module.init(jax.random.key(0), a), audio)["params"]
@@ -212,13 +210,14 @@ def _shapes(
     samples = buckets.choose_shapes(
         np.concatenate([data.samples for data in sets]),
         count,
-        frame_samples=_frame_samples(model_config),
+        frame_samples=frame_samples(model_config),
     )
     widths = [loader.label_widths(data, samples, fastest=fastest) for data in sets]
     return Shapes(samples, tuple(max(column) for column in zip(*widths, strict=True)))
 
 
-def _frame_samples(model_config: Wav2Vec2Config) -> Callable[[int], int]:
+def frame_samples(model_config: Wav2Vec2Config) -> Callable[[int], int]:
+    """What tells the fewest samples from which the model makes so many frames."""
     return functools.partial(
         buckets.smallest_samples,
         kernels=model_config.conv_kernel,
@@ -237,7 +236,7 @@ def augmentation(
         data,
         cfg.seed,
         longest=shapes.samples[-1],
-        smallest_samples=_frame_samples(model_config),
+        smallest_samples=frame_samples(model_config),
         workers=cfg.data.num_workers,
     )
 

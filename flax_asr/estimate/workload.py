@@ -3,7 +3,6 @@
 import collections
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -280,11 +279,7 @@ def even_shapes(
 ) -> experiment.Shapes:
     """Evenly spaced padded lengths, multiples of 16 frames as in a real run."""
     longest = int(max_seconds * audio.SAMPLE_RATE_HZ)
-    smallest = functools.partial(
-        buckets.smallest_samples,
-        kernels=model_config.conv_kernel,
-        strides=model_config.conv_stride,
-    )
+    smallest = experiment.frame_samples(model_config)
     samples = set()
     for bucket in range(1, num_buckets + 1):
         wanted = longest * bucket // num_buckets

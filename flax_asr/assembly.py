@@ -25,7 +25,6 @@ from flax_asr import (
     programs,
     step,
 )
-from flax_asr.console import progress
 from flax_asr.data import features, loader
 from flax_asr.diagnosis import findings
 from flax_asr.estimate import forecast
@@ -229,8 +228,7 @@ class Assembly:
             self.plan.updates_per_epoch,
             len(jobs),
         )
-        with progress.Progress(len(jobs), "compiling", "programs") as bar:
-            return compilation.compile_all(jobs, lambda key, seconds: bar.advance(1))
+        return compilation.compile_shown(jobs)
 
     def meta(self, **progress: Any) -> inventory.Meta:
         """What stands beside the arrays of a checkpoint.

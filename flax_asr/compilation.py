@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from flax_asr.console import progress
 from flax_asr.data import pool
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,12 @@ def compile_all(
 
     with concurrent.futures.ThreadPoolExecutor(pool.available_cores()) as threads:
         return dict(zip(jobs, threads.map(one, jobs), strict=True))
+
+
+def compile_shown(jobs: dict[Any, Job], what: str = "compiling") -> dict[Any, Callable]:
+    """As `compile_all`, with progress on standard error; `what` says what is going on."""
+    with progress.Progress(len(jobs), what, "programs") as bar:
+        return compile_all(jobs, lambda key, seconds: bar.advance(1))
 
 
 def _lowerable(arguments: PyTree) -> PyTree:

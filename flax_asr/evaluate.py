@@ -175,9 +175,7 @@ def compiled(
         )
         for samples, tokens in reversed(list(shapes))
     }
-    with progress.Progress(len(jobs), "compiling", "programs") as bar:
-        programs = compilation.compile_all(jobs, lambda key, seconds: bar.advance(1))
-    return parallel.forward(programs, params, devices, per_device)
+    return parallel.forward(compilation.compile_shown(jobs), params, devices, per_device)
 
 
 def command(
@@ -226,40 +224,45 @@ def _score_splits(
     hosts.wait()
     rows = devices.count * cfg.train.per_device_eval_batch_size
     people = results.people(json_file) if hosts.is_first else io.StringIO()
+    scored = functools.partial(
+        score,
+        forward,
+        writes=loaded.vocabulary,
+        language=cfg.data.language,
+        normalization=normalize.spec,
+        seed=cfg.seed,
+        tokens=shapes.tokens,
+        rewrite=None if as_trained else normalize,
+    )
     with results.writer(json_file if hosts.is_first else None) as write:
         for name, data in sets.items():
-            scored = functools.partial(
-                score,
-                forward,
-                data,
-                writes=loaded.vocabulary,
-                language=cfg.data.language,
-                normalization=normalize.spec,
-                seed=cfg.seed,
-                tokens=shapes.tokens,
-                rewrite=None if as_trained else normalize,
-            )
             predictions: list[dict[str, Any]] = []
             in_groups = buckets.EvalPlan(data.samples, shapes.samples, rows)
-            scores = scored(plan=in_groups, predictions=predictions)
+            scores = scored(data, in_groups, predictions=predictions)
             lines = filter(None, (scores.describe(name), scores.table()))
             terminal.show("\n".join(lines), people)
 
-            written = score_files.predictions(loaded, cfg, normalize, name, data)
-            where = "no predictions are kept: the current folder cannot be written"
-            unused = None
-            if written is not None:
-                where = f"predictions: {written}"
-                if hosts.is_first:
-                    json_lines.write(written, predictions)
-                    unused = left_out.beside(written, name, data)
-            terminal.show(f"  {_caveats(loaded, data, unused)}{where}", people)
-            line = _result(name, scores, data) | {"predictions": written and str(written)}
+            place = score_files.predictions(loaded, cfg, normalize, name, data)
+            unused = _keep(predictions, place if hosts.is_first else None, name, data)
+            said = "no predictions are kept: the current folder cannot be written"
+            said = said if place is None else f"predictions: {place}"
+            terminal.show(f"  {_caveats(loaded, data, unused)}{said}", people)
+            line = _result(name, scores, data) | {"predictions": place and str(place)}
             if legacy:
                 in_order = buckets.InOrder(data.samples, shapes.samples, rows)
-                old = scored(plan=in_order, padded=True)
+                old = scored(data, in_order, padded=True)
                 line |= _legacy_result(old, rows, people)
             write(line)
+
+
+def _keep(
+    predictions: Sequence[dict[str, Any]], place: Path | None, split: str, data: examples.Examples
+) -> Path | None:
+    """Writes the file of predictions, if it has a place; returns the one of clips left out."""
+    if place is None:
+        return None
+    json_lines.write(place, predictions)
+    return left_out.beside(place, split, data)
 
 
 def _legacy_result(old: scoring.Scores, rows: int, people: io.TextIOBase) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from flax_asr import (
     compilation,
@@ -158,9 +160,8 @@ def _compute(
     params: step.Parameters,
     kept: features.Features,
 ) -> None:
-    """Every part that is missing, in batches of the training's shapes."""
+    """Every part that is missing."""
     missing = list(kept.missing())
-    per_device = cfg.train.per_device_train_batch_size
     logger.info(
         "keeping the output of %d layers for %d clips: %.2f GB in %s",
         objective.lower_layers,
@@ -169,32 +170,52 @@ def _compute(
         kept.folder,
     )
     kept.check_room()
-    widths = dict(shapes)
-    lower = parallel.lower(objective, devices)
-    jobs = {
-        samples: (lower, (params, devices.batch_shapes(per_device, samples, tokens)))
-        for samples, tokens in reversed(list(shapes))
-    }
-    with progress.Progress(len(jobs), "compiling the frozen layers", "programs") as bar:
-        programs = compilation.compile_all(jobs, lambda key, seconds: bar.advance(1))
+    per_device = cfg.train.per_device_train_batch_size
+    frozen = _FrozenLayers(objective, params, shapes, devices, per_device)
     started = time.monotonic()
     done = len(train) - sum(len(rows) for _, rows in missing)
     with progress.Progress(len(train), "keeping features", "clips", initial=done) as bar:
         for number, rows in missing:
-            plan = buckets.EvalPlan(
-                train.samples[rows], shapes.samples, devices.local_count * per_device
-            )
             frames: dict[int, np.ndarray] = {}
-            for group in plan:
-                samples = shapes.samples[group.shape]
-                real = group.rows >= 0
-                own = np.where(real, rows[group.rows], -1)
-                batch = loader.assemble(train, own, samples, widths[samples])
-                (placed,) = devices.micro_batches(batch, per_device)
-                given = np.asarray(programs[samples](params, placed))
-                given = given.reshape(-1, *given.shape[2:])
-                for place in np.flatnonzero(real):
-                    frames[own[place]] = given[place, : kept.length(own[place])]
-                bar.advance(int(real.sum()))
+            for row, padded in frozen.outputs(train, rows):
+                frames[row] = padded[: kept.length(row)]
+                bar.advance()
             kept.write(number, [frames[row] for row in rows])
     logger.info("kept after %.1f minutes", (time.monotonic() - started) / 60)
+
+
+class _FrozenLayers:
+    """The forward pass through the frozen layers, compiled for the shapes of a run's batches."""
+
+    def __init__(
+        self,
+        objective: criterion.Objective,
+        params: step.Parameters,
+        shapes: experiment.Shapes,
+        devices: parallel.Devices,
+        per_device: int,
+    ) -> None:
+        self._params, self._shapes = params, shapes
+        self._devices, self._per_device = devices, per_device
+        lower = parallel.lower(objective, devices)
+        jobs = {
+            samples: (lower, (params, devices.batch_shapes(per_device, samples, tokens)))
+            for samples, tokens in reversed(list(shapes))
+        }
+        self._programs = compilation.compile_shown(jobs, "compiling the frozen layers")
+
+    def outputs(
+        self, train: examples.Examples, rows: Int[np.ndarray, " rows"]
+    ) -> Iterator[tuple[int, Shaped[np.ndarray, "frames hidden"]]]:
+        """Each of these rows with its frames, those of padding included; in any order."""
+        at_once = self._devices.local_count * self._per_device
+        for group in buckets.EvalPlan(train.samples[rows], self._shapes.samples, at_once):
+            samples, tokens = list(self._shapes)[group.shape]
+            real = group.rows >= 0
+            own = np.where(real, rows[group.rows], -1)
+            batch = loader.assemble(train, own, samples, tokens)
+            (placed,) = self._devices.micro_batches(batch, self._per_device)
+            given = np.asarray(self._programs[samples](self._params, placed))
+            by_row = given.reshape(-1, *given.shape[2:])
+            for place in np.flatnonzero(real):
+                yield int(own[place]), by_row[place]

@@ -7,6 +7,7 @@ why they are not run here: their shell must parse, and so must every command of 
 code.
 """
 
+import ast
 import dataclasses
 import json
 import os
@@ -175,14 +176,6 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_the_map_of_the_code_names_every_module_or_its_folder():
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The map of the code")[2]
-    named = {ROOT / path for path in re.findall(r"\]\((flax_asr/[^)]+)\)", text)}
-    modules = {p for p in (ROOT / "flax_asr").rglob("*.py") if p.name != "__init__.py"}
-    missing = {path for path in modules if not {path, path.parent} & named}
-    assert {path.relative_to(ROOT).as_posix() for path in missing} == set()
-
-
 @every_page
 def test_options_in_running_text_exist(page):
     sections = {name.partition(".")[0] for name in config.option_types() if "." in name}
@@ -256,7 +249,34 @@ def names_table() -> str:
     return "\n".join(rows)
 
 
+def modules_table() -> str:
+    """Every file of the package, folder by folder, with what its docstring begins with."""
+    package = ROOT / "flax_asr"
+    lines = []
+    for folder in sorted({path.parent for path in package.rglob("*.py")}):
+        lines += [
+            f"## {folder.relative_to(ROOT).as_posix()}/",
+            "",
+            _summary(folder / "__init__.py"),
+        ]
+        lines += ["", "| file | what it is |", "|---|---|"]
+        for path in sorted(folder.glob("*.py")):
+            if path.name != "__init__.py":
+                shown = path.name.replace("__", r"\_\_")
+                link = f"[{shown}](../{path.relative_to(ROOT).as_posix()})"
+                lines.append(f"| {link} | {_summary(path)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _summary(module: pathlib.Path) -> str:
+    """The first paragraph of its docstring."""
+    docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
+    return " ".join(docstring.split("\n\n")[0].split()).replace("|", r"\|")
+
+
 TABLES = {
+    "modules": (ROOT / "docs" / "code.md", modules_table),
     "options": (ROOT / "docs" / "configuration.md", options_table),
     "names": (ROOT / "docs" / "coming_from_transformers.md", names_table),
 }

@@ -69,8 +69,8 @@ def forward(
     """
     config = objective.config
     frame_lengths = wav2vec2.frame_lengths(config, batch.sample_lengths)
-    through = _through_upper if isinstance(batch, CachedBatch) else _through_all
-    logits = through(objective, params, batch, frame_lengths, key)
+    logits_of = _logits_of_features if isinstance(batch, CachedBatch) else _logits_of_audio
+    logits = logits_of(objective, params, batch, frame_lengths, key)
     losses = ctc.ctc_loss(
         logits, frame_lengths, batch.labels, batch.label_lengths, blank=config.pad_token_id
     )
@@ -87,7 +87,7 @@ def lower(
     Args:
         params: by path.
     """
-    audio, attention_mask = _heard(objective, batch)
+    audio, attention_mask = _model_inputs(objective, batch)
     tree = flax.traverse_util.unflatten_dict(params, sep="/")
     outputs = objective.module.apply(
         {"params": tree}, audio, attention_mask, output_hidden_states=True
@@ -111,7 +111,7 @@ def waveform(batch: Batch, do_normalize: bool) -> Float[Array, "batch samples"]:
     return centred * jax.lax.rsqrt(variance + 1e-7)
 
 
-def _heard(
+def _model_inputs(
     objective: Objective, batch: Batch
 ) -> tuple[Float[Array, "batch samples"], Bool[Array, "batch samples"] | None]:
     """(Audio as the model takes it, its attention mask; None where the model gets none)."""
@@ -121,35 +121,24 @@ def _heard(
     return audio, jnp.arange(audio.shape[1]) < batch.sample_lengths[:, None]
 
 
-def _through_all(objective, params, batch: Batch, frame_lengths, key):
-    """Logits of audio."""
+def _logits_of_audio(
+    objective: Objective,
+    params: PyTree,
+    batch: Batch,
+    frame_lengths: Int[Array, " batch"],
+    key: Any,
+) -> Float[Array, "batch frames vocab"]:
+    """The whole model; with a key, masks and dropout are drawn."""
     config = objective.config
-    audio, attention_mask = _heard(objective, batch)
-    frames = int(wav2vec2.frame_lengths(config, audio.shape[1]))
+    audio, attention_mask = _model_inputs(objective, batch)
     time_mask = feature_mask = rngs = None
     if key is not None:
         dropout_key, time_key, feature_key = jax.random.split(key, 3)
         rngs = {"dropout": dropout_key}
-        if config.apply_spec_augment and config.mask_time_prob > 0:
-            time_mask = masking.time_mask(
-                time_key,
-                frame_lengths
-                if objective.use_attention_mask
-                else jnp.full_like(frame_lengths, frames),
-                frames,
-                prob=config.mask_time_prob,
-                length=config.mask_time_length,
-                min_spans=config.mask_time_min_masks,
-            )
-        if config.apply_spec_augment and config.mask_feature_prob > 0:
-            feature_mask = masking.feature_mask(
-                feature_key,
-                audio.shape[0],
-                config.hidden_size,
-                prob=config.mask_feature_prob,
-                length=config.mask_feature_length,
-                min_spans=config.mask_feature_min_masks,
-            )
+        frames = int(wav2vec2.frame_lengths(config, audio.shape[1]))
+        if not objective.use_attention_mask:  # to the model all frames are real
+            frame_lengths = jnp.full_like(frame_lengths, frames)
+        time_mask, feature_mask = _masks(config, time_key, feature_key, frame_lengths, frames)
     return objective.module.apply(
         {"params": params},
         audio,
@@ -162,8 +151,44 @@ def _through_all(objective, params, batch: Batch, frame_lengths, key):
     ).logits
 
 
-def _through_upper(objective, params, batch: CachedBatch, frame_lengths, key):
-    """Logits from the lower layers' output, with the dropout that the whole model would draw."""
+def _masks(
+    config: Wav2Vec2Config,
+    time_key: Any,
+    feature_key: Any,
+    frame_lengths: Int[Array, " batch"],
+    frames: int,
+) -> tuple[Bool[Array, "batch frames"] | None, Bool[Array, "batch hidden"] | None]:
+    """SpecAugment's masks of frames and of channels; None where the configuration asks for none."""
+    time_mask = feature_mask = None
+    if config.apply_spec_augment and config.mask_time_prob > 0:
+        time_mask = masking.time_mask(
+            time_key,
+            frame_lengths,
+            frames,
+            prob=config.mask_time_prob,
+            length=config.mask_time_length,
+            min_spans=config.mask_time_min_masks,
+        )
+    if config.apply_spec_augment and config.mask_feature_prob > 0:
+        feature_mask = masking.feature_mask(
+            feature_key,
+            len(frame_lengths),
+            config.hidden_size,
+            prob=config.mask_feature_prob,
+            length=config.mask_feature_length,
+            min_spans=config.mask_feature_min_masks,
+        )
+    return time_mask, feature_mask
+
+
+def _logits_of_features(
+    objective: Objective,
+    params: PyTree,
+    batch: CachedBatch,
+    frame_lengths: Int[Array, " batch"],
+    key: Any,
+) -> Float[Array, "batch frames vocab"]:
+    """The upper layers and the head, with the dropout that the whole model would draw."""
     frames = batch.hidden_state.shape[1]
     return upper.of(objective.module, objective.lower_layers).apply(
         {"params": params},

@@ -47,18 +47,22 @@ class SavedModel:
 
     @property
     def normalization(self) -> Any:
+        """The steps that made the transcripts."""
         return self.meta.normalization
 
     @property
     def language(self) -> str:
+        """As Common Voice writes it."""
         return self.meta.run["data"]["language"]
 
     @property
     def step(self) -> int:
+        """Updates that were done."""
         return self.meta.step
 
     @property
     def metrics(self) -> dict[str, float | str]:
+        """The scores of this step, empty where it was not scored."""
         return self.meta.metrics
 
 

@@ -172,6 +172,7 @@ class LossScale:
 
     @classmethod
     def create(cls, mixed_precision: str) -> "LossScale":
+        """The scale of the first update: 65536 in fp16."""
         dynamic = mixed_precision == "fp16"
         return cls(jnp.float32(65536.0 if dynamic else 1.0), jnp.int32(0), dynamic)
 

@@ -27,6 +27,7 @@ class Rate:
 
     @property
     def value(self) -> float:
+        """Errors for each unit of the references."""
         return self.counts.rate
 
 
@@ -145,6 +146,7 @@ class Counts:
 
     @classmethod
     def empty(cls, rows: int) -> "Counts":
+        """Of rows that are not scored yet: NaN and -1."""
         return cls(
             np.full(rows, np.nan),
             *(np.full((rows, 2), -1, np.int32) for _ in range(5)),

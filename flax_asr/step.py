@@ -77,6 +77,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, trainable: Parameters) -> "Sums":
+        """Those of no micro-batch; `trainable` may be shapes under `jax.eval_shape`."""
         zero = jnp.float32(0)
         gradients = {path: jnp.zeros(p.shape, jnp.float32) for path, p in trainable.items()}
         return cls(gradients, zero, zero, zero, zero, zero, jnp.int32(0))

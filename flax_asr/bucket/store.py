@@ -133,6 +133,7 @@ class Store:
         return self._tried(f"cannot read {self.url}/{name}", content)
 
     def write(self, name: str, content: bytes) -> None:
+        """Puts an object there, in place of one of that name."""
         put = functools.partial(self._files.pipe_file, self._path(name), content)
         self._tried(f"cannot write {self.url}/{name}", put)
 

@@ -207,15 +207,18 @@ def _damaged(path: Path, what: str) -> errors.DataError:
 
 
 def content_hash(files: Mapping[str, str]) -> str:
+    """Of a split, from the sha256 of its files by name; what was left out does not count."""
     content = [f"{name} {digest}" for name, digest in files.items() if name != "left_out.jsonl"]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:
+    """Of everything that a manifest says."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines that was written here."""
     with open(path, "rb") as lines:
         for line in lines:
             yield json.loads(line)

@@ -67,6 +67,7 @@ class Split:
 
     @property
     def gains(self) -> Float32[np.ndarray, " clips"]:
+        """Ones: a look keeps no audio that they would scale."""
         return np.ones(len(self), np.float32)
 
     @property

@@ -92,6 +92,7 @@ class RunLog:
         return next((e[name] for e in reversed(self.events) if name in e), otherwise)
 
     def close(self) -> None:
+        """Lets go of TensorBoard's file; the log itself is closed after every line."""
         if self._board is not None:
             self._board.close()
 

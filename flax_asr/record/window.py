@@ -42,6 +42,7 @@ class Window:
         self._waited_seconds = 0.0
 
     def as_json(self) -> dict[str, float]:
+        """What a checkpoint keeps, for a window that goes on after a resume."""
         return dict(self._figures)
 
     def add(

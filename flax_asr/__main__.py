@@ -35,7 +35,7 @@ _TAKE_A_MODEL = ("evaluate", "transcribe")
 
 COMMANDS = {
     "prepare": "decode the splits that the configuration names",
-    "train": "prepare, train, evaluate, checkpoint, export and write the card; again = go on",
+    "train": "prepare, train, evaluate, checkpoint, export, write the card; run again to go on",
     "evaluate": "loss, WER and CER of a model on the named splits",
     "transcribe": "the text of audio files of any length",
     "export": "a run's best checkpoint as a transformers folder",

@@ -1,11 +1,9 @@
 """One pass over examples: every clip is scored once, reference and hypothesis go to a file."""
 
-import contextlib
 import dataclasses
 import functools
 import io
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +13,24 @@ from jaxtyping import Int
 
 from flax_asr import (
     alignment,
-    common_voice,
     compilation,
     config,
     differences,
-    errors,
     experiment,
     languages,
     loading,
     metrics,
     parallel,
     score_files,
+    scored_splits,
     scoring,
     step,
     text,
     vocabulary,
 )
 from flax_asr.console import model_options, progress, results, terminal
-from flax_asr.data import buckets, examples, loader, prepare, shards
+from flax_asr.data import buckets, examples, loader, shards
 from flax_asr.hosts import cluster, multihost
-from flax_asr.models import wav2vec2
 from flax_asr.record import json_lines, left_out
 
 Forward = Callable[[loader.Batch], Sequence[np.ndarray]]
@@ -210,10 +206,10 @@ def _score_splits(
     legacy: bool,
 ) -> None:
     loaded = loading.load(model)
-    cfg = _resolved(loaded, overrides)
+    cfg = scored_splits.configure(loaded, overrides)
     normalize = text.normalizer(cfg.normalization)
     as_trained = loaded.writes_by(normalize) or not normalize.steps
-    sets = _examples(loaded, cfg, normalize, hosts)
+    sets = scored_splits.prepared(loaded, cfg, normalize, hosts)
     if hosts.count > 1:
         found = {f"clips of {name}": data.hash for name, data in sets.items()}
         found |= {"weights": multihost.digest(loaded.params), "--legacy": legacy}
@@ -276,49 +272,6 @@ def _legacy_result(old: scoring.Scores, rows: int, people: io.TextIOBase) -> dic
     return {"legacy_wer": wer, "legacy_cer": cer, "legacy_rule": old.rule}
 
 
-def _examples(
-    loaded: loading.LoadedModel,
-    cfg: config.Config,
-    normalize: text.Normalizer,
-    hosts: multihost.Hosts,
-) -> dict[str, examples.Examples]:
-    """The splits to be scored, prepared where they were not."""
-    with _telling_whose_source(loaded, cfg):
-        hosts.work_ahead(
-            prepare.prepared_folder(cfg),
-            lambda: prepare.prepare(cfg),
-            for_all=prepare.is_in_bucket(cfg),
-        )
-        splits = prepare.prepare(cfg, verify=True)
-    return {
-        name: examples.build(
-            [splits[name]],
-            normalize=normalize,
-            vocabulary=loaded.vocabulary,
-            frame_lengths=functools.partial(wav2vec2.frame_lengths, loaded.config),
-            max_clips=cfg.data.max_eval_clips,
-            seed=cfg.seed,
-        )
-        for name in cfg.data.test_splits
-    }
-
-
-@contextlib.contextmanager
-def _telling_whose_source(loaded: loading.LoadedModel, cfg: config.Config) -> Iterator[None]:
-    """Where nothing is at `data.source`: whether the user gave it, or the model's run has it so."""
-    source = cfg.data.source
-    try:
-        yield
-    except errors.DataError as error:
-        given = source != loaded.settings.get("data", {}).get("source")
-        if given or not common_voice.is_path(source) or os.path.exists(os.path.expanduser(source)):
-            raise
-        raise errors.DataError(
-            f"{error}. It is what {loaded.name} was trained on, seen from the folder where that was"
-            " begun: give --data.source."
-        ) from error
-
-
 def _result(name: str, scores: scoring.Scores, data: examples.Examples) -> dict[str, Any]:
     """A split's object for `--json`."""
     line: dict[str, Any] = {"split": name, **scores.as_metrics("eval")}
@@ -328,32 +281,6 @@ def _result(name: str, scores: scoring.Scores, data: examples.Examples) -> dict[
     line["not_prepared"] = shards.summary(e for split in data.splits for e in split.left_out)
     line["groups"] = [dataclasses.asdict(group) for group in scores.groups]
     return line
-
-
-def _resolved(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.Config:
-    """The configuration with the splits that are scored, and no others."""
-    cfg = loading.configure(loaded, overrides)
-    if cfg.data.language is None:
-        raise errors.ConfigError(
-            f"{loaded.name} does not say which language it writes: give --data.language CODE,"
-            " for example zh-HK. It decides how transcripts are normalised and scored."
-        )
-    if cfg.data.source is None:
-        raise errors.ConfigError(
-            f"{loaded.name} does not say what it is scored on: give --data.source, a release for"
-            " example, and --data.test_splits where it is not test."
-        )
-    if not cfg.data.test_splits:
-        raise errors.ConfigError("no split is named: give --data.test_splits NAME.")
-    data = dataclasses.replace(cfg.data, train_splits=(), eval_splits=())
-    scored = dataclasses.replace(cfg, data=data)
-    if data.prepared_dir is None or any(w.startswith("--data.prepared_dir") for w in overrides):
-        return scored
-    own = config.build(loaded.settings)
-    if prepare.content(cfg) == prepare.content(own) or prepare.fits(scored):
-        return scored
-    # The run's own splits are there, and would be taken for others that have their names.
-    return dataclasses.replace(cfg, data=dataclasses.replace(data, prepared_dir=None))
 
 
 def _caveats(

@@ -29,7 +29,7 @@ LAYERS = (
     " record.window hyperparameters card experiment origins corpora feature_cache",
     "programs",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
-    "loading score_files evaluate transcribe export resume finishing",
+    "loading score_files scored_splits evaluate transcribe export resume finishing",
     "loop plan doctor",
     "__main__",
 )

@@ -25,6 +25,7 @@ from flax_asr import (
     loading,
     parallel,
     score_files,
+    scored_splits,
     scoring,
     text,
     vocabulary,
@@ -563,10 +564,10 @@ def test_other_data_do_not_go_where_the_run_keeps_its_own(saved, release, tmp_pa
     place = own.partition("=")[2]
     settings = config.as_dict(config.build({"output_dir": "r"}, ["--data.language=eu", *options]))
     loaded = _loaded(saved, **settings)
-    prepare.prepare(evaluate._resolved(loaded, []))
+    prepare.prepare(scored_splits.configure(loaded, []))
 
     def place_of(*more):
-        return evaluate._resolved(loaded, more).data.prepared_dir
+        return scored_splits.configure(loaded, more).data.prepared_dir
 
     assert place_of() == place_of("--data.test_splits=train") == place
     assert place_of("--data.source=absent") is None

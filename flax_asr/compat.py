@@ -13,7 +13,7 @@ _END = "end_with_space"
 
 @dataclass(frozen=True)
 class Semantics:
-    """The defaults are the sound behaviour.
+    """In what a run may follow another program; the defaults are what it does by itself.
 
     Attributes:
         normalization: the rule where text.normalization is null; None for the language's own.

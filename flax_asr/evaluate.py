@@ -34,8 +34,8 @@ from flax_asr.hosts import cluster, multihost
 from flax_asr.record import json_lines, left_out
 
 Forward = Callable[[loader.Batch], Sequence[np.ndarray]]
-"""This host's rows of a group -> of the whole group: loss [rows], most likely symbol of each frame
-[rows frames], real frames [rows]."""
+"""Runs the model on this host's rows of a group; gives three arrays of the whole group's rows: loss
+[rows], most likely symbol of each frame [rows frames], number of real frames [rows]."""
 
 _NO_CHARACTER = "\uffff"
 """Stands for the unknown token where errors are counted: one character, and a wrong one."""

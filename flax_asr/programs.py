@@ -6,9 +6,12 @@ from typing import NamedTuple
 from flax_asr import compilation, config, criterion, experiment, parallel, partition, step
 
 Key = tuple[str, int]
-"""A function and the padded samples it takes: ("update_from", n), where an update is one
-micro-batch; else ("accumulate", n), ("accumulate_head", n) while the encoder waits, and
-("update", 0); ("evaluate", n)."""
+"""A function of step.py and the padded samples it takes.
+
+Training is ("update_from", n) where an update is one micro-batch. Else it is ("accumulate", n) for
+each micro-batch, or ("accumulate_head", n) during `model.freeze_encoder_steps`, and then
+("update", 0). Scoring is ("evaluate", n).
+"""
 
 
 class Steps(NamedTuple):

@@ -33,7 +33,10 @@ class Rate:
 
 @dataclass(frozen=True)
 class PaddedScores:
-    """What the scripts of 2022 gave for the same outputs; they read the padding too."""
+    """What the scripts of 2022 gave for the same outputs; they read the padding too.
+
+    Those are transformers' run_speech_recognition_ctc.py of that time and its like: docs/compat.md.
+    """
 
     wer: Rate
     cer: Rate

@@ -60,6 +60,7 @@ def _imported(nodes) -> set[str]:
     return found
 
 
+@functools.cache
 def _everywhere(module: str) -> set[str]:
     return _imported(ast.walk(_tree(module)))
 

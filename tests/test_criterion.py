@@ -17,6 +17,8 @@ from flax_asr.models import upper, wav2vec2
 
 VOCAB = 11
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Told(nn.Module):
     """Stands for the model: has what it is told kept, and gives these logits."""

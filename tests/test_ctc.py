@@ -19,6 +19,8 @@ from hypothesis.extra import numpy as hypothesis_numpy
 from flax_asr import ctc, ctc_columns, ctc_kernel, plan
 from flax_asr.estimate import chips
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @functools.cache
 def compiled(**options):

@@ -13,6 +13,8 @@ from models import small_torch
 from flax_asr import config, optim, step
 from flax_asr.models import convert
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize("warmup", [0, 1, 20])
 @pytest.mark.parametrize("kind", ["linear", "constant", "cosine"])

@@ -12,6 +12,8 @@ from flax_asr import plan
 from flax_asr.estimate import chips
 from flax_asr.models import feature_encoder, first_layer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _parameters(taps, features, seed=0):
     rng = np.random.default_rng(seed)

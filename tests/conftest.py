@@ -19,9 +19,6 @@ import jax
 import pytest
 import signatures  # noqa: F401 (before anything that imports the package)
 import small_training
-from jax._src import compiler
-
-COMPILE_OPTIONS = compiler.get_compile_options
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,32 +44,12 @@ def programs_go_with_their_module():
 def quick_compilation():
     """For modules whose models are tiny: XLA's optimisations cost more than they save there.
 
-    So do its newer emitters of code, which take most of the time to compile a small program.
-    The end-to-end tests have both on.
+    The end-to-end tests have them on.
     """
     before = jax.config.read("jax_disable_most_optimizations")
-
-    def with_older_emitters(*arguments, **named):
-        options = COMPILE_OPTIONS(*arguments, **named)
-        # Some tests compile for chips that this machine does not have.
-        if named["backend"].platform == "cpu":
-            options.env_option_overrides = [
-                *options.env_option_overrides,
-                ("xla_cpu_use_fusion_emitters", False),
-            ]
-        return options
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", with_older_emitters)
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
-def newer_emitters(quick_compilation, monkeypatch):
-    """For programs that have the same bits only where these emit them, as for users."""
-    monkeypatch.setattr(compiler, "get_compile_options", COMPILE_OPTIONS)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -427,7 +427,6 @@ def test_training_draws_no_masks(folder, batch):
     np.testing.assert_array_equal(trained, model(*batch).logits)
 
 
-@pytest.mark.usefixtures("newer_emitters")
 def test_a_frozen_feature_encoder_changes_gradients_only(model, batch):
     def loss(params, freeze):
         out = model(*batch, params=params, freeze_feature_encoder=freeze)

@@ -344,8 +344,7 @@ def _frames(config: "Wav2Vec2Config", what: str, shape: tuple[Any, ...]) -> Any:
     if not frames:
         least = pretrained.shortest(config)[1]
         raise ValueError(
-            f"{what} {shape}: it must be [batch samples], with {least} samples or more, which give"
-            " a frame."
+            f"{what} {shape}: it must be [batch samples], with {least} samples or more (a frame)."
         )
     return frames
 

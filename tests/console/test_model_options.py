@@ -63,5 +63,6 @@ def test_what_changes_something_is_not_spoken_of(caplog):
     assert not caplog.messages
 
 
-def test_what_is_no_option_is_left_to_who_names_the_nearest():
+def test_what_is_no_option_is_left_to_who_names_the_nearest(caplog):
     model_options.check("transcribe", ["--train.mixed_precison", "fp32"])
+    assert not caplog.messages

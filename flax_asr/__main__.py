@@ -18,9 +18,9 @@ from flax_asr.hosts import stopping
 
 USER_ERROR, INTERRUPTED = errors.STATUS, stopping.STATUS
 BROKEN_OFF = 128 + signal.SIGINT
-"""Exit status of a command that Ctrl-C ended with nothing to go on from; as shells have it."""
+"""Exit status of a command ended by Ctrl-C that cannot be resumed; the shells' convention."""
 UNREAD = 128 + signal.SIGPIPE
-"""Exit status of a command whose output nobody reads any more, as after `| head`."""
+"""Exit status of a command whose output is no longer read, as after `| head`."""
 
 OWN_OPTIONS = frozenset(
     (
@@ -35,17 +35,17 @@ _TAKE_A_MODEL = ("evaluate", "transcribe")
 
 COMMANDS = {
     "prepare": "decode the splits that the configuration names",
-    "train": "prepare, train, evaluate, checkpoint, export, write the card; run again to go on",
+    "train": "prepare, train, evaluate, checkpoint, export, write the card; run again to resume",
     "evaluate": "loss, WER and CER of a model on the named splits",
     "transcribe": "the text of audio files of any length",
     "export": "a run's best checkpoint as a transformers folder",
-    "plan": "compile the run for a TPU that is not here: does it fit, how fast should it be",
-    "doctor": "look at data and machine before you pay for a run",
+    "plan": "compile the run for a TPU that you do not have yet: does it fit, how fast is it",
+    "doctor": "check data and machine before you pay for a run",
 }
 
 
 def command() -> int:
-    """The process of `flax-asr`, which torch stays out of.
+    """Entry point of `flax-asr`; returns the exit status. Keeps torch out of the process.
 
     transformers' configuration classes import torch wherever it is installed: seconds and hundreds
     of megabytes that no command needs. The check of an export has a process of its own.
@@ -124,7 +124,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_current_folder() -> None:
-    """Raises `ConfigError` where it is gone, which libraries fail of while they are imported."""
+    """Raises `ConfigError` if it has been deleted, on which libraries fail while being imported."""
     try:
         os.getcwd()
     except OSError as error:
@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--config", help="the configuration file (YAML)")
         if name in _TAKE_A_MODEL:
             command.add_argument(
-                "--model", required=True, help="a run, checkpoint, export, or hub id"
+                "--model", required=True, help="a run folder, checkpoint, export, or hub id"
             )
         if name in (*_TAKE_A_MODEL, "plan", "doctor"):
             command.add_argument("--json", metavar="FILE", help="results for programs; - = stdout")
@@ -210,9 +210,8 @@ def _epilog(command: str) -> str | None:
     if command in _TAKE_A_MODEL:
         return option_help.listing(
             functools.partial(model_options.takes, command),
-            "What is not given is as in the run of the model; an export knows language and\n"
-            "normalisation, and is computed in fp32, like the models of others. Else it is the"
-            " default.",
+            "What is not given is read from the run that made the model. An export carries its\n"
+            "language and normalisation, and is computed in fp32, like models made elsewhere.",
         )
     return option_help.listing()
 
@@ -222,24 +221,26 @@ def _add_own(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument(
             "--restart",
             action="store_true",
-            help="keep the old run under a dated name, begin again",
+            help="keep the old run under a dated name and start anew",
         )
     elif name == "evaluate":
         command.add_argument(
             "--legacy", action="store_true", help="also score as the scripts of 2022 did"
         )
     elif name == "transcribe":
-        command.add_argument("audio", nargs="+", metavar="AUDIO")
+        command.add_argument("audio", nargs="+", metavar="AUDIO", help="audio files")
     elif name == "export":
-        command.add_argument("run", metavar="RUN")
-        command.add_argument("out", metavar="OUT")
+        command.add_argument("run", metavar="RUN", help="a run folder")
+        command.add_argument("out", metavar="OUT", help="the folder to write")
         command.add_argument("--step", type=int, help="which checkpoint; by default the best one")
     elif name == "doctor":
         command.add_argument(
             "--spectrograms", metavar="FOLDER", help="pictures of the most suspect training clips"
         )
     elif name == "plan":
-        command.add_argument("--topology", required=True, help="for example v5e:2x4")
+        command.add_argument(
+            "--topology", required=True, help="chip and shape of the slice: v5e:2x4"
+        )
         command.add_argument(
             "--every_shape",
             action="store_true",
@@ -248,14 +249,14 @@ def _add_own(command: argparse.ArgumentParser, name: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors as those of the configuration: one line, status 2."""
+    """Raises errors as `ConfigError`, like those of the configuration: one line, status 2."""
 
     def error(self, message: str):
         hint = ""
         if message.startswith("unrecognized"):
             hint = " An option takes one value, a list is written a,b."
             if set(re.findall(r"--\w+", message)) & OWN_OPTIONS:
-                hint = " Another command has this option, this one has not."
+                hint = " That option belongs to another command."
             elif file := re.search(r"\S+\.ya?ml\b", message):
                 hint = f" A configuration file is given as --config {file[0]}."
             if model := re.search(r"--model\b=? ?(\S+)", message):

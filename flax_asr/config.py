@@ -1,4 +1,4 @@
-"""The configuration: frozen dataclasses, one for each concern; how it is read is options.py's part.
+"""The configuration: frozen dataclasses, one for each concern; options.py reads their values.
 
 A key that does not exist, a value of the wrong type or out of range is a `ConfigError` that names
 the key and the nearest right one. Scalars are YAML 1.2: `no` is a string, `1e-8` is a number.
@@ -19,13 +19,13 @@ from flax_asr import checks, errors, options, yaml_file
 class AugmentConfig:
     """How training clips are changed, drawn anew for every clip in every epoch.
 
-    Each is a range, [low, high], from which values are drawn uniformly; null: no such change.
+    Each is a range, [low, high], from which values are drawn uniformly; null turns it off.
 
     Attributes:
-        speed: factors of the speed; pitch and length change with it.
-        pitch: semitones; the length stays. It costs more time than all the others.
-        gain_db: decibels. A model that normalises its input hears no difference.
-        noise_snr_db: decibels between the clip and the white noise that is added.
+        speed: factors of speed; pitch and length change with it.
+        pitch: semitones; the length stays. It takes more time than all the others.
+        gain_db: decibels. No effect on a model that normalises its input.
+        noise_snr_db: signal-to-noise ratio of added white noise, in decibels.
     """
 
     speed: tuple[float, float] | None = None
@@ -56,18 +56,19 @@ class DataConfig:
         source: a release folder, its .tar.gz, `parquet:GLOB`, `hf:NAME[:CONFIG]`, or a
             .csv / .tsv / .jsonl manifest with the columns path and sentence.
         language: the code of the language as Common Voice writes it, for example zh-HK.
-        train_splits: the splits trained on.
-        eval_splits: scored during training; they choose the best checkpoint.
-        test_splits: scored once, at the end, with the best checkpoint.
+        train_splits: the splits to train on.
+        eval_splits: the splits scored during training, which choose the best checkpoint.
+        test_splits: the splits scored once, at the end, with the best checkpoint.
         prepared_dir: where decoded audio is kept, also gs://BUCKET/PATH; by default a folder beside
             output_dir.
-        text_column: the column of the transcript, where it is not `sentence`.
+        text_column: the column of the transcript, if it is not `sentence`.
         min_seconds: shorter clips are left out.
         max_seconds: longer clips are left out.
-        num_buckets: the most padded lengths of training batches; scoring has half as many.
+        num_buckets: how many padded lengths training batches have at most; scoring has half as
+            many.
         num_workers: decoding processes; by default one for each core.
         max_train_clips: use at most this many training clips, drawn once from the seed.
-        max_eval_clips: use at most this many clips of every other split.
+        max_eval_clips: use at most this many clips of each eval and test split.
         trim_silence: cut silence from both ends of every clip.
         cache_features: with model.trainable_layers, compute the frozen layers' output for each
             training clip once, and keep it beside the prepared data.
@@ -111,7 +112,7 @@ class TextConfig:
     Attributes:
         normalization: a language code or a list of steps, which may begin with such a code (or with
             `default`) and extend it; by default data.language's rules.
-        min_count: rarer characters of the training text become [UNK].
+        min_count: characters that occur less often in the training text become [UNK].
         vocabulary: a vocab.json to use instead of the training text's characters, or a model (hub
             id, folder, run) whose vocabulary it is.
     """
@@ -131,15 +132,16 @@ class ModelConfig:
     Attributes:
         pretrained: a hub id or a folder (a run folder too); null starts from random weights.
         config: overrides of fields of transformers.Wav2Vec2Config.
-        freeze_feature_encoder: the convolutions get no gradient and no optimiser state.
+        freeze_feature_encoder: do not train the convolutions, which saves their gradient and
+            optimiser state.
         freeze_encoder_steps: how many updates at the start train the head only.
         trainable_layers: train only the head and this many of the top layers.
-        reset_head: start a fresh head although the vocabulary is the same, or cannot be read.
+        reset_head: start with a new head even if the vocabulary is the same, or cannot be read.
         attention: the implementation of attention: `xla` is the plain one, `pallas` a kernel for
             TPU, `cudnn` a kernel for NVIDIA GPUs in fp16 and bf16; `auto` picks by machine and
-            precision. With attention dropout the plain one takes the place of cuDNN's.
+            precision. With attention dropout the plain one replaces cuDNN's.
         remat_policy: what gradient checkpointing keeps; `full` recomputes whole layers, the others
-            are jax's checkpoint policies of these names.
+            are the policies of these names in jax.checkpoint_policies.
     """
 
     pretrained: str | None = None
@@ -161,11 +163,11 @@ class OptimConfig:
     """AdamW and its schedule, named as the Hugging Face Trainer names them.
 
     Attributes:
-        learning_rate: the peak rate.
+        learning_rate: the peak learning rate.
         head_learning_rate: another peak rate for the CTC head (lm_head), on the same schedule.
-        lr_scheduler_type: what happens after the warm-up; `tri_stage` holds, then decays.
-        warmup_steps: updates in which the rate rises linearly from 0.
-        warmup_fraction: the same as a fraction of the run; excludes warmup_steps.
+        lr_scheduler_type: the schedule after the warm-up; `tri_stage` holds, then decays.
+        warmup_steps: updates in which the learning rate rises linearly from 0.
+        warmup_fraction: the warm-up as a fraction of the run; excludes warmup_steps.
         hold_fraction: the fraction of the run that `tri_stage` stays at the peak.
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
@@ -173,7 +175,7 @@ class OptimConfig:
         weight_decay: decoupled decay of weights, not of biases and LayerNorm scales.
         max_grad_norm: clip gradients to this global norm; null for no clipping.
         ema_decay: the decay of an exponential moving average of the weights, which is scored and
-            exported in their place; null for none.
+            exported instead of them; null for none.
     """
 
     learning_rate: float = 3e-4
@@ -232,11 +234,11 @@ class TrainConfig:
 
     Attributes:
         num_train_epochs: passes over the training clips.
-        max_steps: updates; takes the place of num_train_epochs.
-        global_batch_size: clips an update, over all devices.
-        gradient_accumulation_steps: micro-batches an update; excludes global_batch_size.
-        per_device_train_batch_size: clips a device takes at once.
-        per_device_eval_batch_size: the same when scoring.
+        max_steps: length of the run in updates; overrides num_train_epochs.
+        global_batch_size: clips in an update, over all devices.
+        gradient_accumulation_steps: micro-batches in an update; excludes global_batch_size.
+        per_device_train_batch_size: clips in a micro-batch on each device.
+        per_device_eval_batch_size: clips that each device scores at once.
         mixed_precision: the precision of matrix products and activations.
         gradient_checkpointing: recompute activations in the backward pass.
         logging_steps: updates between two lines of the log.
@@ -248,9 +250,9 @@ class TrainConfig:
         max_bad_updates: stop the run after this many non-finite updates in a row.
         compat: `hf-4.17` trains and scores as the Trainer and the speech recognition example of
             transformers 4.17 did (docs/compat.md).
-        on_save_error: whether a run whose folder cannot be written (a full disk) stops, or goes on
-            and tries again at the next save.
-        zero_sharding: divide the optimiser's state among the devices (ZeRO stage 1): the same
+        on_save_error: what to do if the run folder cannot be written (a full disk): stop, or
+            continue and try again at the next save.
+        zero_sharding: divide the optimiser state among the devices (ZeRO stage 1): the same
             training in less memory.
     """
 
@@ -293,7 +295,7 @@ class Config:
     """One run.
 
     Attributes:
-        seed: of everything random: batch order, dropout, masks, fresh weights.
+        seed: the seed of everything random: batch order, dropout, masks, new weights.
         output_dir: the run folder, also gs://BUCKET/PATH.
     """
 

@@ -1,4 +1,4 @@
-"""Options of the Hugging Face Trainer and its examples, and what takes their place here."""
+"""Options of the Hugging Face Trainer and its examples, and their equivalents here."""
 
 OURS = {
     "fp16": "train.mixed_precision fp16",
@@ -14,12 +14,12 @@ OURS = {
     "dataset_config_name": "data.source hf:NAME:CONFIG",
     "model_name_or_path": "model.pretrained",
     "tokenizer_name_or_path": "text.vocabulary",
-    "cache_dir": "nothing: the hub's cache is where the variable HF_HOME says",
+    "cache_dir": "nothing: set HF_HOME to move the hub's cache",
     **dict.fromkeys(("token", "use_auth_token"), "nothing: `hf auth login`, or set HF_TOKEN"),
-    "trust_remote_code": "nothing: code of a model or a dataset is never run",
-    "eval_metrics": "nothing: loss, word and character error rate are always given",
+    "trust_remote_code": "nothing: code from a model or a dataset is never run",
+    "eval_metrics": "nothing: loss, word and character error rate are always reported",
     "length_column_name": "nothing: lengths come from the audio",
-    "ctc_zero_infinity": "nothing: clips with no alignment are left out and named",
+    "ctc_zero_infinity": "nothing: clips without an alignment are left out and listed",
     **dict.fromkeys(("no_cuda", "use_cpu"), "nothing: set JAX_PLATFORMS=cpu"),
     "freeze_feature_extractor": "model.freeze_feature_encoder",
     "max_duration_in_seconds": "data.max_seconds",
@@ -34,17 +34,17 @@ OURS = {
     "do_eval": "nothing: training scores by itself; `flax-asr evaluate` scores a finished model",
     "do_predict": "nothing: training scores by itself; `flax-asr evaluate` scores a finished model",
     "load_best_model_at_end": "nothing: the best checkpoint is the one tested and exported",
-    "greater_is_better": "nothing: of every train.metric_for_best_model less is better",
+    "greater_is_better": "nothing: a lower train.metric_for_best_model is always better",
     "optim": "nothing: the optimiser is AdamW",
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id"),
-        "nothing: the folder export/ of a run is what `hf upload` takes",
+        "nothing: upload the run's folder export/ with `hf upload`",
     ),
     **dict.fromkeys(("deepspeed", "fsdp"), "train.zero_sharding"),
     "logging_dir": "nothing: log.jsonl and tensorboard/ are in output_dir",
     "run_name": "output_dir",
     "overwrite_output_dir": "the option --restart of `flax-asr train`",
-    "resume_from_checkpoint": "nothing: the same command goes on by itself",
+    "resume_from_checkpoint": "nothing: the same command resumes by itself",
     "evaluation_strategy": "train.eval_steps",
     "eval_strategy": "train.eval_steps",
     "save_strategy": "train.save_steps",
@@ -64,4 +64,4 @@ OURS = {
         ).split()
     },
 }
-"""By their names, those that are spelt otherwise here: our option, or why there is none."""
+"""Trainer option -> our option, or why there is none; names that are the same are not listed."""

@@ -200,7 +200,7 @@ def test_every_option_is_explained_with_its_choices_and_its_default():
     listed = option_help.listing()
     assert all(f"--{name} " in listed for name in config.option_types())
     assert "One of fp32, bf16, fp16. (default bf16)" in listed
-    assert "the splits trained on. (default [train])" in listed
+    assert "the splits to train on. (default [train])" in listed
     assert "every clip. (default false)" in listed
 
 

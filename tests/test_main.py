@@ -42,7 +42,7 @@ def test_every_command_has_help(command, capsys):
 def test_the_help_says_where_the_defaults_are_those_of_the_model_s_run(command, capsys):
     with pytest.raises(SystemExit):
         __main__.main([command, "--help"])
-    said = "What is not given is as in the run of the model" in capsys.readouterr().out
+    said = "What is not given is read from the run that made the model" in capsys.readouterr().out
     assert said == (command in ("evaluate", "transcribe"))
 
 
@@ -83,8 +83,11 @@ def test_the_version_is_the_package_s(capsys):
         ("evaluate", "required: --model"),
         ("train --config", "--config: expected one argument"),
         ("train --conf {recipe}", "did you mean --config?"),
-        ("evaluate --model x --config {recipe}", "{recipe}. Another command has this option"),
-        ("prepare --restart", "--restart. Another command has this option, this one has not."),
+        (
+            "evaluate --model x --config {recipe}",
+            "{recipe}. That option belongs to another command.",
+        ),
+        ("prepare --restart", "--restart. That option belongs to another command."),
         ("train --config {recipe} more", "unrecognized arguments: more"),
         ("train --data.train_splits train dev", "dev. An option takes one value, a list is"),
         ("train {recipe}", "A configuration file is given as --config {recipe}"),

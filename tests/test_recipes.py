@@ -70,7 +70,7 @@ def test_the_header_names_the_hardware(path):
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if "xls_r" in p.stem or "cheap" in p.stem])
 def test_an_expectation_that_nobody_has_tried_says_so(path):
-    assert "What to expect (nobody has run" in _header(path)
+    assert "What to expect (this recipe has not been run" in _header(path)
 
 
 # The visible hyperparameters of the model card of w11wo/wav2vec2-xls-r-300m-zh-HK.

@@ -352,10 +352,10 @@ def test_the_plateau_is_the_loss_of_a_model_that_does_not_listen():
 def test_training_less_computes_less():
     model_config = Wav2Vec2Config(hidden_size=1024, num_hidden_layers=24, intermediate_size=4096)
     work = forecast.Work(model_config, config.ModelConfig(), 1e9, 1e7, 100)
-    shares = [work.share_with(layers, 64_000) for layers in (0, 2, 12, 24)]
+    shares = [work.relative_cost(layers, 64_000) for layers in (0, 2, 12, 24)]
     assert sorted(shares) == shares
     assert 0.3 < shares[0] < shares[1] < 0.5 < shares[3] < 1
-    assert work.at_least(64_000, 1e12) == pytest.approx(10 * work.at_least(64_000, 1e13))
+    assert work.least_seconds(64_000, 1e12) == pytest.approx(10 * work.least_seconds(64_000, 1e13))
 
 
 # Time

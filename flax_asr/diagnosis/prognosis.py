@@ -133,15 +133,15 @@ class Prognosis:
         measured = isinstance(timed, trial.Timed)
         if measured:
             samples_per_second = self._rows * samples / timed.accumulate_seconds
-            seconds = work.measured(samples, samples_per_second, timed.update_seconds)
+            seconds = work.seconds_at(samples, samples_per_second, timed.update_seconds)
         else:
             # A second device of a CPU is the same CPU.
             count = 1 if seen.devices.platform == "cpu" else seen.devices.count
-            seconds = work.at_least(samples, seen.devices.flops_per_second * count)
+            seconds = work.least_seconds(samples, seen.devices.flops_per_second * count)
         cheap = None
         layers = seen.start.model_config.num_hidden_layers
         if cfg.model.trainable_layers is None and layers > CHEAP_LAYERS:
-            cheap = seconds * work.share_with(CHEAP_LAYERS, samples)
+            cheap = seconds * work.relative_cost(CHEAP_LAYERS, samples)
         self.facts["time"] = {
             "measured": measured,
             "update_on_samples": samples,

@@ -12,14 +12,15 @@ class Chip:
     """One kind of TPU chip.
 
     Attributes:
-        name: as in a topology, `v5e`.
+        name: as in a topology, for example `v5e`.
         flops: bf16 operations a second at peak.
-        hbm_bytes: memory that programs can use: what the compiler takes for available.
+        hbm_bytes: memory available to programs, as the compiler counts it.
         hbm_bandwidth: bytes a second.
         link_bandwidth: bytes a second of one link to a neighbour, one way.
-        clock_hz: of the matrix units; with it, the peak is a whole number of operations a cycle.
-        devices: what jax makes of a chip when it compiles for one that is described.
-        axes: of the grid that slices are cut from.
+        clock_hz: clock of the matrix units, at which the peak is a whole number of operations a
+            cycle.
+        devices: jax devices on a chip when jax compiles for a described topology.
+        axes: dimensions of the grid that slices are cut from.
     """
 
     name: str
@@ -49,7 +50,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Slice:
-    """So many chips in a grid. What a *device* has is a chip's, shared by the chip's devices."""
+    """A grid of chips. Figures of a *device* are its chip's, divided among the chip's devices."""
 
     name: str
     chip: Chip
@@ -57,17 +58,17 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        """Chips of the slice."""
+        """Number of chips in the slice."""
         return math.prod(self.dims)
 
     @property
     def flops(self) -> float:
-        """Peak of a device, operations a second."""
+        """Peak operations a second of a device."""
         return self.chip.flops / self.chip.devices
 
     @property
     def hbm_bytes(self) -> int:
-        """Memory of a device."""
+        """Memory of a device, in bytes."""
         return self.chip.hbm_bytes // self.chip.devices
 
     @property

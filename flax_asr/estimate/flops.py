@@ -15,8 +15,8 @@ from flax_asr.models import wav2vec2
 class Product(NamedTuple):
     """A matrix product or convolution of the forward pass, in the order of computation.
 
-    `weight` is the path of its parameter; None: both factors are activations. A normalisation is a
-    product without operations: its parameters can need a gradient.
+    `weight` is the path of its parameter, or None where both factors are activations. Layer norms
+    are listed with no operations, as their parameters can need a gradient.
     """
 
     part: str
@@ -92,7 +92,7 @@ def products(config: Any, rows: int, samples: int) -> list[Product]:
 
 
 def forward(config: Any, rows: int, samples: int) -> dict[str, int]:
-    """Operations of a forward pass, by part; arguments as of `products`."""
+    """Operations of a forward pass, by part of the model; arguments as in `products`."""
     return _by_part((product.part, product.flops) for product in products(config, rows, samples))
 
 
@@ -103,20 +103,20 @@ def gradient(
     is_trained: Callable[[str], bool],
     lower_layers: int | None = None,
 ) -> dict[str, int]:
-    """Operations of a forward and a backward pass, by part.
+    """Operations of a forward and a backward pass, by part of the model.
 
-    A weight that is trained costs its product once more, and so does an input that something
-    trained comes before.
+    The gradient of a trained weight costs as much as its product, and so does that of an input
+    below which something is trained.
 
     Args:
         config: a transformers.Wav2Vec2Config.
         rows: clips.
-        samples: padded length.
+        samples: padded length at 16 kHz.
         is_trained: whether the parameter of this path gets a gradient.
-        lower_layers: of a batch that has so many layers behind it; None: it is audio.
+        lower_layers: number of frozen layers whose cached output is the input; None: audio is.
     """
     counted = []
-    reached = False  # whether the gradient has to come back this far
+    reached = False  # whether something below this product is trained
     for product in _above(products(config, rows, samples), lower_layers):
         trained = product.weight is not None and is_trained(product.weight)
         factors = 2 * reached if product.weight is None else reached + trained
@@ -126,7 +126,7 @@ def gradient(
 
 
 def _above(found: list[Product], lower_layers: int | None) -> list[Product]:
-    """What is left to compute; above all layers, whose last one the norm belongs to, the head."""
+    """The products above so many layers: above all of them, the head alone."""
     if lower_layers is None:
         return found
     layer = f"wav2vec2/encoder/layers/{lower_layers}/"

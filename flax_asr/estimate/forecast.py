@@ -1,4 +1,4 @@
-"""What a run should look like before it is made: its first losses, and what it computes."""
+"""What to expect of a run before it starts: its first losses, and how much it computes."""
 
 import dataclasses
 import math
@@ -17,14 +17,14 @@ from flax_asr.models import wav2vec2
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over clips in nats, in the unit that training minimises (a token with "mean").
+    """Expected losses, in nats: means over clips, per token with ctc_loss_reduction "mean".
 
     Attributes:
-        first: of a fresh head, which gives every symbol the same probability.
-        plateau: of a model that knows how often each character comes and nothing of the audio.
-            Training stands there for a while before it begins to listen.
-        unigram_entropy: of a character, from the same frequencies.
-        token_share: labels for each frame.
+        first: loss of an untrained head, which gives every symbol the same probability.
+        plateau: loss of a model that knows how frequent each character is and nothing of the audio.
+            Training stays there for a while before it begins to use the audio.
+        unigram_entropy: entropy of a character, from the same frequencies.
+        token_share: labels per frame.
     """
 
     first: float
@@ -34,7 +34,7 @@ class Losses:
 
 
 def losses(data: examples.Examples, model_config: Wav2Vec2Config, vocab_size: int) -> Losses:
-    """The losses to expect of these examples."""
+    """The losses to expect of a model with so many symbols on these examples."""
     labels = [data.labels(row) for row in range(len(data))]
     frames = np.asarray(wav2vec2.frame_lengths(model_config, data.samples), np.float64)
     tokens = np.asarray(data.label_lengths, np.float64)
@@ -73,7 +73,7 @@ def timing_loss(
     tokens: Float64[np.ndarray, " clips"],
     repeats: Float64[np.ndarray, " clips"],
 ) -> Float64[np.ndarray, " clips"]:
-    """What it costs to know how many tokens there are, and not where.
+    """The part of the plateau's loss that is due to not knowing where the tokens are.
 
     Source: every frame is a token with probability tokens / frames, one frame each; paths that
     hold a token for several frames are so rare in this model that they are left out.
@@ -95,8 +95,8 @@ def _log_binomial(
 class Work:
     """All that a run computes: padded samples that are trained on and scored, and updates.
 
-    With `cached` training starts from the kept output of the frozen layers; the pass that computes
-    it counts among the samples that are scored.
+    With `cached`, training starts from the cached output of the frozen layers; the samples of the
+    pass that computes it are counted in `scored_samples`.
     """
 
     model_config: Wav2Vec2Config
@@ -106,21 +106,21 @@ class Work:
     updates: int
     cached: bool = False
 
-    def measured(self, samples: int, samples_per_second: float, update_seconds: float) -> float:
-        """Seconds of the run where training computes so many samples a second.
+    def seconds_at(self, samples: int, samples_per_second: float, update_seconds: float) -> float:
+        """Seconds of the run at the measured speed of training on clips of `samples`.
 
-        Scoring is a forward pass only; longer and shorter clips cost in proportion.
+        Scoring is a forward pass only; clips of other lengths cost in proportion.
         """
         share = self._forward(samples) / self._gradient(samples, self.model)
         computed = self.trained_samples + self.scored_samples * share
         return computed / samples_per_second + self.updates * update_seconds
 
-    def at_least(self, samples: int, flops_per_second: float) -> float:
-        """Seconds of the run if all of it went at the speed of a large matrix product."""
+    def least_seconds(self, samples: int, flops_per_second: float) -> float:
+        """Seconds of the run if all of it ran at the speed of a large matrix product."""
         return self._total(samples, self.model) / flops_per_second
 
-    def share_with(self, trainable_layers: int, samples: int) -> float:
-        """What training the top layers only costs, as a share of the run as it is."""
+    def relative_cost(self, trainable_layers: int, samples: int) -> float:
+        """Cost of the run with only these top layers trained, as a fraction of its cost now."""
         cheap = dataclasses.replace(self.model, trainable_layers=trainable_layers)
         return self._total(samples, cheap) / self._total(samples, self.model)
 

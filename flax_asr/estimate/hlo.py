@@ -1,9 +1,9 @@
-"""What the TPU compiler says about a program it made: its own estimate of every operation.
+"""The TPU compiler's estimates for a program that it compiled, operation by operation.
 
-Reads the text of an optimised program (`compiled.as_text()`), pure. Most operations there carry
-`"estimated_cycles"`; collectives and custom calls carry none and come out without, to be priced by
-whoever knows the chip. An operation is filed by the name of the module it comes from; a fused one
-counts where its root belongs, so that the borders between parts are soft.
+Reads the text of an optimised program (`compiled.as_text()`); pure. Most operations there carry
+`"estimated_cycles"`. Collectives and custom calls carry none and are returned without, for
+`outlook.priced` to estimate. An operation is counted under the module that it comes from; a fused
+one under that of its root, so the borders between parts are not exact.
 """
 
 import re
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 COLLECTIVES = frozenset(
     "all-reduce all-gather reduce-scatter all-to-all collective-permute".split()
 )
-"""Operations between devices; with `-start` at the end too."""
+"""Operations between devices; their names may also end in `-start`."""
 
 _WORK = frozenset(
     "fusion sort gather scatter reduce-window select-and-scatter convolution dot custom-call"
@@ -23,7 +23,7 @@ _WORK = frozenset(
 arithmetic, bookkeeping, and copies that run beside the arithmetic."""
 
 _FREE_CALLS = frozenset("AllocateBuffer ConcatBitcast SliceBitcast Sharding".split())
-"""Custom calls of the compiler's own that do nothing when the program runs."""
+"""The compiler's custom calls that do nothing when the program runs."""
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
 
@@ -37,16 +37,16 @@ class Operation:
     """An operation of the program.
 
     Attributes:
-        kind: HLO's name of it, `fusion` for example.
+        kind: its name in HLO, for example `fusion`.
         path: the modules and the primitive that it comes from.
         files: source files that it comes from, the innermost first.
-        cycles: of one run, None where the compiler gives no estimate.
-        times: how often it runs in one run of the program.
-        operand_bytes: of what it reads.
-        result_bytes: of what it writes.
-        flops: of one run, where a custom call states them.
-        target: which custom call it is.
-        group: devices that a collective connects.
+        cycles: cycles of one execution, None where the compiler gives no estimate.
+        times: executions in one run of the program.
+        operand_bytes: bytes read by one execution.
+        result_bytes: bytes written by one execution.
+        flops: operations of one execution, where a custom call states them.
+        target: name of the custom call.
+        group: number of devices that a collective connects.
     """
 
     kind: str
@@ -67,10 +67,10 @@ class Operation:
 
 
 def operations(text: str) -> list[Operation]:
-    """Everything that takes time in an optimised program.
+    """Every operation that takes time in an optimised program.
 
-    The body of a loop counts as often as the loop runs (once, where the text does not say how
-    often), and of a choice between branches the one with the most cycles.
+    The body of a loop counts as often as the loop runs (once, if the text does not say how often);
+    of several branches only the one with the most cycles counts.
 
     Raises:
         ValueError: the text is not that of a program.
@@ -80,7 +80,7 @@ def operations(text: str) -> list[Operation]:
 
 
 def part(operation: Operation, rest: str = "other") -> str:
-    """Which part of a step an operation belongs to; `rest` where nothing tells."""
+    """The part of the step that an operation belongs to; `rest` if its origin does not say."""
     if operation.is_collective:
         return "collectives"
     for word, name in _BY_PATH:
@@ -129,7 +129,7 @@ class _Program:
             raise ValueError("no ENTRY computation: this is not the text of an HLO program")
 
     def run(self, computation: str, times: int) -> Iterator[Operation]:
-        """The operations of a computation that runs so often, and of all that it calls."""
+        """The operations of a computation that runs `times` times, and of those that it calls."""
         results: dict[str, str] = {}
         for line in self._computations[computation]:
             found = _OPERATION.match(line)
@@ -198,7 +198,7 @@ class _Program:
         yield from max(branches, key=lambda branch: sum((o.cycles or 0) * o.times for o in branch))
 
     def _trips(self, rest: str) -> int:
-        """How often a loop runs: stated, or the only number that its condition compares with."""
+        """How often a loop runs: as stated, or the only constant in its condition; else 1."""
         stated = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', rest)
         if stated:
             return int(stated[1])
@@ -211,7 +211,7 @@ class _Program:
 
 
 class _Files:
-    """The tables at the head of a program that say where operations come from."""
+    """The tables at the start of a program that map operations to source files."""
 
     def __init__(self, text: str):
         names = dict(re.findall(r'^(\d+) "(.*\.py)"$', text, re.MULTILINE))
@@ -245,7 +245,7 @@ class _Files:
 
 
 def _arguments(rest: str) -> str:
-    """What stands between the brackets of an operation."""
+    """The text between the parentheses of an operation."""
     depth = 1
     for place, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")
@@ -255,7 +255,7 @@ def _arguments(rest: str) -> str:
 
 
 def _size(result: str) -> int:
-    """Bytes of an array or of all arrays of a tuple."""
+    """Bytes of an array, or of all arrays in a tuple."""
     total = 0.0
     for dtype, dims in _SHAPE.findall(result):
         count = 1

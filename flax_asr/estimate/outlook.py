@@ -1,4 +1,4 @@
-"""What compiled programs mean: cycles by part, memory by kind, the time of an update and a run."""
+"""From compiled programs to a run: cycles by part, memory by kind, time of an update and a run."""
 
 import collections
 from collections.abc import Sequence
@@ -11,25 +11,26 @@ from flax_asr import config
 from flax_asr.estimate import chips, hlo, workload
 
 NO_ESTIMATE = " (bound)"
-"""Ends the name of a part that the compiler gives no estimate of."""
+"""Suffix of parts for which the compiler gives no estimate."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled function, or one that was refused for want of memory.
+    """A compiled function, or one that the compiler refused because it needs too much memory.
 
     Attributes:
         function: as in `programs.Key`.
-        rows: clips a device, 0 for `update`.
+        rows: clips on each device, 0 for `update`.
         samples: padded length, 0 for `update`.
-        flops: of a device, counted analytically.
-        by_part: cycles; names that end in "(bound)" are ours, the others the compiler's.
-        argument_bytes: what goes in, by our count of the shapes, all of the state included.
-        temporary_bytes: what it needs besides while it runs.
-        code_bytes: the program itself.
-        refused: the compiler's words if it did not fit.
-        compile_seconds: by the clock, lowering included.
-        compile_cpu_seconds: the same of all processors.
+        flops: operations on each device, counted analytically.
+        by_part: cycles by part; estimates of the compiler, or our upper bounds where the name ends
+            in "(bound)".
+        argument_bytes: size of the arguments, counted from their shapes, with the whole state.
+        temporary_bytes: memory needed besides the arguments while it runs.
+        code_bytes: size of the program itself.
+        refused: the compiler's message if the program did not fit, else None.
+        compile_seconds: wall-clock time of lowering and compiling.
+        compile_cpu_seconds: the same in processor time of all cores.
     """
 
     function: str
@@ -46,12 +47,12 @@ class Program:
 
     @property
     def cycles(self) -> float:
-        """Of one call, bounds included."""
+        """Cycles of one call, bounds included."""
         return sum(self.by_part.values())
 
     @property
     def peak_bytes(self) -> int:
-        """Of a device while it runs: everything that is there then."""
+        """Memory in use on a device while it runs."""
         return self.argument_bytes + self.temporary_bytes + self.code_bytes
 
     def as_json(self) -> dict[str, Any]:
@@ -71,12 +72,12 @@ class Program:
 def priced(
     found: Sequence[hlo.Operation], described: chips.Slice, rest: str = "other"
 ) -> dict[str, float]:
-    """Cycles by part, the largest first; what has no estimate at a pessimistic bound.
+    """Cycles by part, the largest first; operations without an estimate count at an upper bound.
 
     Args:
         found: the operations of a program.
-        described: what they run on.
-        rest: the part of operations whose origin says nothing.
+        described: the slice that they run on.
+        rest: the part that operations of unknown origin are counted in.
     """
     total: dict[str, float] = {}
     for operation in found:
@@ -95,10 +96,10 @@ def _unestimated(operation: hlo.Operation) -> str:
 
 
 def bound_seconds(operation: hlo.Operation, described: chips.Slice) -> float:
-    """Time that an operation without an estimate should not exceed.
+    """An upper bound for the time of an operation without an estimate.
 
     A collective: all its bytes around a ring, over one link in one direction. Anything else: all
-    its bytes through the memory, and then what it says it computes at half the peak.
+    its bytes to and from memory, then the operations that it states at half the peak.
     """
     if operation.is_collective:
         share = (operation.group - 1) / operation.group
@@ -115,20 +116,20 @@ class Outlook:
 
     Attributes:
         described: the slice.
-        held_bytes: of a device, by kind, while the largest train step runs.
-        zero_sharding_bytes: of a device, what train.zero_sharding saves or would save.
-        largest_rows: clips a device that should fit, by a linear estimate.
-        update_seconds: mean over the shapes of the run, once the encoder is trained.
-        head_update_seconds: the same while the encoder waits (`model.freeze_encoder_steps`).
-        head_updates: how many those are.
-        peak_share: FLOPs of an update over what the slice could do in its time.
-        audio_seconds: real audio of an update, or padded audio where there is no data.
-        updates: of the whole run, None where the number of clips is unknown.
-        evaluation_seconds: of the whole run.
-        programs: how many a run compiles.
-        compile_seconds: by the clock, of what was compiled here.
-        compile_cpu_seconds: the same of all processors.
-        refused: whether the compiler refused one of them.
+        held_bytes: memory in use on a device while the largest training program runs, by kind.
+        zero_sharding_bytes: memory that train.zero_sharding saves, or would save, on a device.
+        largest_rows: clips on a device that should fit, by a linear estimate.
+        update_seconds: mean time of an update of the whole model, over the shapes of the run.
+        head_update_seconds: the same for updates of the head only (`model.freeze_encoder_steps`).
+        head_updates: number of updates of the head only.
+        peak_share: operations of an update over what the slice could do at peak in its time.
+        audio_seconds: real audio in an update, or padded audio if there is no data.
+        updates: updates of the run, None if the number of clips is unknown.
+        evaluation_seconds: time of all evaluations of the run.
+        programs: number of programs that the run compiles.
+        compile_seconds: wall-clock time of what was compiled here.
+        compile_cpu_seconds: the same in processor time of all cores.
+        refused: whether the compiler refused one of the programs.
     """
 
     described: chips.Slice
@@ -155,7 +156,7 @@ class Outlook:
         programs: Sequence[Program],
         described: chips.Slice,
     ) -> "Outlook":
-        """Everything from the compiled programs; other shapes cost in proportion to FLOPs."""
+        """The outlook from compiled programs; other shapes cost in proportion to FLOPs."""
         times = _Times(cfg, work, programs, described)
         kinds = ("update_from", "accumulate", "accumulate_head")
         learn = next(program for kind in kinds if (program := times.largest(kind)))
@@ -190,17 +191,17 @@ class Outlook:
 
     @property
     def peak_bytes(self) -> int:
-        """Of a device."""
+        """Memory in use on a device."""
         return sum(self.held_bytes.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler took every program and all of it fits together."""
+        """Whether the compiler accepted every program and all of them fit in memory together."""
         return not self.refused and self.peak_bytes <= self.described.hbm_bytes
 
     @property
     def hours(self) -> float | None:
-        """Of the whole run on the device, evaluation included."""
+        """Hours of the run on the devices, evaluation included; None if unknown."""
         if self.updates is None or self.update_seconds is None:
             return None
         waiting = min(self.head_updates, self.updates)
@@ -234,9 +235,9 @@ class Outlook:
 
 
 def _held_bytes(work: workload.Workload, programs: Sequence[Program]) -> dict[str, int]:
-    """What is on a device while the hungriest program runs; all programs stay loaded.
+    """What is on a device while the program with the highest peak runs; all programs stay loaded.
 
-    Where the sums do not outlive a program, its gradients are among its activations.
+    Where one program does the whole update, its gradients are counted among its activations.
     """
     named = {program.function: program for program in programs}
     sums = named["update"].argument_bytes - work.state_bytes if "update" in named else 0
@@ -251,7 +252,7 @@ def _held_bytes(work: workload.Workload, programs: Sequence[Program]) -> dict[st
         "batch and activations": max(
             program.peak_bytes - program.code_bytes - held for program in programs
         ),
-        # Where only the largest shape was compiled, the others are taken to be as large.
+        # If only the largest shape was compiled, the others are assumed to be as large.
         "programs": sum(
             int(np.mean(sizes)) * _shapes(work, function) for function, sizes in code.items()
         ),
@@ -259,7 +260,7 @@ def _held_bytes(work: workload.Workload, programs: Sequence[Program]) -> dict[st
 
 
 def _shapes(work: workload.Workload, function: str) -> int:
-    """In how many shapes a run compiles it."""
+    """Number of shapes in which a run compiles this function."""
     if function == "update":
         return 1
     data = work.data
@@ -267,7 +268,7 @@ def _shapes(work: workload.Workload, function: str) -> int:
 
 
 class _Times:
-    """What updates and evaluations take, all shapes at their share."""
+    """Time of updates and evaluations, averaged over the shapes of the run by their frequency."""
 
     def __init__(
         self,
@@ -280,15 +281,15 @@ class _Times:
         self._programs = {(program.function, program.samples): program for program in programs}
 
     def largest(self, function: str) -> Program | None:
-        """The program of its largest shape; None where the run has no such function."""
+        """The program of its largest shape; None if the run has no such function."""
         samples = max((n for name, n in self._programs if name == function), default=None)
         return None if samples is None else self._programs[function, samples]
 
     def update_seconds(self, function: str) -> float:
-        """Of an update whose micro-batches this function takes."""
+        """Seconds of an update whose micro-batches this function takes."""
         largest = self.largest(function)
         if function == "update_from":
-            # What moves the parameters costs the same in every shape.
+            # The optimiser costs the same in every shape.
             move = largest.by_part.get("optimiser", 0.0)
         else:
             move = self._programs["update", 0].cycles
@@ -297,14 +298,14 @@ class _Times:
         return float(self._micro_batches(largest) * mean + move) / self._described.chip.clock_hz
 
     def update_flops(self, function: str) -> float:
-        """Of a device."""
+        """Operations of such an update on a device."""
         largest, data = self.largest(function), self._work.data
         shares = [self._share(largest, samples) for samples in data.train_shapes.samples]
         mean = np.dot(shares, data.train_portions)
         return self._micro_batches(largest) * largest.flops * float(mean)
 
     def evaluation_seconds(self) -> float | None:
-        """Of all evaluations of the run; None where their number or the data are not known."""
+        """Seconds of all evaluations of the run; None if their number or the data are not known."""
         data = self._work.data
         if self.largest("evaluate") is None or None in (data.updates, data.scored_groups):
             return None
@@ -320,7 +321,7 @@ class _Times:
         return self._cfg.train.global_batch_size // (self._work.device_count * program.rows)
 
     def _cycles(self, function: str, shapes: Sequence[int], move: float = 0.0) -> list[float]:
-        """Of a call in each of these shapes, without what moves the parameters."""
+        """Cycles of a call in each of these shapes, without the optimiser."""
         largest = self.largest(function)
         inside = move if function == "update_from" else 0.0
         return [
@@ -331,7 +332,7 @@ class _Times:
         ]
 
     def _share(self, largest: Program, samples: int) -> float:
-        """FLOPs of the same function in another shape over its own."""
+        """FLOPs of this function in another shape, relative to its largest shape."""
         of_shape, whole = (
             self._work.flops(largest.function, largest.rows, n) for n in (samples, largest.samples)
         )

@@ -1,4 +1,4 @@
-"""The shapes and sizes of a run that is only planned: from its data, or guessed and said to be."""
+"""The shapes and sizes of a planned run: from its prepared data, or guessed and reported so."""
 
 import collections
 import copy
@@ -63,18 +63,18 @@ Source: their config.json on the Hugging Face hub.
 
 
 class Data(NamedTuple):
-    """What the data decide of a run, measured or guessed.
+    """What a run takes from its data, measured or guessed.
 
     Attributes:
         symbols: size of the vocabulary.
-        train_shapes: of training.
-        train_portions: share of the micro-batches that each of them has.
-        eval_shapes: of scoring, empty if nothing is scored.
-        scored_groups: groups of each shape in a pass over the eval and test splits, by name; None
-            without data.
-        audio_seconds: audio of an update.
-        updates: of the run, None where it cannot be known.
-        guesses: what was guessed, in words.
+        train_shapes: shapes of training batches.
+        train_portions: fraction of the micro-batches that are of each shape.
+        eval_shapes: shapes of scored batches, empty if nothing is scored.
+        scored_groups: batches of each shape in a pass over the eval and the test splits, by "eval"
+            and "test"; None without data.
+        audio_seconds: audio in an update.
+        updates: updates of the run, None if it cannot be known.
+        guesses: what was guessed, for people.
     """
 
     symbols: int
@@ -88,22 +88,22 @@ class Data(NamedTuple):
 
     @property
     def planned_updates(self) -> int:
-        """Of the run; a number to plan with where it cannot be known."""
+        """Updates of the run, or `PLANNED_UPDATES` if that cannot be known."""
         return PLANNED_UPDATES if self.updates is None else self.updates
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run computes, without any of its numbers.
+    """What a run computes: its functions and shapes, without values.
 
     Attributes:
-        objective: the model.
-        state: shapes of the state.
-        layout: what of it is cut over the devices.
-        device_count: how many they are.
-        rule: how an update moves the parameters.
+        objective: the model and its loss.
+        state: shapes of the training state.
+        layout: which arrays of the state are divided among the devices.
+        device_count: number of devices.
+        rule: how an update changes the parameters.
         is_trained: whether the parameter of a path gets a gradient.
-        data: what its data decide.
+        data: what the run takes from its data.
     """
 
     objective: criterion.Objective
@@ -116,12 +116,12 @@ class Workload:
 
     @property
     def state_bytes(self) -> int:
-        """Of a device."""
+        """Size of the state on a device."""
         return partition.device_bytes(self.state, self.layout.state, self.device_count)
 
     @property
     def moment_bytes(self) -> int:
-        """Of a device, part of `state_bytes`."""
+        """Size of the optimiser's moments on a device, part of `state_bytes`."""
         return partition.device_bytes(
             self.state.optimiser, self.layout.state.optimiser, self.device_count
         )
@@ -139,7 +139,7 @@ class Workload:
         )
 
     def flops(self, function: str, rows: int, samples: int) -> int:
-        """Operations of one call on a device; 0 of `update`, which has no products."""
+        """Operations of one call on a device; 0 for `update`, which has no matrix products."""
         if function == "update":
             return 0
         model_config = self.objective.config
@@ -157,7 +157,7 @@ class Workload:
 
     @property
     def zero_sharding_bytes(self) -> int:
-        """What train.zero_sharding saves on a device, or would save."""
+        """Memory that train.zero_sharding saves, or would save, on a device."""
         axes = partition.layout(self.state, self.device_count).state
         whole, cut = (
             partition.device_bytes(self.state, axes, devices) for devices in (1, self.device_count)
@@ -166,7 +166,7 @@ class Workload:
 
 
 def of(cfg: config.Config, device_count: int) -> Workload:
-    """The workload of a configuration whose global batch is resolved.
+    """The workload of a configuration that `batch_size.resolve` has completed.
 
     Raises:
         FlaxAsrError: the model or the prepared data cannot be used.
@@ -198,7 +198,7 @@ def of(cfg: config.Config, device_count: int) -> Workload:
 
 
 def origin(model: config.ModelConfig) -> origins.Origin:
-    """As `origins.read`; of well-known encoders without a download."""
+    """Like `origins.read`, without a download for well-known encoders."""
     if model.pretrained in KNOWN:
         known = {**KNOWN[model.pretrained], **model.config}
         return origins.read(dataclasses.replace(model, pretrained=None, config=known))
@@ -206,7 +206,7 @@ def origin(model: config.ModelConfig) -> origins.Origin:
 
 
 def is_prepared(cfg: config.Config) -> bool:
-    """Whether every split that the run needs lies there, decoded."""
+    """Whether every split that the run needs has been prepared."""
     data = cfg.data
     if data.language is None or (
         data.prepared_dir is None and None in (data.source, cfg.output_dir)
@@ -290,7 +290,7 @@ def even_shapes(
 
 
 def labelled(samples: tuple[int, ...]) -> experiment.Shapes:
-    """These padded lengths with as many labels as `LABELS_PER_SECOND` says."""
+    """Shapes of these padded lengths, with `LABELS_PER_SECOND` labels."""
     multiple = loader.LABEL_MULTIPLE
     per_label = audio.SAMPLE_RATE_HZ * multiple
     return experiment.Shapes(

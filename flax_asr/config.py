@@ -136,7 +136,7 @@ class ModelConfig:
             optimiser state.
         freeze_encoder_steps: how many updates at the start train the head only.
         trainable_layers: train only the head and this many of the top layers.
-        reset_head: start with a new head even if the vocabulary is the same, or cannot be read.
+        reset_head: start with a fresh head even if the vocabulary is the same, or cannot be read.
         attention: the implementation of attention: `xla` is the plain one, `pallas` a kernel for
             TPU, `cudnn` a kernel for NVIDIA GPUs in fp16 and bf16; `auto` picks by machine and
             precision. With attention dropout the plain one replaces cuDNN's.
@@ -295,7 +295,7 @@ class Config:
     """One run.
 
     Attributes:
-        seed: the seed of everything random: batch order, dropout, masks, new weights.
+        seed: the seed of everything random: batch order, dropout, masks, fresh weights.
         output_dir: the run folder, also gs://BUCKET/PATH.
     """
 

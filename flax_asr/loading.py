@@ -153,7 +153,7 @@ def _from_hugging_face(model: str, place: str) -> LoadedModel:
             f" vocab.json {origin.vocabulary.size} with all that the tokenizer adds: the files do"
             " not belong together."
         )
-    params = pretrained.of_tensors(tensors, origin.model_config, model, head=True)
+    params = pretrained.from_tensors(tensors, origin.model_config, model, head=True)
     facts = _read_facts(origin.folder)
     settings: dict[str, Any] = {
         "output_dir": str(_place(place, origin.folder)),

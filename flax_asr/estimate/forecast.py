@@ -20,7 +20,7 @@ class Losses:
     """Expected losses, in nats: means over clips, per token with ctc_loss_reduction "mean".
 
     Attributes:
-        first: loss of an untrained head, which gives every symbol the same probability.
+        first: loss of a fresh head, which gives every symbol the same probability.
         plateau: loss of a model that knows how frequent each character is and nothing of the audio.
             Training stays there for a while before it begins to use the audio.
         unigram_entropy: entropy of a character, from the same frequencies.

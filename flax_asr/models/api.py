@@ -1,6 +1,6 @@
-"""The model classes that users call, with the names and calls that transformers 4.57 had.
+"""The model classes for users, with the names and signatures that transformers 4.57 had.
 
-transformers 5.0 removed them; their users change one import. No torch anywhere.
+transformers 5.0 removed them; their users change one import. No torch is needed.
 
 Source: transformers 4.57, modeling_flax_utils.py and models/wav2vec2/modeling_flax_wav2vec2.py.
 """
@@ -25,13 +25,13 @@ from flax_asr import errors
 from flax_asr.models import configuration, convert, hub, outputs, pretrained, wav2vec2, weights
 
 if TYPE_CHECKING:
-    # At run time it is imported where it is used: transformers imports torch where it can.
+    # Imported in functions at run time: transformers imports torch if it is installed.
     from transformers import Wav2Vec2Config
 
 _WITHOUT_EFFECT = frozenset(
     "force_download resume_download trust_remote_code _from_auto _from_pipeline".split()
 )
-"""Of transformers' `from_pretrained`: a model's code is never run, the cache is always checked."""
+"""Arguments of transformers' `from_pretrained` that are accepted and have no effect here."""
 
 
 class _PretrainedModel:
@@ -54,19 +54,19 @@ class _PretrainedModel:
         _do_init: bool = True,
         **module_options: Any,
     ):
-        """Random weights; none with `_do_init=False`.
+        """A model with random weights, or without weights with `_do_init=False`.
 
         Args:
             config: the architecture.
-            input_shape: of the audio to initialise with; parameters do not depend on it.
-            seed: of the random weights.
-            dtype: of the computation; parameters are float32.
+            input_shape: shape of the audio to initialise with; parameters do not depend on it.
+            seed: the seed of the random weights.
+            dtype: the compute dtype; parameters are float32.
             _do_init: whether the object holds parameters; otherwise they are passed to each call.
             module_options: further attributes of the linen module, such as `remat_policy`.
 
         Raises:
-            ModelError: an architecture that is not supported.
-            TypeError: no configuration, or an option that does not exist.
+            ModelError: the architecture is not supported.
+            TypeError: `config` is not a Wav2Vec2Config, or an option is unknown.
         """
         _check_type(type(self), config)
         wav2vec2.check(config)
@@ -129,7 +129,7 @@ class _PretrainedModel:
         """Random parameters; with `params`, only what is missing from them.
 
         Raises:
-            ValueError: `input_shape` is no batch of audio, or too short for a frame.
+            ValueError: `input_shape` is not [batch samples], or too short for a frame.
         """
         _frames(self.config, "input_shape is", tuple(input_shape))
         random = pretrained.random(self.module, rng, input_shape)
@@ -151,10 +151,10 @@ class _PretrainedModel:
         freeze_feature_encoder: bool = False,
         return_dict: bool | None = None,
     ) -> Any:
-        """Runs the model; for use as it is, under jit and under grad.
+        """Runs the model; also under jit and grad.
 
-        Gradients go backwards (`jax.grad`, `jax.vjp`): dropout, attention and others have their
-        own, without a forward mode (`jax.jvp`).
+        Only reverse-mode gradients work (`jax.grad`, `jax.vjp`), not `jax.jvp`: dropout, attention
+        and others define their own.
 
         Args:
             input_values: [batch samples] audio at 16 kHz, normalised, padded at the end.
@@ -163,15 +163,15 @@ class _PretrainedModel:
             params: the parameters; None: the model's own.
             dropout_rng: needed with `train` when a dropout of the configuration is above zero.
             train: apply dropout. Masks are never drawn here.
-            output_attentions, output_hidden_states, return_dict: None: as the configuration says.
-            freeze_feature_encoder: same values, zero gradients for the feature encoder.
+            output_attentions, output_hidden_states, return_dict: None: as in the configuration.
+            freeze_feature_encoder: zero gradients for the feature encoder; the values are the same.
 
         Returns:
-            A result with names, or a tuple of what is not None with `return_dict=False`.
+            A result with named values; with `return_dict=False` a tuple of those not None.
 
         Raises:
-            ValueError: `input_values` is no batch of audio, or too short for a frame; or a mask has
-                another shape.
+            ValueError: `input_values` is not [batch samples] or too short for a frame; or the shape
+                of a mask is wrong.
         """
         config = self.config
         input_values = jnp.asarray(input_values, jnp.float32)
@@ -189,7 +189,7 @@ class _PretrainedModel:
         if mask_time_indices is not None:
             mask_time_indices = jnp.asarray(mask_time_indices).astype(bool)
             _check_shape("mask_time_indices", mask_time_indices, (batch, frames), "frames")
-        if batch == 0:  # which kernels do not take
+        if batch == 0:  # kernels do not take an empty batch
             input_values, attention_mask, mask_time_indices = jax.tree.map(
                 lambda rows: jnp.zeros((1, rows.shape[1]), rows.dtype),
                 (input_values, attention_mask, mask_time_indices),
@@ -213,10 +213,10 @@ class _PretrainedModel:
     def _get_feat_extract_output_lengths(
         self, input_lengths: Any, add_adapter: bool | None = None
     ) -> Any:
-        """Frames that come out of so many samples, integers or arrays; there are no adapters."""
+        """Number of frames for so many samples, integers or arrays; there are no adapters."""
         del add_adapter
         if getattr(input_lengths, "dtype", np.dtype(int)).kind == "u":
-            # The sum of a mask of uint8, say; a clip too short for a frame must go below zero.
+            # For example the sum of a uint8 mask: a clip too short for a frame must go below zero.
             input_lengths = input_lengths.astype(np.int32)
         return wav2vec2.frame_lengths(self.config, input_lengths)
 
@@ -239,24 +239,24 @@ class _PretrainedModel:
     ) -> Any:
         """The model of a folder or of the Hugging Face hub, whatever form its weights have.
 
-        A checkpoint without a head gets a fresh one, and the log of `flax_asr` says so.
+        A checkpoint without a head gets a fresh one, and the logger `flax_asr` says so.
 
         Args:
             pretrained_model_name_or_path: the folder or the hub id.
-            dtype: of the computation; parameters are float32.
-            config: used instead of the stored configuration: an object or a folder.
+            dtype: the compute dtype; parameters are float32.
+            config: an object or a folder, used instead of the stored configuration.
             cache_dir, local_files_only, token, revision: as for `hub.resolve`.
-            ignore_mismatched_sizes: a stored head of another size than the configuration's
-                vocabulary is replaced by a fresh one instead of being refused.
-            from_pt: accepted; every form is recognised by itself.
-            _do_init: False returns (model, params), parameters outside of the model.
-            seed: of a fresh head.
-            options: fields of the configuration to change; others go to the class, as
-                `input_shape` does. `force_download`, `resume_download` and `trust_remote_code`
-                are accepted, without effect; `use_auth_token` is the old name of `token`.
+            ignore_mismatched_sizes: a stored head whose size is not the configuration's vocabulary
+                is replaced by a fresh one instead of being refused.
+            from_pt: accepted; the form of the weights is recognised in any case.
+            _do_init: False returns (model, params), with the parameters outside the model.
+            seed: the seed of a fresh head.
+            options: fields of the configuration to change; others, such as `input_shape`, go to the
+                class. `force_download`, `resume_download` and `trust_remote_code` are accepted
+                without effect; `use_auth_token` is the old name of `token`.
 
         Raises:
-            ModelError: not found, damaged, or not a wav2vec 2.0 model.
+            ModelError: the model is not found, damaged, or not wav2vec 2.0.
         """
         del from_pt
         options = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
@@ -277,13 +277,13 @@ class _PretrainedModel:
         with errors.in_model(source):
             model = cls(config, seed=seed, dtype=dtype, _do_init=False, **options)
         tensors = weights.read(folder)
-        if cls.has_head:
-            keep = convert.has_head(tensors) and (
-                not ignore_mismatched_sizes or len(tensors["lm_head.weight"]) == config.vocab_size
-            )
-            params = pretrained.with_head(tensors, config, seed, keep=keep, source=source)
+        keeps_head = convert.has_head(tensors) and (
+            not ignore_mismatched_sizes or len(tensors["lm_head.weight"]) == config.vocab_size
+        )
+        if cls.has_head and not keeps_head:
+            params = pretrained.with_fresh_head(tensors, config, seed, source)
         else:
-            params = pretrained.of_tensors(tensors, config, source, head=False)
+            params = pretrained.from_tensors(tensors, config, source, head=cls.has_head)
         if not _do_init:
             return model, params
         model._is_initialized = True

@@ -1,4 +1,4 @@
-"""Multi-head self-attention over the frames of a clip, in the form that suits the machine."""
+"""Multi-head self-attention over the frames of a clip, in several implementations."""
 
 import functools
 
@@ -11,7 +11,7 @@ from flax_asr import errors
 from flax_asr.models import layers, short_attention
 
 KINDS = ("auto", "xla", "pallas", "cudnn")
-"""The plain form; a kernel of ours for TPU; cuDNN's for GPU; "auto" picks among them."""
+"""The plain form; our kernel for TPU; cuDNN's for NVIDIA GPUs; "auto" picks one of them."""
 
 _GPUS = ("gpu", "cuda", "rocm")
 _CUDNN_LARGEST_HEAD = 128
@@ -29,25 +29,25 @@ def choose(
     keep_weights: bool,
     remat_policy: str,
 ) -> str:
-    """The form that computes: "xla", "pallas", "cudnn", or "recomputed".
+    """The implementation to use: "xla", "pallas", "cudnn" or "recomputed".
 
-    Only the plain form's weights can be seen, and cuDNN's form has no dropout of them: where that
-    is wanted the plain form computes, whatever `kind` says. On a GPU it is "recomputed": the plain
-    form whose weights are not kept for the backward pass, where they would be two thirds of a
-    layer's memory, unless they are asked for or a policy decides what is kept.
+    Only the plain form returns its weights, and cuDNN's form has no dropout: where either is
+    needed, the plain form is used whatever `kind` says. On a GPU that is "recomputed", the plain
+    form that does not keep its weights for the backward pass (two thirds of a layer's memory),
+    unless the weights are asked for or a remat policy decides what is kept.
 
     Args:
         kind: one of KINDS.
         platform: "tpu", "gpu", "cuda", "rocm" or "cpu".
-        config: of the model.
-        dtype: of the computation.
-        frames: of a clip.
+        config: the model's configuration.
+        dtype: the compute dtype.
+        frames: frames in a clip, padding included.
         deterministic: no dropout.
-        keep_weights: the attention weights are asked for.
+        keep_weights: whether the attention weights are asked for.
         remat_policy: what is kept for the backward pass, one of layers.REMAT_POLICIES.
 
     Raises:
-        ModelError: the kind is unknown, or cannot compute this model here.
+        ModelError: the kind is unknown, or cannot compute this model on this platform.
     """
     if kind not in KINDS:
         raise errors.ModelError(f"model.attention: {kind!r} is not one of {', '.join(KINDS)}")
@@ -56,7 +56,7 @@ def choose(
         "cudnn": _cudnn_hindrance(platform, dtype, config),
     }
     if hindrances.get(kind):
-        raise errors.ModelError(f"model.attention: {kind!r} {hindrances[kind]}; 'auto' is right")
+        raise errors.ModelError(f"model.attention: {kind!r} {hindrances[kind]}; use 'auto'")
     if kind == "auto":
         kind = "pallas" if platform == "tpu" else "cudnn"
     drops = config.attention_dropout > 0.0 and not deterministic
@@ -93,7 +93,7 @@ def _cudnn_hindrance(
 
 
 def _compute_capability() -> float:
-    """Of this machine's NVIDIA GPU; 0 of AMD's, which JAX calls "gpu" too and names "gfx942"."""
+    """Compute capability of the NVIDIA GPU; 0 for AMD's, where JAX gives a name like "gfx942"."""
     try:
         return float(jax.local_devices(backend="gpu")[0].compute_capability)
     except ValueError:
@@ -103,14 +103,14 @@ def _compute_capability() -> float:
 class SelfAttention(nn.Module):
     """Attention of every frame to the real frames, with the four projections around it.
 
-    Scores come out of a matrix product in the compute dtype; their softmax is float32. A row
-    without a real frame attends to all alike, which is finite and counts for nothing.
+    Scores are a matrix product in the compute dtype; their softmax is float32. A row without real
+    frames attends to all frames equally: finite values that count for nothing.
 
     Attributes:
-        config: of the model.
-        dtype: of the computation.
+        config: the model's configuration.
+        dtype: the compute dtype.
         deterministic: no dropout.
-        kind: the form, as `choose` gives it.
+        kind: the implementation, as `choose` returns it.
     """
 
     config: layers.Wav2Vec2Config
@@ -127,7 +127,7 @@ class SelfAttention(nn.Module):
         Float[Array, "batch frames hidden"],
         Float[Array, "batch heads frames frames"] | None,
     ]:
-        """(what attention adds to `x`, the weights before dropout where the form is "xla")."""
+        """(output, weights before dropout if `kind` is "xla", else None)."""
         hidden, heads = self.config.hidden_size, self.config.num_attention_heads
         products, biases = zip(
             *(
@@ -159,9 +159,9 @@ class SelfAttention(nn.Module):
 
 
 def plain(query, key, value, frame_mask, heads, words=None, rate=0.0):
-    """Attention as XLA's own operations; (sums of values, weights before dropout).
+    """Attention in XLA's own operations: (weighted sums of values, weights before dropout).
 
-    Weights are dropped at this rate where there are two key words for it.
+    `words`, the two key words of `layers.dropped`, turn on dropout of the weights at `rate`.
     """
     scores = _masked(_by_head("bqhd,bkhd->bhqk", heads, query, key), frame_mask)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
@@ -181,7 +181,7 @@ def _by_head(products, heads, *operands):
 
 
 def _masked(scores, frame_mask):
-    """Scores in float32, the lowest of all where the frame that is attended to is padding."""
+    """Scores in float32, the lowest possible where the key is a frame of padding."""
     scores = scores.astype(jnp.float32)
     if frame_mask is None:
         return scores
@@ -190,7 +190,7 @@ def _masked(scores, frame_mask):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 6))
 def recomputed(query, key, value, frame_mask, heads, words=None, rate=0.0):
-    """The sums of values as `plain`; the backward pass computes the weights anew."""
+    """The weighted sums of `plain`; the backward pass computes the weights again."""
     return plain(query, key, value, frame_mask, heads, words, rate)[0]
 
 
@@ -209,8 +209,8 @@ def _recomputed_backward(heads, rate, residuals, gradient):
         weight_gradient = layers.dropped(weight_gradient, words, rate)
     weight_gradient = weight_gradient.astype(jnp.float32)
 
-    # Three passes over scores: their largest, two sums, and all that is written. With a barrier
-    # between them XLA writes nothing else; without, it would keep float32 from one for the next.
+    # Three passes over the scores: their maximum, two sums, and the results. The barriers keep XLA
+    # from storing float32 scores from one pass for the next.
     largest = jax.lax.optimization_barrier(scores.max(axis=-1, keepdims=True))
     powers = jnp.exp(scores - largest)
     sums = powers.sum(axis=-1, keepdims=True), (powers * weight_gradient).sum(-1, keepdims=True)
@@ -238,12 +238,12 @@ recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 def cudnn(query, key, value, frame_mask, heads, implementation="cudnn"):
     """Attention by cuDNN, which keeps no scores."""
     batch, frames, hidden = query.shape
-    # JAX takes an odd number of frames to cuDNN only where nothing is differentiated.
+    # JAX gives cuDNN an odd number of frames only if nothing is differentiated.
     padding = ((0, 0), (0, frames % 2), (0, 0))
     split = (
         jnp.pad(x, padding).reshape(batch, -1, heads, hidden // heads) for x in (query, key, value)
     )
-    # A clip without a frame, as in rows that fill a group, may attend to one: no NaN.
+    # A clip without frames, such as a filler row, attends to one frame, so that nothing is NaN.
     lengths = jnp.maximum(_lengths(query, frame_mask), 1)
     mixed = jax.nn.dot_product_attention(
         *split, scale=1.0, key_value_seq_lengths=lengths, implementation=implementation

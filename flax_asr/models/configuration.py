@@ -1,6 +1,6 @@
-"""Model configurations, transformers' Wav2Vec2Config, as folders and users give them.
+"""Model configurations (transformers' Wav2Vec2Config), read from folders and changed by users.
 
-transformers is imported inside of functions: it imports torch where it can.
+transformers is imported inside functions: it imports torch if it is installed.
 """
 
 import difflib
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _FILE = "config.json"
 
-# What it can ask of PyTorch's loader: a type, kernels or code from elsewhere. It means nothing
-# here, and would go on into what we export.
+# Keys for PyTorch's loader (types, kernels, remote code): without meaning here, and they would be
+# copied into the export.
 _NOT_OURS = frozenset(
     "dtype torch_dtype quantization_config auto_map custom_pipelines num_labels id2label label2id"
     " attn_implementation _attn_implementation _attn_implementation_internal"
@@ -28,10 +28,10 @@ _LARGEST = 2**24  # of every other whole number
 
 
 def read(folder: Path) -> "Wav2Vec2Config":
-    """A folder's config.json, without what is for PyTorch's loader only.
+    """A folder's config.json, without the keys for PyTorch's loader.
 
     Raises:
-        ModelError: there is none, it is not one of wav2vec 2.0, or its sizes are absurd.
+        ModelError: there is none, it is not of a wav2vec 2.0 model, or its sizes are absurd.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Wav2Vec2Config
@@ -49,7 +49,7 @@ def read(folder: Path) -> "Wav2Vec2Config":
         )
     content = {key: value for key, value in content.items() if key not in _NOT_OURS}
     for key, value in content.items():
-        # Before anything is made of such a size.
+        # Checked before anything of such a size is allocated.
         for size in value if isinstance(value, list) else [value]:
             most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
             if isinstance(size, int) and abs(size) > most:
@@ -84,7 +84,7 @@ def override(config: "Wav2Vec2Config", changes: Mapping[str, Any]) -> None:
 
     changes = dict(changes)
     if "conv_dim" in changes and isinstance(changes["conv_dim"], (list, tuple)):
-        # transformers stores the length too and refuses a configuration where they differ
+        # transformers also stores the length, and refuses a configuration where they differ.
         changes.setdefault("num_feat_extract_layers", len(changes["conv_dim"]))
     fields = config.to_dict()
     for name, value in changes.items():

@@ -1,9 +1,9 @@
-"""Hugging Face's tensor names and layouts <-> our parameter tree.
+"""Conversion between Hugging Face's tensors and our parameter tree: names and layouts.
 
 The tree is that of the Flax classes that transformers 4 had: `wav2vec2/encoder/layers/0/attention/
 q_proj/kernel`. A linear kernel is torch's weight transposed, a convolution kernel is torch's weight
 with its axes reversed; the weight-normed positional convolution keeps torch's layout. Only layouts
-change, never values, so torch -> ours -> torch is exact to the bit.
+change, not values, so torch -> ours -> torch is exact to the bit.
 
 Source: transformers, models/wav2vec2/modeling_wav2vec2.py (names and shapes on torch's side) and
 modeling_flax_wav2vec2.py of its version 4.57 (ours).
@@ -33,10 +33,10 @@ OLD_WEIGHT_NORM = {
     "weight_v": "parametrizations.weight.original1",
 }
 
-# What Wav2Vec2ForPreTraining has beside the encoder; fine-tuning has no use for it.
+# What Wav2Vec2ForPreTraining has besides the encoder, not needed for fine-tuning.
 PRETRAINING_ONLY = ("quantizer.", "project_q.", "project_hid.")
 
-# What classifiers have beside the encoder (Wav2Vec2ForSequenceClassification, ...ForXVector and
+# What classifiers have besides the encoder (Wav2Vec2ForSequenceClassification, ...ForXVector and
 # ...ForAudioFrameClassification), whose names all begin with PREFIX there.
 CLASSIFIERS_ONLY = (
     "classifier.",
@@ -110,7 +110,7 @@ def _encoder_layer(config: "Wav2Vec2Config", name: str) -> Iterator[_Parameter]:
 
 
 def _encoder(config: "Wav2Vec2Config") -> Iterator[_Parameter]:
-    """Every tensor of a Wav2Vec2Model, names without the `wav2vec2.` prefix."""
+    """Every tensor of a Wav2Vec2Model, with names without the prefix `wav2vec2.`."""
     hidden = config.hidden_size
     yield _Parameter(MASK_EMBEDDING, (MASK_EMBEDDING,), (hidden,), (0,))
     yield from _feature_extractor(config)
@@ -163,7 +163,7 @@ def _canonical_name(name: str, *, prefixed: bool) -> str:
 
 
 def _canonical(tensors: Mapping[str, np.ndarray], *, head: bool) -> dict[str, np.ndarray]:
-    """The tensors that a model with or without `head` has a use for, under ForCTC's names."""
+    """The tensors that a model needs, with or without `head`, under Wav2Vec2ForCTC's names."""
     prefixed = any(name.startswith(PREFIX) for name in tensors)
     unwanted = (*PRETRAINING_ONLY, *CLASSIFIERS_ONLY, *(() if head else ("lm_head.",)))
     result = {}
@@ -178,11 +178,11 @@ def _canonical(tensors: Mapping[str, np.ndarray], *, head: bool) -> dict[str, np
 
 
 def _fresh_mask_embedding(config: "Wav2Vec2Config") -> np.ndarray:
-    """What torch's class starts from: uniform in [0, 1); always the same numbers."""
+    """Uniform in [0, 1), as in torch's class, but always the same numbers."""
     masks = config.apply_spec_augment and max(config.mask_time_prob, config.mask_feature_prob) > 0
     _logger.log(
         logging.WARNING if masks else logging.DEBUG,
-        "The checkpoint has no %s (the vector that stands for masked frames): it starts fresh.",
+        "The checkpoint has no %s (the vector for masked frames): it starts from random numbers.",
         MASK_EMBEDDING,
     )
     return np.random.default_rng(0).uniform(size=config.hidden_size).astype(np.float32)
@@ -194,7 +194,7 @@ def _check(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> None:
             f"The tensor {name!r} has shape {tuple(tensor.shape)} in the checkpoint, but "
             f"{expected} by its configuration (config.json and model.config)."
         )
-    # bfloat16 comes as ml_dtypes' type, whose kind is "V"; its name says that it is a float.
+    # ml_dtypes' bfloat16 has the kind "V": only its name says that it is a float.
     if "float" not in tensor.dtype.name:
         raise errors.ModelError(
             f"The tensor {name!r} holds {tensor.dtype.name}, not floating-point numbers: "
@@ -203,7 +203,7 @@ def _check(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> None:
 
 
 def _listed(names: list[str]) -> str:
-    # repr: a name out of a file may carry control characters.
+    # repr: a name from a file may contain control characters.
     shown = ", ".join(map(repr, names[:5]))
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
@@ -224,13 +224,13 @@ def params_from_torch(
 ) -> Tree:
     """Our parameter tree, float32, from a Hugging Face checkpoint's tensors.
 
-    Takes the names of Wav2Vec2Model, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining and of transformers'
-    classifiers, either spelling of the weight norm, and any float type. Without `head` a stored
-    head is dropped; what only pre-training or classifying uses is dropped always. A missing
-    `masked_spec_embed` starts fresh, and the log says so.
+    Accepts the names of Wav2Vec2Model, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining and transformers'
+    classifiers, either spelling of the weight norm, and any float type. Drops a stored head without
+    `head`, and always what only pre-training or classification needs. A missing
+    `masked_spec_embed` is drawn at random, and the log says so.
 
     Raises:
-        ModelError: a tensor is missing, left over, of another shape, or not of floats.
+        ModelError: a tensor is missing, left over, of the wrong shape, or not of floats.
     """
     entries = _parameters(config, head=head)
     found = _canonical(tensors, head=head)
@@ -269,11 +269,11 @@ def torch_from_params(params: Mapping[str, Any], config: "Wav2Vec2Config") -> di
     """Torch's tensors, contiguous and in the parameters' types, with transformers 5's names.
 
     The tree of a model with a head gives Wav2Vec2ForCTC's tensors, one without a head
-    Wav2Vec2Model's. `masked_spec_embed` is written where torch's class has it: with a mask
+    Wav2Vec2Model's. `masked_spec_embed` is written if torch's class has it: with a mask
     probability above zero.
 
     Raises:
-        ModelError: a parameter is missing, left over or of another shape.
+        ModelError: a parameter is missing, left over or of the wrong shape.
     """
     head = "lm_head" in params
     entries = {entry.path: entry for entry in _parameters(config, head=head)}
@@ -288,13 +288,13 @@ def torch_from_params(params: Mapping[str, Any], config: "Wav2Vec2Config") -> di
             continue
         values = np.asarray(leaves[path])
         _check("/".join(path), values, entry.shape)
-        # safetensors writes the buffer as it lies in memory: a view would come out scrambled.
+        # safetensors writes the buffer as it is in memory: a view would be scrambled.
         tensors[entry.torch_name] = np.ascontiguousarray(values.transpose(entry.axes))
     return tensors
 
 
 def torch_names(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A Flax checkpoint of transformers 4 under torch's names and layouts, nothing checked."""
+    """A transformers 4 Flax checkpoint's tensors under torch's names and layouts, unchecked."""
     tensors = {}
     for path, leaf in _leaves(tree):
         values = np.asarray(leaf)
@@ -303,6 +303,6 @@ def torch_names(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def torch_name(path: Sequence[str]) -> str:
-    """What torch calls the parameter of this path."""
+    """Torch's name of the parameter with this path."""
     *parents, last = path
     return ".".join((*parents, "weight" if last in ("kernel", "scale") else last))

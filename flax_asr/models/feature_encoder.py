@@ -1,4 +1,4 @@
-"""From samples to features: the strided convolutions of wav2vec 2.0."""
+"""The feature encoder of wav2vec 2.0: strided convolutions from samples to features."""
 
 import math
 
@@ -14,7 +14,7 @@ from flax_asr.models import activations, first_layer, layers
 _LANES = 128
 _ROWS = 8
 _EPSILON = 1e-5
-"""Of every norm here: PyTorch keeps its default, whatever config.layer_norm_eps is."""
+"""Epsilon of every norm here: PyTorch uses its default, whatever config.layer_norm_eps is."""
 
 
 def strided_convolution(
@@ -41,8 +41,8 @@ def mean_square(
 ) -> Float[Array, "batch frames"]:
     """The mean over features of the squared frames of a convolution, without the frames.
 
-    With samples x under the taps, and a last one that is 1 for the bias, a frame is K^T x and its
-    sum of squares x^T (K K^T) x: a few products for each frame instead of one for each feature.
+    With x the samples under the taps, and a 1 for the bias, a frame is K^T x and its sum of squares
+    x^T (K K^T) x: a few products for each frame instead of one for each feature.
     """
     taps, features = kernel.shape
     rows = jnp.concatenate([kernel, bias[None]]).astype(jnp.float32)
@@ -61,9 +61,10 @@ def mean_square(
 
 
 def _phases(audio: Float[Array, "batch times"], stride: int) -> list[Float[Array, "batch steps"]]:
-    """Samples 0, stride, 2 * stride and so on, samples 1, 1 + stride and so on, and so on.
+    """`stride` arrays: samples 0, stride, 2 * stride, ...; samples 1, 1 + stride, ...; and so on.
 
-    By a product with zeros and ones: a TPU moves data across lanes slowly in any other way.
+    Computed as a product with a matrix of zeros and ones: other ways of moving data across lanes
+    are slow on a TPU.
     """
     block = stride * _LANES
     audio = jnp.pad(audio, ((0, 0), (0, -audio.shape[1] % block)))
@@ -79,10 +80,10 @@ def _phases(audio: Float[Array, "batch times"], stride: int) -> list[Float[Array
 
 
 class _ConvolutionParameters(nn.Module):
-    """Kernel and bias under the names they have in a checkpoint, initialised as in PyTorch.
+    """Kernel and bias under their names in a checkpoint, initialised as in PyTorch.
 
-    With `centred` their mean over the features is subtracted, so that the frames they make have a
-    mean of zero too. Where the layer has no bias, it is zero.
+    With `centred` their mean over the features is subtracted, so that the frames have a mean of
+    zero too. The bias is zero if the layer has none.
     """
 
     config: layers.Wav2Vec2Config
@@ -115,7 +116,7 @@ def _centred_features(parameters: Float[Array, "... features"]) -> Float[Array, 
 
 
 def _variance(x, y, kernel, bias, stride) -> Float[Array, "batch frames"]:
-    """Of centred frames `y` over their features."""
+    """Variance over the features of centred frames `y`."""
 
     def from_frames(x, y, kernel, bias):
         return jnp.mean(jnp.square(y.astype(jnp.float32)), axis=-1)
@@ -146,13 +147,13 @@ class _InstanceNorm(nn.Module):
 
 
 class _ConvLayer(nn.Module):
-    """Convolution, norm where there is one, activation.
+    """Convolution, norm if the layer has one, activation.
 
-    In half precision the mean that a LayerNorm would take from each frame is taken from kernel and
-    bias instead, where it costs nothing, and on TPU the variance of the first layer's frames comes
-    from the samples: XLA for TPU computes that convolution once more for each statistic of its many
-    frames. The rounding of the kernel leaves a mean far below that of the frames. In bfloat16 the
-    first layer is a kernel of its own there, where it is not trained.
+    In half precision the mean that a LayerNorm subtracts from each frame is subtracted from kernel
+    and bias instead, which costs nothing; the mean that the kernel's rounding leaves is far below
+    the rounding of the frames. On TPU the variance of the first layer's frames is computed from the
+    samples, as XLA would compute that convolution again for each statistic; in bfloat16, if the
+    layer is not trained, all of it is a Pallas kernel (first_layer.py).
     """
 
     config: layers.Wav2Vec2Config
@@ -203,7 +204,7 @@ class _ConvLayer(nn.Module):
 
 
 def _without_gradient(plain, stride):
-    """`plain`, by the kernel on TPU where nothing is differentiated."""
+    """`plain`, computed by the kernel on TPU if nothing is differentiated."""
 
     def by_kernel(x, kernel, bias, scale, shift):
         return first_layer.frames(x[..., 0], kernel[:, 0], bias, scale, shift, stride, _EPSILON)
@@ -230,10 +231,10 @@ class _ConvLayers(nn.Module):
 
 
 def _pieces(config: layers.Wav2Vec2Config, rows: int, samples: int) -> int:
-    """Into how many pieces a clip is cut on TPU, so that all pieces fill whole tiles of rows.
+    """Number of pieces that a clip is cut into on TPU, so that all pieces fill whole tiles of rows.
 
-    4 clips of 10 s take XLA for TPU twice as long as 8 do, and three times as long to compile.
-    A norm over all frames of a clip forbids it, and so do pieces shorter than a receptive field.
+    Without it, 4 clips of 10 s take twice as long as 8, and three times as long to compile. It is
+    not possible with a norm over all frames of a clip, or in pieces shorter than a receptive field.
     """
     taps, stride = _receptive_field(config)
     pieces = math.lcm(rows, _ROWS) // rows
@@ -251,21 +252,21 @@ def _receptive_field(config: layers.Wav2Vec2Config) -> tuple[int, int]:
 def _cut(
     audio: Float[Array, "batch samples"], pieces: int, config: layers.Wav2Vec2Config
 ) -> Float[Array, "rows piece"]:
-    """Every clip as `pieces` rows of equally many frames, with zeros behind the last."""
+    """Every clip as `pieces` rows with the same number of frames, padded with zeros at the end."""
     batch, samples = audio.shape
     taps, stride = _receptive_field(config)
     frames = -(-((samples - taps) // stride + 1) // pieces)
     end = pieces * frames * stride
     audio = jnp.pad(audio, ((0, 0), (0, max(0, end + taps - samples))))[:, : end + taps]
     firsts = audio[:, :end].reshape(batch, pieces, -1)
-    # What the last frames of a piece see of the next one.
+    # The samples of the next piece that the last frames of a piece depend on.
     overlaps = jnp.concatenate([firsts[:, 1:, :taps], audio[:, None, end:]], axis=1)
     whole = jnp.concatenate([firsts, overlaps[:, :, : max(0, taps - stride)]], axis=2)
     return whole.reshape(batch * pieces, -1)
 
 
 class FeatureEncoder(nn.Module):
-    """The convolution layers; with `freeze`, no gradient is computed through or for them."""
+    """The convolution layers; with `freeze`, no gradient is computed for or through them."""
 
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype

@@ -1,12 +1,12 @@
 """The feature encoder's first layer as a Pallas kernel for TPU: convolution, norm and GELU.
 
-It makes many frames from few samples: XLA for TPU takes four times as long for the convolution as
-the memory takes for what it writes. Here a program turns the samples until those of each frame come
-first in its row, and multiplies them with the taps; norm and GELU follow before frames leave the
-chip. Samples are read as they lie: laid out by XLA they took more of the compiler's time than any
-product of the model.
+The layer makes many frames from few samples: XLA for TPU takes four times as long for the
+convolution as for writing its output to memory. Here a program rotates the samples until those of
+each frame come first in its row, and multiplies them with the taps; norm and GELU follow before the
+frames leave the chip. Samples are read in their own order: rearranged by XLA they took more of the
+compiler's time than any product of the model.
 
-Frames stand as [frames, batch, features], as XLA for TPU wants them for the second convolution.
+The output is [frames, batch, features] in memory, as XLA for TPU needs it for the next convolution.
 """
 
 import functools
@@ -24,12 +24,12 @@ LANES = 128
 _SUBLANES = 8
 _TAPS = 16
 _ROWS = 2048
-"""Frames of a program, of all clips: 2 MiB of bfloat16 with 512 features."""
+"""Frames that a program computes, over all clips: 2 MiB of bfloat16 with 512 features."""
 _AT_ONCE = 4
 
 
 def suits(batch: int, taps: int, features: int, stride: int) -> bool:
-    """Whether the kernel takes such a layer: frames of all clips have to fill whole tiles."""
+    """Whether the kernel can compute such a layer: frames of all clips must fill whole tiles."""
     whole = batch % _SUBLANES == 0 and LANES % batch == 0 and features % LANES == 0
     return whole and taps < _TAPS and (LANES // batch - 1) * stride + taps <= LANES
 
@@ -45,16 +45,17 @@ def frames(
     *,
     interpret: bool = False,
 ) -> Float[Array, "batch frames features"]:
-    """gelu(scale * y / sqrt(mean(y^2) + epsilon) + shift) of every frame y of a convolution.
+    """gelu(scale * y / sqrt(mean(y^2) + epsilon) + shift) for every frame y of a convolution.
 
-    Kernel and bias have a mean of zero over the features, and so have the frames. Has no gradient.
+    Kernel and bias must have a mean of zero over the features, and then the frames have too. There
+    is no gradient.
 
     Oracle: the same in XLA's operations, tests/models/test_first_layer.py.
     """
     batch, times = audio.shape
     taps, features = kernel.shape
     count = (times - taps) // stride + 1
-    # The fewest frames whose samples begin and end with a lane tile, then as many as there is room.
+    # The fewest frames whose samples begin and end at a lane tile, repeated as often as fits.
     fewest = LANES // math.gcd(stride, LANES)
     repeats = max(1, min(_ROWS // (fewest * batch), pl.cdiv(count, fewest)))
     parts = max(1, fewest * batch // _ROWS)
@@ -88,7 +89,7 @@ def frames(
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         cost_estimate=pl.CostEstimate(
-            # The matrix unit adds up over all its 128 rows, whatever stands in them.
+            # The matrix unit always sums over all its 128 rows.
             flops=2 * count * batch * LANES * features,
             transcendentals=count * batch * features,
             bytes_accessed=count * batch * (stride + features) * audio.dtype.itemsize,
@@ -108,7 +109,7 @@ def frames(
 def _kernel(
     epsilon, stride, taps, parts, audio, following, weights, scale, shift, output, heard, under_taps
 ):
-    """Frames of one of `parts` parts of `audio`; the last of them end in `following`."""
+    """Frames of one of `parts` parts of `audio`; the last of them reach into `following`."""
     batch, samples = audio.shape
     steps = LANES // batch
     tiles = output.shape[0] // LANES
@@ -123,7 +124,7 @@ def _kernel(
     def samples_of(tile, _):
         start = (first + tile) * (steps * stride)
         lane = jax.lax.rem(start, LANES)
-        # The samples from `start` on, in lanes from 0 on.
+        # Rotate the samples from `start` on to the lanes from 0 on.
         turn = jax.lax.rem(LANES - lane, LANES)
         here, there = (
             pltpu.roll(heard[:, pl.ds(pl.multiple_of(at, LANES), LANES)], turn, 1)
@@ -131,7 +132,7 @@ def _kernel(
         )
         window = jnp.where(lanes[:batch] < LANES - lane, here, there)
         turned = [pltpu.roll(window, (LANES - step * stride) % LANES, 1) for step in range(steps)]
-        # One for the bias; what stands behind it meets weights of zero.
+        # A one for the bias; the lanes behind it have weights of zero.
         found = jnp.where(lanes == taps, 1.0, jnp.concatenate(turned))
         under_taps[rows_of(tile), :] = found.astype(under_taps.dtype)
 

@@ -1,4 +1,4 @@
-"""Finds a model: a folder of this machine, or what is needed of one on the Hugging Face hub."""
+"""Finds a model: a local folder, or the files needed from the Hugging Face hub."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from flax_asr.models import weights
 
 
 def _wanted(names: list[str], with_weights: bool) -> list[str]:
-    """The files of a hub repository to download: no code, no folders, one format of weights."""
+    """The files to download from a hub repository: no code, no folders, one format of weights."""
     top = [name for name in names if "/" not in name]
     wanted = [name for name in top if name.endswith(".json") or name == "vocab.txt"]
     for name in weights.FILES if with_weights else ():
@@ -26,7 +26,7 @@ def _is_shard(name: str, start: str, end: str) -> bool:
 
 def _unreachable(name: str, why: str) -> errors.ModelError:
     return errors.ModelError(
-        f"{name} is neither a folder here nor in the hub's cache, and the hub cannot be asked "
+        f"{name} is neither a folder here nor in the hub's cache, and the hub cannot be reached "
         f"({why}). Connect once, or run `hf download {name} --local-dir FOLDER` elsewhere and give "
         "that folder."
     )
@@ -40,14 +40,14 @@ def resolve(
     token: str | bool | None = None,
     with_weights: bool = True,
 ) -> tuple[Path, str | None]:
-    """The folder of a model and, for one of the Hugging Face hub, the commit that it is at.
+    """The folder of a model and, if it is from the Hugging Face hub, its commit.
 
     A folder is taken as it is. A hub id is downloaded into the hub's cache: the JSON files and,
-    where they are wanted, the weights in one format, never code. When the hub cannot be reached
-    the cache is used.
+    with `with_weights`, the weights in one format, never code. If the hub cannot be reached, the
+    cache is used.
 
     Raises:
-        ModelError: not a folder, and not found on the hub, gated, offline or not in the cache.
+        ModelError: `name` is no folder, and on the hub it is not found, gated or out of reach.
     """
     name = os.fspath(name)
     folder = Path(os.path.expanduser(name))
@@ -87,11 +87,11 @@ def _downloaded(
     token: str | bool | None,
     with_weights: bool,
 ) -> Path:
-    """The folder in the cache, once all that is wanted is there.
+    """The folder in the cache, after downloading what is missing.
 
     Raises:
-        ModelError: the hub has no such model or revision, or does not hand it out.
-        HTTPError, OSError: the hub cannot be reached, or the disk not be written.
+        ModelError: the hub has no such model or revision, or denies access to it.
+        HTTPError, OSError: the hub cannot be reached, or the disk cannot be written.
     """
     import huggingface_hub
     from huggingface_hub import errors as hub

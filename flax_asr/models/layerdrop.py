@@ -1,4 +1,4 @@
-"""Layerdrop: a layer that is left out now and then while training.
+"""Layerdrop: layers that are skipped at random while training.
 
 Source: Fan et al. 2020, "Reducing transformer depth on demand with structured dropout".
 """
@@ -22,21 +22,21 @@ def apply(
     keep_attentions: bool,
     platform: str,
 ) -> tuple[Float[Array, "batch frames hidden"], Float[Array, "batch heads frames frames"] | None]:
-    """What the layer makes of `x` and its attention weights, or `x` itself and zeros.
+    """The layer's output and attention weights if it is kept, else `x` and zeros.
 
-    A layer that is left out has gradients of zero, whatever overflows in it.
+    A skipped layer has gradients of zero, even if something overflows in it.
 
     Args:
-        layer_class: called with (x, frame_mask), gives both.
-        made: makes the layer of that class, or of one that stands in for it.
-        kept: whether the layer is there this time.
-        x: what it would take.
+        layer_class: a module that maps (x, frame_mask) to (output, attention weights).
+        made: makes the layer, of that class or of a wrapper of it.
+        kept: whether the layer is kept this time.
+        x: the layer's input.
         frame_mask: true for real frames.
-        heads: of its attention.
+        heads: number of attention heads.
         keep_attentions: whether the weights are wanted; else they are None.
-        platform: "tpu": the layer is computed, and then chosen or not. A branch would spare the
-            work, but XLA fuses nothing over its borders and fills all that the backward pass may
-            want with zeros, which there takes longer than the layer. Elsewhere: a branch.
+        platform: on "tpu" the layer is always computed and its output selected. A branch would
+            save the work, but XLA fuses nothing across it, and fills what the backward pass may
+            need with zeros, which takes longer than the layer. Elsewhere it is a branch.
     """
     if platform == "tpu":
         y, weights = made(_layer_with_gradient_if(kept, layer_class))(
@@ -57,7 +57,7 @@ def apply(
 
 
 def _layer_with_gradient_if(kept: Bool[Array, ""], layer_class: type[nn.Module]) -> type[nn.Module]:
-    """The layer class; its parameters get a gradient of zero where the layer is not kept."""
+    """The layer class, whose parameters get a gradient of zero if the layer is not kept."""
 
     def parameters(tree):
         return jax.tree.map(lambda leaf: _with_gradient_if(kept, leaf), tree)
@@ -67,11 +67,12 @@ def _layer_with_gradient_if(kept: Bool[Array, ""], layer_class: type[nn.Module])
 
 @jax.custom_vjp
 def _with_gradient_if(kept, x):
-    """`x`, whose gradient is zero where it is not kept: chosen, as 0 times infinity is NaN."""
+    """`x`, whose gradient is zero if not kept: selected, as 0 times infinity is NaN."""
     return x
 
 
-# lax.select: XLA shares jnp.where with the optimiser's, and files its time under this one's name.
+# lax.select, as XLA would merge a jnp.where with the optimiser's, and `plan` count it in the wrong
+# part.
 _with_gradient_if.defvjp(
     lambda kept, x: (x, kept),
     lambda kept, gradient: (None, jax.lax.select(kept, gradient, jnp.zeros_like(gradient))),

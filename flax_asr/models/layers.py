@@ -1,8 +1,8 @@
-"""What every part of the model is built from: dense, layer norm, dropout, rematerialisation.
+"""Building blocks of the model: dense layers, layer norm, dropout, rematerialisation.
 
-One convention each, kept here: parameters are float32 and are cast where they are used; matrix
-products run in the compute dtype, and at full precision when that is float32, whatever the
-backend's default; means and variances are float32.
+The conventions: parameters are float32 and are cast where they are used; matrix products run in
+the compute dtype, at full precision if that is float32, whatever the backend's default; means and
+variances are float32.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from flax_asr import errors
 
-# A transformers.Wav2Vec2Config. Not imported for its name: transformers imports torch where it can.
+# A transformers.Wav2Vec2Config; not imported, as transformers imports torch if it is installed.
 Wav2Vec2Config = Any
 Dtype = Any
 
@@ -28,12 +28,12 @@ REMAT_POLICIES = (
 
 
 def precision(dtype: Dtype) -> jax.lax.Precision | None:
-    """HIGHEST for float32, so that it never means bfloat16 passes (TPU) or TF32 (GPU)."""
+    """HIGHEST for float32, so that it is never computed in bfloat16 passes (TPU) or TF32 (GPU)."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def default_platform() -> str:
-    """Where JAX computes what nothing says otherwise of: "tpu", "gpu" or "cpu"."""
+    """The platform of JAX's default device: "tpu", "gpu" or "cpu"."""
     device = jax.config.jax_default_device
     if device is None:
         return jax.default_backend()
@@ -57,7 +57,7 @@ def dense(
 def plus_bias(product: jax.Array, bias: jax.Array) -> jax.Array:
     """Their sum in the product's dtype.
 
-    A TPU takes a pass of its own for each bias that is rounded first, so that there it is not.
+    The bias is not rounded first on TPU, where that would take a separate pass.
     """
     return jax.lax.platform_dependent(product, bias, tpu=_exact_sum, default=_rounded_sum)
 
@@ -71,7 +71,7 @@ def _exact_sum(product, bias):
 
 
 class Projection(nn.Module):
-    """A linear layer as `dense`, which leaves adding its bias to the caller: (product, bias)."""
+    """Like `dense`, but returns (product, bias) and leaves their sum to the caller."""
 
     config: Wav2Vec2Config
     features: int
@@ -91,9 +91,9 @@ class Projection(nn.Module):
 def layer_norm(dtype: Dtype, name: str, epsilon: float) -> nn.LayerNorm:
     """LayerNorm over the last axis, statistics in float32.
 
-    In float32 the variance is taken around the mean. In half precision it is the mean of squares
-    less the square of the mean, which costs half the passes over memory and whose rounding is far
-    below that of the input.
+    In float32 the variance is computed around the mean. In half precision it is the mean of squares
+    minus the square of the mean: half the passes over memory, and a rounding error far below that
+    of the input.
     """
     exact = jnp.dtype(dtype) == jnp.float32
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=not exact, name=name)
@@ -102,8 +102,8 @@ def layer_norm(dtype: Dtype, name: str, epsilon: float) -> nn.LayerNorm:
 def norm_beside(dtype: Dtype, name: str, epsilon: float) -> Callable[[jax.Array], Any]:
     """LayerNorm as `layer_norm`, for the start of a residual branch: x -> (normed, x).
 
-    The second is for the residual itself: what flows back to it and into the norm meet in one
-    place. In bfloat16 that takes two passes over the frames less than JAX's own gradients.
+    Use the returned x for the residual: the gradients of both outputs are then added in one place,
+    which in bfloat16 saves two passes over the frames compared with JAX's own gradients.
     """
     if jnp.dtype(dtype) == jnp.bfloat16:
         return _NormBeside(epsilon, dtype, name=name)
@@ -141,8 +141,8 @@ def _backward(epsilon, dtype, residuals, gradients):
     gradient, beside = (g.astype(jnp.float32) for g in gradients)
     standard = (x.astype(jnp.float32) - mean) * inverse
     scaled = gradient * scale
-    # All that needs no sum over a frame is added up here, where the product before it ends; the
-    # barrier keeps XLA from reading the parts once more after the sums.
+    # The terms without a sum over the frame are added first, fused with the product before them;
+    # the barrier keeps XLA from reading them again after the sums.
     direct = (beside + scaled * inverse).astype(x.dtype)
     shift = scaled.mean(axis=-1, keepdims=True) * inverse
     slope = (scaled * standard).mean(axis=-1, keepdims=True) * jnp.square(inverse)
@@ -165,12 +165,12 @@ def uniform(bound: float) -> nn.initializers.Initializer:
 
 
 class Dropout(nn.Module):
-    """Zeroes elements with probability `rate` and scales the rest; nothing at all when it is off.
+    """Zeroes elements with probability `rate` and scales the rest; the identity if it is off.
 
-    An element's fate is a hash of its place and of two words drawn from the key, a few integer
-    operations that compile into the product they mask: no mask is stored between forward and
-    backward pass, and no bits come from JAX's generator, which took two fifths of a small model's
-    update on a CPU.
+    Whether an element is kept is a hash of its index and of two words drawn from the key: a few
+    integer operations, fused into the product that they mask. No mask is stored between forward
+    and backward pass, and JAX's generator, which took two fifths of a small model's update on a
+    CPU, is not needed for each element.
     """
 
     rate: float
@@ -194,7 +194,7 @@ class Dropout(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dropped(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
-    """What `Dropout` makes of `x` at this rate, by the two key words of a call: uint32 [2]."""
+    """`x` after dropout at this rate; `words` are the two key words of the call, uint32 [2]."""
     is_kept = kept(flat_places(x.shape), words, rate)
     return jnp.where(is_kept, x * jnp.asarray(kept_scale(rate), x.dtype), jnp.zeros_like(x))
 
@@ -204,13 +204,13 @@ def _dropped_forward(x, words, rate):
 
 
 def _dropped_backward(rate, words, gradient):
-    # Behind the barrier XLA cannot see that the mask is that of the forward pass, and keep it.
+    # The barrier hides from XLA that the mask is that of the forward pass, which it would keep.
     return dropped(gradient, jax.lax.optimization_barrier(words), rate), None
 
 
 dropped.defvjp(_dropped_forward, _dropped_backward)
 
-_LEVELS = 2**32  # of the hash of a place; what lies below the rate's share of them is dropped
+_LEVELS = 2**32  # of the hash of an index; the lowest `rate` of them are dropped
 
 
 def _dropped_levels(rate: float) -> int:
@@ -218,7 +218,7 @@ def _dropped_levels(rate: float) -> int:
 
 
 def kept(places: jax.Array, words: Iterable[jax.Array], rate: float) -> jax.Array:
-    """Which elements dropout keeps, by the numbers of their places and the key words of a call."""
+    """Which elements dropout keeps, from their indices and the key words of a call."""
     if _dropped_levels(rate) >= _LEVELS:
         return jnp.zeros(places.shape, bool)
     return hashed(places, words) >= jnp.uint32(_dropped_levels(rate))
@@ -230,7 +230,7 @@ def kept_scale(rate: float) -> float:
 
 
 def flat_places(shape: tuple[int, ...]) -> jax.Array:
-    """The number of each element of an array, in C order, modulo 2**32: uint32 [shape]."""
+    """The flat index of each element of an array, in C order, modulo 2**32: uint32 [shape]."""
     places = jnp.zeros(shape, jnp.uint32)
     step = 1
     for axis in reversed(range(len(shape))):
@@ -240,7 +240,7 @@ def flat_places(shape: tuple[int, ...]) -> jax.Array:
 
 
 def hashed(places: jax.Array, words: Iterable[jax.Array]) -> jax.Array:
-    """32 well-mixed bits for each place, from key words.
+    """32 well-mixed bits for each index, from key words.
 
     Source: two rounds of the finaliser of MurmurHash3 (A. Appleby, public domain), with a key word
     before each; every input bit changes every output bit with probability one half.

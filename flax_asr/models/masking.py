@@ -1,7 +1,7 @@
-"""SpecAugment's masks as pure functions of a key, in Hugging Face's distribution.
+"""SpecAugment's masks as pure functions of a key, distributed as in transformers.
 
 Source: transformers.models.wav2vec2.modeling_wav2vec2._compute_mask_indices. One uniform epsilon
-a batch rounds the number of spans of every row; starts are drawn without replacement.
+for the whole batch rounds the number of spans of each row; starts are drawn without replacement.
 """
 
 import jax
@@ -23,12 +23,12 @@ def time_mask(
     """Frames to replace by the mask embedding, True where masked.
 
     Args:
-        key: decides everything; equal keys give equal masks.
-        frame_lengths: real frames of each row; no span leaves them.
-        frames: padded frames of a row.
+        key: equal keys give equal masks.
+        frame_lengths: real frames of each row; spans lie within them.
+        frames: frames of a row with padding.
         prob: share of the frames that spans would cover if none overlapped; 0 masks nothing.
-        length: frames of a span, at least 1. A row shorter than that stays unmasked.
-        min_spans: least number of spans of a row that has room for them.
+        length: frames of a span, at least 1. A shorter row is not masked.
+        min_spans: least number of spans in a row that has room for them.
     """
     if prob <= 0.0 or length > frames:
         return jnp.zeros((*frame_lengths.shape, frames), bool)
@@ -53,7 +53,7 @@ def time_mask(
 
 
 def _least(draws: Float[Array, "batch n"], counts: Int[Array, " batch"]) -> Bool[Array, "batch n"]:
-    """Which are the `counts` least of each row, the first ones where draws are equal."""
+    """Which elements are the `counts` least of each row; of equal ones the first."""
     nth = jnp.maximum(counts - 1, 0)[:, None]
     greatest = jnp.take_along_axis(jnp.sort(draws, axis=-1, stable=False), nth, axis=-1)
     below, equal = draws < greatest, draws == greatest

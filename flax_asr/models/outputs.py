@@ -1,4 +1,4 @@
-"""What the models return to users: values by name, by number, and as jax trees."""
+"""Outputs of the model classes: values by name and by index, and jax pytrees."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -11,8 +11,7 @@ from jaxtyping import Array, Float
 class Output(Mapping):
     """A result with named values, as transformers' ModelOutput was.
 
-    Values that are None do not count: by number, by name and in `to_tuple()` only the others are
-    found.
+    Values that are None do not count: they are not found by index, by name or in `to_tuple()`.
     """
 
     def _present(self) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""The convolutional position embedding: weight norm, and a grouped convolution quick on a CPU.
+"""The convolutional position embedding: weight norm, and a grouped convolution for each platform.
 
-XLA's own gradient of this convolution (128 taps, 16 groups) is ten times slower on a CPU than
-PyTorch's. There the convolution is done in blocks in the frequency domain: the transforms and the
-products at each frequency are matrix products, which XLA does well. Elsewhere XLA's convolution
-is used, for TPU with weights laid out as its quicker form takes them. All compute the same
-function; which one runs is decided when the program is lowered, so that a program compiled for
-another machine gets that machine's.
+On a CPU, XLA's own gradient of this convolution (128 taps, 16 groups) is ten times slower than
+PyTorch's. There the convolution is computed in blocks in the frequency domain, where the transforms
+and the products at each frequency are matrix products, which XLA does well. Elsewhere XLA's
+convolution is used, on TPU with the weight in the layout of its faster form. All compute the same
+function. The choice is made when the program is lowered, so a program compiled for another platform
+gets that platform's form.
 """
 
 import functools
@@ -76,7 +76,7 @@ def direct_convolution(
     weight: Float[Array, "hidden inputs taps"],
     groups: int,
 ) -> Float[Array, "batch frames hidden"]:
-    """`grouped_convolution` as XLA's own operation."""
+    """`grouped_convolution` by XLA's own operation."""
     taps = weight.shape[-1]
     return jax.lax.conv_general_dilated(
         x,
@@ -89,11 +89,11 @@ def direct_convolution(
     )
 
 
-# The form for TPU. There the convolution takes less than half the time when the weight lies in
-# memory as [tap, group, input, output], which is how XLA takes it: in any other order it is copied
-# once more. Without the barriers XLA moves the transposition into the convolution, and the weight
-# stays as it was; without those around frames and weight it lays out the weight for both passes as
-# the program starts, long before there are frames, and writes it to memory to wait for them.
+# The form for TPU. The convolution takes less than half the time if the weight lies in memory as
+# [tap, group, input, output], the order that XLA uses; from any other order it is copied. Without
+# the barriers XLA moves the transposition into the convolution and the weight stays as it was.
+# Without those around x and weight, XLA transposes the weight for both passes at the start of the
+# program, long before x exists, and stores it until then.
 
 
 def _by_tap(x, weight, groups):
@@ -112,7 +112,7 @@ def _by_tap_gradient(x, weight, gradient, groups):
     like = jax.eval_shape(functools.partial(_first_taps, groups=groups), weight)
     (weight_gradient,) = jax.linear_transpose(own, like)(gradient)
     weight_gradient = weight_gradient.transpose(1, 3, 2, 0).reshape(hidden, width, taps)
-    # Left to itself XLA transposes weight and moments to the gradient's order, and back.
+    # Otherwise XLA transposes weight and moments to the gradient's order, and back.
     rows_first = layout.Layout(major_to_minor=(0, 1, 2))
     return x_gradient, layout.with_layout_constraint(weight_gradient, rows_first)
 
@@ -139,8 +139,8 @@ def _tap_first(x, weight, before):
 # The spectral form. A row is cut into blocks of taps + 1 output frames, each of which depends on
 # 2 * taps input frames: overlap-save with a transform of 2 * taps points. A real signal's transform
 # is kept as its cosine and sine parts (the real part and minus the imaginary one), stacked on an
-# axis `z`; products of two transforms are written out in these parts. Operands stand in the order
-# in which XLA gives a product's axes: in another one it also copies the weight or its gradient.
+# axis `z`; products of two transforms are written out in these parts. Operands are in the order in
+# which XLA returns a product's axes: any other order adds a copy of the weight or its gradient.
 
 
 @functools.cache
@@ -251,7 +251,7 @@ class _WeightNormConv(nn.Module):
 
 
 class PositionalConvEmbedding(nn.Module):
-    """What is added to the projected features so that the transformer knows their order."""
+    """The position embedding, which is added to the projected features."""
 
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype

@@ -34,7 +34,7 @@ class Pretrained(NamedTuple):
     """A model to train or to run.
 
     `params` are float32 numpy arrays; `fresh_head` says that the head is random, `stored_head` that
-    the weights have one.
+    the weight file has one.
     """
 
     config: "Wav2Vec2Config"
@@ -54,15 +54,14 @@ def load(
 
     Args:
         folder: holds config.json and weights in any form that `weights.read` takes.
-        head_vocab_size: None keeps the stored head (where there is none, a fresh one for the
-            configuration's vocabulary is made, and the log says so); a number makes a fresh head
-            of so many tokens.
+        head_vocab_size: tokens of a fresh head. None keeps the stored head; if there is none, a
+            fresh one is made for the configuration's vocabulary, and the log says so.
         config_overrides: fields of transformers.Wav2Vec2Config that replace the stored ones.
-        seed: of a fresh head.
+        seed: the seed of a fresh head.
 
     Raises:
-        ConfigError: an override that is not a field, or not of its type.
-        ModelError: damaged, or not a wav2vec 2.0 model.
+        ConfigError: an override is not a field, or of the wrong type.
+        ModelError: the folder is damaged, or holds no wav2vec 2.0 model.
     """
     config = configuration.read(folder)
     configuration.override(config, dict(config_overrides or {}))
@@ -72,42 +71,40 @@ def load(
         wav2vec2.check(config)
     tensors = weights.read(folder)
     stored = convert.has_head(tensors)
-    keep = head_vocab_size is None and stored
-    params = with_head(tensors, config, seed, keep=keep, source=folder)
-    return Pretrained(config, params, fresh_head=not keep, stored_head=stored)
+    fresh_head = head_vocab_size is not None or not stored
+    if fresh_head:
+        params = with_fresh_head(tensors, config, seed, folder)
+    else:
+        params = from_tensors(tensors, config, folder, head=True)
+    return Pretrained(config, params, fresh_head, stored_head=stored)
 
 
 def fresh(config: "Wav2Vec2Config", seed: int, *, head: bool = True) -> Tree:
-    """Random parameters, numpy: the same for the same seed, with or without a CTC head."""
+    """Random parameters, numpy, with or without a CTC head; equal seeds give equal values."""
     modules = {True: wav2vec2.Wav2Vec2ForCTCModule, False: wav2vec2.Wav2Vec2Module}
     key = jax.random.key(seed)
     return jax.device_get(random(modules[head](config), key, shortest(config)))
 
 
 def shortest(config: "Wav2Vec2Config") -> tuple[int, int]:
-    """The shape of one row of the fewest samples that give a frame."""
+    """The input shape [1, samples] with the fewest samples that give a frame."""
     return (1, buckets.smallest_samples(1, config.conv_kernel, config.conv_stride))
 
 
 def random(module: nn.Module, key: Array, input_shape: tuple[int, ...]) -> Tree:
+    """Random parameters of a module, as jax arrays."""
     params_key, dropout_key = jax.random.split(key)
     keys = {"params": params_key, "dropout": dropout_key}
-    # Lazy: the model is not run, and layers of equal shapes share what is compiled, where one
-    # compiled function for all of a large model's parameters takes minutes.
+    # lazy_init does not run the model, and layers of equal shapes share their compiled functions:
+    # one function for all parameters of a large model takes minutes to compile.
     return module.lazy_init(keys, jax.ShapeDtypeStruct(input_shape, jnp.float32))["params"]
 
 
-def with_head(
-    tensors: weights.Tensors,
-    config: "Wav2Vec2Config",
-    seed: int,
-    *,
-    keep: bool,
-    source: str | os.PathLike,
+def with_fresh_head(
+    tensors: weights.Tensors, config: "Wav2Vec2Config", seed: int, source: str | os.PathLike
 ) -> Tree:
-    if keep:
-        return of_tensors(tensors, config, source, head=True)
-    encoder = of_tensors(tensors, config, source, head=False)
+    """The encoder in `tensors` with a random CTC head, which the log tells the user."""
+    encoder = from_tensors(tensors, config, source, head=False)
     _logger.warning(
         "%s: %s; it gets a fresh CTC head for %d tokens, which must be trained.",
         source,
@@ -116,7 +113,7 @@ def with_head(
     )
     shapes = convert.shapes(config, head=True)
     kernel, bias = (shapes["lm_head", leaf] for leaf in ("kernel", "bias"))
-    # As torch's class starts: transformers, Wav2Vec2PreTrainedModel._init_weights.
+    # Initialised as in transformers' Wav2Vec2PreTrainedModel._init_weights.
     values = np.random.default_rng(seed).normal(0.0, config.initializer_range, kernel)
     return {
         "wav2vec2": encoder,
@@ -124,10 +121,10 @@ def with_head(
     }
 
 
-def of_tensors(
+def from_tensors(
     tensors: weights.Tensors, config: "Wav2Vec2Config", source: str | os.PathLike, *, head: bool
 ) -> Tree:
-    """`convert.params_from_torch`, of numbers only; errors say that it is about `source`."""
+    """`convert.params_from_torch`, which also refuses NaN; errors name `source`."""
     with errors.in_model(source):
         params = convert.params_from_torch(tensors, config, head=head)
         for path, values in traverse_util.flatten_dict(params).items():

@@ -1,17 +1,18 @@
 """Attention over the frames of short clips as a Pallas kernel for TPU.
 
-XLA writes the scores of every head to memory and reads them back several times: at ten seconds a
-clip that takes five times as long as the matrix products of a layer. Here a program holds the
-scores of one clip, a few heads and a block of queries on the chip. Queries, keys, values, output
-and their gradients are all that crosses memory; the backward pass computes the scores once more.
+XLA writes the scores of every head to memory and reads them back several times: for clips of ten
+seconds that takes five times as long as the matrix products of a layer. Here a program holds the
+scores of one clip, a few heads and a block of queries on the chip. Only queries, keys, values,
+output and their gradients are read from and written to memory; the backward pass computes the
+scores again.
 
-Arrays stay [batch, frames, hidden], as the projections around leave them. A block is the fewest
-whole heads that fill whole lanes (two heads of 64 channels, eight of 80), or all channels. A head
-is not cut out of its lanes: its neighbours are set to zero in one factor of each product, which
-costs nothing, as the matrix unit is as wide as the lanes.
+Arrays stay [batch, frames, hidden], as the projections return them. A block is the fewest whole
+heads that fill whole lanes (two heads of 64 channels, eight of 80), or all channels. A head is not
+cut out of its lanes: its neighbours are set to zero in one factor of each product, which costs
+nothing, as the matrix unit is as wide as the lanes.
 
-Dropout of the weights is that of the plain form to the bit: a hash of the place in the whole array
-[batch, heads, queries, keys], made anew by the backward pass.
+Dropout of the weights equals that of the plain form to the bit: a hash of the index in the whole
+array [batch, heads, queries, keys], computed again in the backward pass.
 """
 
 import functools
@@ -29,17 +30,16 @@ from flax_asr.models import layers
 
 LANES = 128
 QUERIES = 512
-"""Queries that a program takes at once, at the most."""
+"""The most queries that a program takes at once."""
 _SCORE_BYTES = 10 * 2**20
-"""What all score matrices of a program may take: fewer queries at once where clips are long."""
+"""Memory for all score matrices of a program: long clips take fewer queries at once."""
 LONGEST_FRAMES = {2: 2048, 4: 1024}
-"""By the bytes of an element. Beyond, a block takes too much of the memory on the chip; 41 and 20
-seconds of audio."""
+"""By bytes of an element: 41 and 20 seconds of audio. Longer clips do not fit on the chip."""
 
 _HASH_FLOPS = 24 * 16
-"""For the bound of a score with dropout: its vector operations by the schedule that the compiler
-makes, and how many of the half-filled matrix unit's take as long as one of them."""
-_HIDDEN_SCORE = -1e30  # of a padding frame; finite, so that a clip without frames gives no NaN
+"""Estimated cost of dropout for a score: its vector operations in the compiler's schedule, times
+the matrix operations (half-filled) that take as long as one of them."""
+_HIDDEN_SCORE = -1e30  # for padding; finite, so that a clip without frames gives no NaN
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5))
@@ -53,17 +53,17 @@ def attend(
 ) -> Float[Array, "batch frames hidden"]:
     """softmax(query key^T / sqrt(channels)) value, over the first `lengths` frames of each clip.
 
-    Products are in the arrays' dtype with float32 sums, the softmax is float32; a clip without a
-    frame attends to all alike. Runs on TPU, and interpreted on CPU.
+    Products are in the arrays' dtype with float32 sums, the softmax is float32. A clip without
+    frames attends to all frames equally. Runs on TPU, and interpreted on CPU.
 
     Args:
-        products: of the weights that make query, key and value, before their biases are added:
-            the kernel sums up the biases' gradients while it has them at hand.
-        biases: of query, key and value.
+        products: query, key and value before their biases are added, as the kernel also computes
+            the biases' gradients.
+        biases: the biases of query, key and value.
         lengths: real frames of each clip.
-        heads: into how many the hidden channels are divided.
-        words: the key words of the dropout of the softmax's weights; None: there is none.
-        dropout: its rate.
+        heads: number of heads that share the hidden channels.
+        words: key words for dropout of the softmax's weights; None: no dropout.
+        dropout: the rate of dropout.
 
     Oracles: the plain form in attention.py and PyTorch, tests/models/test_attention.py.
     """
@@ -81,7 +81,7 @@ def _forward(products, biases, lengths, heads, words, dropout):
 def _backward(heads, dropout, residuals, gradient):
     query, key, value, lengths, words, biases = residuals
     found = _call(_backward_kernel, heads, lengths, words, dropout, query, key, value, gradient)
-    # Without the barrier XLA for TPU moves [1, hidden] on to AdamW, which then takes two passes.
+    # Without the barrier XLA for TPU keeps [1, hidden] up to AdamW, which then takes two passes.
     sums = jax.lax.optimization_barrier([total[0] for total in found[3:]])
     sums = tuple(total.astype(bias.dtype) for total, bias in zip(sums, biases, strict=True))
     return tuple(found[:3]), sums, None, None

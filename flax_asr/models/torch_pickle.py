@@ -1,10 +1,9 @@
-"""The program inside a torch checkpoint, run by an allow-list machine: no torch, no code run.
+"""An allow-list unpickler for torch checkpoints: without torch, and without running code.
 
-`torch.save` writes a pickle program (`data.pkl`) that puts a dictionary together from tensors,
-whose numbers lie in files of their own. The standard unpickler imports and calls whatever the
-program names; this one knows the few operations that build dictionaries, tuples and tensors,
-refuses every other by its name, and checks a tensor's place against the real size of its storage
-before touching it.
+`torch.save` writes a pickle program (`data.pkl`) that builds a dictionary of tensors, whose values
+are in separate files. The standard unpickler imports and calls whatever the program names. This one
+knows the few operations that build dictionaries, tuples and tensors, refuses all others by name,
+and checks a tensor's extent against the real size of its storage before reading it.
 
 Source: Python's pickletools (operations); torch/_utils.py, `_rebuild_tensor_v2` (arguments).
 """
@@ -59,12 +58,12 @@ class _Storage(NamedTuple):
 
 def _whole(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} stands where a size belongs")
+        raise ValueError(f"{value!r} is not a size")
     return value
 
 
 class _Machine:
-    """One run of one program."""
+    """The state of one run of a program: stack, memo and storages."""
 
     def __init__(self, read_storage: Callable[[str], bytes], source: str):
         self.read_storage = read_storage
@@ -115,13 +114,13 @@ class _Machine:
             arguments, function = stack.pop(), stack.pop()
             stack.append(self.call(function, arguments))
         elif name == "BUILD":
-            # Attributes of the dictionary (torch's `_metadata`): nothing here reads them.
+            # Attributes of the dictionary (torch's `_metadata`), which are not needed.
             stack.pop()
             self.top(dict)
         elif name not in _NOTHING_TO_DO:
             raise errors.ModelError(
-                f"{self.source}: refused, its pickle uses the operation {name}, which a file of "
-                "weights has no need of. Ask for the model in safetensors form."
+                f"{self.source}: refused, its pickle uses the operation {name}, which weights "
+                "never need. Ask for the model in safetensors form."
             )
 
     def since_mark(self) -> list[Any]:
@@ -140,8 +139,8 @@ class _Machine:
     def allowed(self, name: str) -> _Global:
         if name not in ALLOWED:
             raise errors.ModelError(
-                f"{self.source}: refused, its pickle asks for {name!r}, which a file of weights "
-                "has no need of and which could run code. Ask for the model in safetensors form."
+                f"{self.source}: refused, its pickle asks for {name!r}, which weights never need "
+                "and which could run code. Ask for the model in safetensors form."
             )
         return _Global(name)
 
@@ -163,7 +162,7 @@ class _Machine:
         raise ValueError(f"{function.name} is called with arguments that torch never writes")
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> np.ndarray:
-        """A view of the storage, in elements: nothing is allocated for it."""
+        """A view of the storage; offset and strides are in elements."""
         if type(storage) is not _Storage or len(shape) != len(strides):
             raise ValueError("a tensor is not described as torch does")
         shape, strides = tuple(map(_whole, shape)), tuple(map(_whole, strides))
@@ -208,13 +207,13 @@ def state_dict(
         source: the file's name, for messages.
 
     Raises:
-        ModelError: the program is damaged, asks for anything but tensors in a dictionary, or a
-            tensor reaches outside of its storage.
+        ModelError: the program is damaged, builds anything but a dictionary of tensors, or a
+            tensor reaches outside its storage.
     """
     try:
         result = _Machine(read_storage, source).run(program)
-    # What a machine fed with arbitrary bytes can meet: an empty stack, an unknown memo or storage
-    # type, a wrong type, or a number out of range.
+    # Arbitrary bytes can lead to an empty stack, an unknown memo or storage type, a wrong type, or
+    # a number out of range.
     except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise errors.ModelError(f"{source}: its data.pkl is damaged: {error}.") from error
     if type(result) is not dict:

@@ -10,8 +10,8 @@ from flax_asr.models import activations, attention, layerdrop, layers, positiona
 HiddenStates = tuple[Float[Array, "batch frames hidden"], ...]
 Attentions = tuple[Float[Array, "batch heads frames frames"], ...]
 ROW_MULTIPLE = 8
-"""For the kernel on TPU, frames are padded to a multiple of this: whole tiles, so that clips lie
-one behind the other without a gap."""
+"""The TPU's attention kernel needs frames padded to a multiple of this: whole tiles, so that clips
+are contiguous in memory."""
 
 
 class _FeedForward(nn.Module):
@@ -67,7 +67,7 @@ class _EncoderLayer(nn.Module):
 
 
 class _Layers(nn.Module):
-    """The layers from `first` on; each left out with probability `layerdrop` while training."""
+    """The layers from `first` on; each is skipped with probability `layerdrop` while training."""
 
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype
@@ -115,14 +115,14 @@ class _Layers(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The transformer: from projected features, or from what its lower layers made of them.
+    """The transformer: from projected features, or from the output of its lower layers.
 
     Attributes:
-        config, dtype, deterministic, remat_policy: as of `Wav2Vec2Module`.
-        attention: the form, as `attention.choose` gives it.
-        platform: what it is compiled for.
-        lower_layers: how many layers the input has passed, so that it is that one of
-            `EncoderOutput.hidden_states`; None for projected features.
+        config, dtype, deterministic, remat_policy: as in `Wav2Vec2Module`.
+        attention: the implementation, as `attention.choose` returns it.
+        platform: the platform to compile for.
+        lower_layers: number of layers that the input has passed, so that it is
+            `EncoderOutput.hidden_states[lower_layers]`; None for projected features.
     """
 
     config: layers.Wav2Vec2Config
@@ -172,7 +172,7 @@ class Encoder(nn.Module):
 
 
 def _in_whole_tiles(x, frame_mask):
-    """Both with so many frames more, of padding, that a clip fills whole tiles of a TPU."""
+    """Both with frames of padding added, so that a clip fills whole tiles of a TPU."""
     batch, frames, _ = x.shape
     more = -frames % ROW_MULTIPLE
     if more == 0:

@@ -1,7 +1,7 @@
-"""The upper layers and the head alone, which start from the kept output of the layers below.
+"""The upper layers and the head alone, which start from the cached output of the layers below.
 
-They have their parameters, and their dropout its random numbers, under the names that they have in
-`wav2vec2.Wav2Vec2ForCTCModule`: the whole model's tree serves both. Oracle: the whole model,
+Parameters and dropout keys have the names of `wav2vec2.Wav2Vec2ForCTCModule`, so the whole model's
+parameter tree serves both. Oracle: the whole model,
 tests/models/test_upper.py.
 """
 
@@ -12,11 +12,11 @@ from flax_asr.models import attention, layers, transformer, wav2vec2
 
 
 class UpperForCTCModule(nn.Module):
-    """`Wav2Vec2ForCTCModule` from one of its hidden states on.
+    """`Wav2Vec2ForCTCModule` above one of its hidden states.
 
     Attributes:
-        config, dtype, remat_policy, attention, platform: as of the whole model.
-        lower_layers: how many layers the hidden state has passed.
+        config, dtype, remat_policy, attention, platform: as in the whole model.
+        lower_layers: number of layers that the hidden state has passed.
     """
 
     config: layers.Wav2Vec2Config
@@ -33,7 +33,7 @@ class UpperForCTCModule(nn.Module):
         frame_mask: Bool[Array, "batch frames"],
         deterministic: bool = True,
     ) -> Float[Array, "batch frames vocab"]:
-        """Scores of every token at every frame, float32.
+        """Logits, float32.
 
         Args:
             hidden_state: `hidden_states[lower_layers]` of the whole model; anything finite in
@@ -57,7 +57,7 @@ class UpperForCTCModule(nn.Module):
 
 
 class _Upper(nn.Module):
-    """What of `Wav2Vec2Module` is left."""
+    """The part of `Wav2Vec2Module` above the hidden state."""
 
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype

@@ -1,6 +1,6 @@
-"""wav2vec 2.0 in flax.linen: what transformers' Wav2Vec2Config describes, but for adapters.
+"""wav2vec 2.0 in flax.linen: all that transformers' Wav2Vec2Config describes except adapters.
 
-The parameter tree has the names of transformers' former Flax class; parameters are float32.
+The parameter tree has the names of the Flax class that transformers had; parameters are float32.
 Oracle: transformers' PyTorch Wav2Vec2ForCTC, tests/models/test_wav2vec2.py.
 """
 
@@ -30,12 +30,12 @@ _COUNTS = (
 
 
 class EncoderOutput(NamedTuple):
-    """What the encoder gives; frames past a row's length hold numbers without meaning.
+    """Output of the encoder; values in frames past a row's length are meaningless.
 
     `hidden_states` are the embeddings and the output of every layer, the last one after the final
-    layer norm where the architecture has one; `attentions` are the weights before dropout, zero
-    for a layer that layerdrop left out. Each is None unless asked for. With `keep_padding` there
-    can be more frames than of `extract_features`.
+    layer norm if the architecture has one; `attentions` are the weights before dropout, zero for a
+    layer that layerdrop left out. Both are None unless asked for. With `keep_padding` the others
+    can have more frames than `extract_features`.
     """
 
     last_hidden_state: Float[Array, "batch frames hidden"]
@@ -45,7 +45,7 @@ class EncoderOutput(NamedTuple):
 
 
 class CTCOutput(NamedTuple):
-    """Scores of every token at every frame, float32 whatever the compute dtype, and the rest."""
+    """Logits, float32 whatever the compute dtype; the others as in `EncoderOutput`."""
 
     logits: Float[Array, "batch frames vocab"]
     hidden_states: transformer.HiddenStates | None
@@ -53,9 +53,9 @@ class CTCOutput(NamedTuple):
 
 
 def frame_lengths(config: layers.Wav2Vec2Config, sample_lengths: Lengths) -> Lengths:
-    """How many frames come out of so many samples, for integers, numpy and jax arrays.
+    """Number of frames for so many samples; for integers, numpy and jax arrays.
 
-    Nothing comes out of a clip shorter than the convolutions' receptive field.
+    Zero for a clip shorter than the convolutions' receptive field.
     Source: transformers' Wav2Vec2PreTrainedModel._get_feat_extract_output_lengths.
     """
     lengths = sample_lengths
@@ -80,15 +80,15 @@ def check(config: layers.Wav2Vec2Config) -> None:
     if config.feat_extract_norm not in ("layer", "group"):
         refuse("feat_extract_norm", "is neither 'layer' nor 'group'")
     if config.add_adapter:
-        refuse("add_adapter", "asks for convolutions after the encoder, which are not supported")
+        refuse("add_adapter", "adds convolutions after the encoder, which are not supported")
     if config.adapter_attn_dim is not None:
-        why = "asks for attention adapters (MMS), which are not supported: take a model without"
+        why = "adds attention adapters (MMS), which are not supported: take a model without"
         refuse("adapter_attn_dim", f"{why} them, such as facebook/mms-300m")
     for key in _COUNTS:
         if getattr(config, key) is None or getattr(config, key) < 1:
             refuse(key, "is not positive")
     for key in ("num_hidden_layers", "layer_norm_eps", "mask_time_min_masks", "initializer_range"):
-        if not getattr(config, key) >= 0:  # a NaN is neither that nor below
+        if not getattr(config, key) >= 0:  # refuses NaN too
             refuse(key, "is not zero or more")
     for key in ("conv_dim", "conv_kernel", "conv_stride"):
         if any(size < 1 for size in getattr(config, key)):
@@ -103,7 +103,7 @@ def check(config: layers.Wav2Vec2Config) -> None:
         refuse("num_feat_extract_layers", f"is not the length of conv_dim {config.conv_dim}")
     for key in _PROBABILITIES:
         if not 0 <= getattr(config, key) <= 1:
-            refuse(key, "is no probability: it must be between 0 and 1")
+            refuse(key, "is not a probability: it must be between 0 and 1")
     if config.mask_feature_prob > 0 and config.mask_feature_length > config.hidden_size:
         refuse("mask_feature_length", f"is more than hidden_size {config.hidden_size}")
     activations.activation(config.hidden_act, "hidden_act")
@@ -139,10 +139,10 @@ class Wav2Vec2Module(nn.Module):
 
     Attributes:
         config: a transformers.Wav2Vec2Config.
-        dtype: of the computation: float32, bfloat16 or float16.
+        dtype: the compute dtype: float32, bfloat16 or float16.
         remat_policy: one of layers.REMAT_POLICIES, applied to each layer.
-        attention: one of attention.KINDS; "auto" picks the quickest that is right for the case.
-        platform: what it is compiled for; None: where jax computes by default.
+        attention: one of attention.KINDS; "auto" picks the fastest that can compute the case.
+        platform: the platform to compile for; None: jax's default.
     """
 
     config: layers.Wav2Vec2Config
@@ -176,11 +176,11 @@ class Wav2Vec2Module(nn.Module):
             output_attentions: return every layer's attention weights.
             output_hidden_states: return the embeddings and every layer's output.
             freeze_feature_encoder: no gradient for the feature encoder.
-            keep_padding: leave frames of padding at the end, where the form of attention adds some
-                (`transformer.ROW_MULTIPLE`), instead of cutting them off, which takes passes.
+            keep_padding: do not cut off the frames that the TPU's attention kernel adds at the end
+                (`transformer.ROW_MULTIPLE`), which saves passes over memory.
 
         Raises:
-            ModelError: the configuration or an attribute asks for what is not implemented.
+            ModelError: the configuration or an attribute is not supported.
         """
         config = self.config
         check(config)
@@ -249,8 +249,8 @@ class Head(nn.Module):
 def _scores(
     x: Float[Array, "batch frames hidden"], kernel: Float[Array, "hidden vocab"]
 ) -> Float[Array, "batch frames vocab"]:
-    """The product in float32. In bfloat16 its gradients are products of bfloat16 too, as a TPU
-    would round to that anyway, and read half the bytes; float16 would lose small gradients."""
+    """The product in float32. Its gradients are bfloat16 products if the inputs are bfloat16: a TPU
+    would round to that anyway, and they read half the bytes. float16 would lose small gradients."""
     return _product(x, kernel, jnp.float32)
 
 
@@ -268,7 +268,7 @@ def _scores_backward(residuals, gradient):
     x, kernel = residuals
     dtype = jnp.float32
     if x.dtype == jnp.bfloat16:
-        # Without the barrier XLA writes float32 and rounds in every product that reads it.
+        # Without the barrier XLA stores float32, and each product that reads it rounds again.
         dtype, gradient = x.dtype, jax.lax.optimization_barrier(gradient.astype(x.dtype))
     return jax.vjp(functools.partial(_product, dtype=dtype), x, kernel)[1](gradient)
 
@@ -298,7 +298,7 @@ class Wav2Vec2ForCTCModule(nn.Module):
         freeze_feature_encoder: bool = False,
         keep_padding: bool = False,
     ) -> CTCOutput:
-        """Scores a padded batch; arguments and errors as of `Wav2Vec2Module`."""
+        """Logits of a padded batch; arguments and errors as in `Wav2Vec2Module`."""
         encoder = Wav2Vec2Module(
             self.config,
             self.dtype,

@@ -1,8 +1,8 @@
 """Weight files of models, read and written.
 
-Read are safetensors and torch's zip (one file or several with an index) and Flax's msgpack, all
-with torch's names; written is safetensors. Nothing in a file is trusted: no code is run, and sizes
-that a header states are compared with the file's before memory is taken.
+Reads safetensors, torch's zip and Flax's msgpack, in one file or several with an index, all under
+torch's names; writes safetensors. Files are not trusted: no code is run, and the sizes in a header
+are checked against the file before memory is allocated.
 """
 
 import math
@@ -39,7 +39,7 @@ SAFETENSORS_DTYPES = {
 }
 # The limit of the safetensors library.
 MAX_HEADER_BYTES = 100_000_000
-# XLS-R 2B's program has 0.2 MB.
+# That of XLS-R 2B has 0.2 MB.
 MAX_PROGRAM_BYTES = 16_000_000
 
 Tensors = dict[str, np.ndarray]
@@ -76,14 +76,16 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, np.dtype, tuple[
     )
     for sizes in (shape, offsets):
         if not isinstance(sizes, list) or not all(map(_is_size, sizes)):
-            raise _damaged(path, f"the header's entry for {name!r} has sizes that are none")
+            raise _damaged(
+                path, f"the header's entry for {name!r} has sizes that are not whole numbers"
+            )
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-        raise _damaged(path, f"the tensor {name!r} of shape {shape} does not fill its place")
+        raise _damaged(path, f"the tensor {name!r} of shape {shape} does not fit its data_offsets")
     return offsets[0], offsets[1], dtype, tuple(shape)
 
 
 def _read_safetensors(path: Path) -> Tensors:
-    """Views of the mapped file. (The library's numpy reader refuses bfloat16.)"""
+    """Views of the memory-mapped file. (The library's numpy reader refuses bfloat16.)"""
     _refuse_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -128,17 +130,19 @@ def _nested(tensors: Tensors) -> dict[str, Any]:
 
 
 def _torch_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The archive's members by their names inside of its one folder, sizes checked."""
+    """The archive's members by their names within its one folder, with their sizes checked."""
     infos = archive.infolist()
     if any(i.compress_type != zipfile.ZIP_STORED or i.file_size != i.compress_size for i in infos):
-        raise errors.ModelError(f"{path}: refused, torch writes no compressed members.")
+        raise errors.ModelError(
+            f"{path}: refused, it has compressed members, unlike torch's files."
+        )
     if sum(info.file_size for info in infos) > path.stat().st_size:
         raise _damaged(path, "its members are larger than the file")
     members = {info.filename.partition("/")[2]: info for info in infos}
     if len(members) < len(infos) or "data.pkl" not in members:
         raise errors.ModelError(f"{path} is a zip archive, but not one that torch wrote.")
     if members["data.pkl"].file_size > MAX_PROGRAM_BYTES:
-        raise errors.ModelError(f"{path}: refused, its data.pkl is too large for a model's.")
+        raise errors.ModelError(f"{path}: refused, its data.pkl is too large for a model.")
     return members
 
 
@@ -174,7 +178,7 @@ def _read_msgpack(path: Path) -> Tensors:
     _refuse_pointer(path)
     try:
         tensors = convert.torch_names(serialization.msgpack_restore(path.read_bytes()))
-    # msgpack's own errors are ValueErrors; the others come from arrays and trees that are none.
+    # msgpack's own errors are ValueErrors; the others come from malformed arrays and trees.
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"it is not a tree of Flax's msgpack ({error})") from error
     for name, values in tensors.items():
@@ -190,14 +194,14 @@ def _torch_name(flax_name: str) -> str:
 def _read_index(
     path: Path, read_shard: Callable[[Path], Tensors], name: Callable[[str], str] = str
 ) -> Tensors:
-    """`name` makes of a name in the index the one that `read_shard` gives."""
+    """Tensors of all shards; `name` maps a name in the index to the one `read_shard` returns."""
     places = (json_object.read(path) or {}).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
         raise _damaged(path, "it has no weight_map of tensor names to files")
     tensors: Tensors = {}
     for shard in sorted(set(places.values())):
         if shard != os.path.basename(shard) or shard in ("", ".", ".."):
-            raise errors.ModelError(f"{path}: refused, it names {shard!r}, outside of its folder.")
+            raise errors.ModelError(f"{path}: refused, it names {shard!r}, outside its folder.")
         if not (path.parent / shard).is_file():
             raise errors.ModelError(f"{path.parent / shard} is missing: {path.name} names it.")
         content = read_shard(path.parent / shard)
@@ -217,18 +221,18 @@ _READERS: dict[str, Callable[[Path], Tensors]] = {
     MSGPACK: _read_msgpack,
     MSGPACK_INDEX: lambda path: _read_index(path, _read_msgpack, _torch_name),
 }
-# In the order of preference when a folder has several.
+# In order of preference if a folder has several.
 FILES = tuple(_READERS)
 
 
 def read(folder: str | os.PathLike) -> Tensors:
     """A model folder's tensors, with torch's names and layouts, in the type they are stored in.
 
-    The arrays may be read-only views of the file. Of several weight files the first of `FILES` is
-    taken.
+    The arrays may be read-only views of the file. If the folder has several weight files, the first
+    in `FILES` is read.
 
     Raises:
-        ModelError: no weights, or they are damaged, truncated or ask for code to be run.
+        ModelError: there are no weights, or they are damaged, truncated or would run code.
     """
     for name, reader in _READERS.items():
         path = Path(folder) / name
@@ -237,7 +241,7 @@ def read(folder: str | os.PathLike) -> Tensors:
                 return reader(path)
             except OSError as error:
                 raise errors.ModelError(f"{path} cannot be read: {errors.why(error)}.") from error
-    raise errors.ModelError(f"{folder} holds no weights: one of {', '.join(FILES)} must be there.")
+    raise errors.ModelError(f"{folder} holds no weights: it needs one of {', '.join(FILES)}.")
 
 
 def write(

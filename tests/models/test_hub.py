@@ -132,7 +132,7 @@ def test_what_was_downloaded_once_is_found_without_the_hub(server, tmp_path):
         ("GatedRepo", r"is gated: accept its terms at https://huggingface\.co/someone/model"),
         ("RepoNotFound", "neither a folder here nor a model on the Hugging Face hub"),
         ("RevisionNotFound", "has no revision 'v2'"),
-        ("down", r"cannot be asked.*hf download someone/model"),
+        ("down", r"cannot be reached.*hf download someone/model"),
     ],
 )
 def test_what_the_hub_refuses_is_said_with_the_way_out(server, tmp_path, kind, match):
@@ -142,7 +142,7 @@ def test_what_the_hub_refuses_is_said_with_the_way_out(server, tmp_path, kind, m
 
 
 def test_offline_without_a_copy_says_how_to_get_one(tmp_path):
-    with pytest.raises(errors.ModelError, match=r"cannot be asked.*hf download someone/model"):
+    with pytest.raises(errors.ModelError, match=r"cannot be reached.*hf download someone/model"):
         hub.resolve("someone/model", cache_dir=tmp_path)
     with pytest.raises(errors.ModelError, match="local files only"):
         hub.resolve("someone/model", cache_dir=tmp_path, local_files_only=True)

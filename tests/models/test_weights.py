@@ -298,7 +298,7 @@ def test_safetensors_types_that_are_unknown_are_named(tmp_path):
 @pytest.mark.parametrize("place", ["../secret.safetensors", "/etc/passwd", "sub/x", "..", ""])
 def test_an_index_cannot_name_files_outside_of_its_folder(tmp_path, place):
     (tmp_path / weights.SAFETENSORS_INDEX).write_text(json.dumps({"weight_map": {"a": place}}))
-    _refused(tmp_path, "outside of its folder")
+    _refused(tmp_path, "outside its folder")
 
 
 # Hostile pickles: refused by name and never run.
@@ -467,7 +467,7 @@ def test_a_torch_file_before_version_1_6_is_refused_with_the_way_out(tmp_path):
 
 def test_zip_bombs_and_foreign_archives_are_refused(tmp_path):
     _torch_file(tmp_path, _tensor_program(), {"0": b"\0" * 10**6}, zipfile.ZIP_DEFLATED)
-    _refused(tmp_path, "no compressed members")
+    _refused(tmp_path, "compressed members")
     with zipfile.ZipFile(tmp_path / weights.TORCH, "w") as archive:
         archive.writestr("word/document.xml", "text")
     _refused(tmp_path, "not one that torch wrote")

@@ -1,7 +1,7 @@
-"""Looks at the user's data and machine before they pay for a run, in about a minute.
+"""`flax-asr doctor`: checks the user's data and machine before a run, in about a minute.
 
-Nothing is written but the report. The parts are gathered one after the other; what one of them
-cannot do is a finding, and the others go on without it.
+Writes nothing but the report. If one part of the examination fails, that is a finding, and the
+others continue without it.
 """
 
 import contextlib
@@ -47,19 +47,19 @@ _MOST_REPORTED = 20_000
 
 
 def command(cfg: config.Config, json_file: str | None, pictures: str | None = None) -> None:
-    """Prints what was found; with `json_file` writes it as one object too.
+    """Prints the report; with `json_file` also writes it as one JSON object.
 
     Args:
-        cfg: the run.
-        json_file: "-" is standard output.
+        cfg: the configuration of the run.
+        json_file: a file, or "-" for standard output.
         pictures: a folder for spectrograms of the most suspect training clips.
 
     Raises:
-        ConfigError: the run cannot work, or an option that is needed is not there.
+        ConfigError: the run cannot work, or a required option is missing.
     """
     cfg.require("output_dir", "data.source", "data.language")
     if pictures is not None:
-        spectrograms.draw(Path(pictures), [])  # a folder that cannot be written: now, not later
+        spectrograms.draw(Path(pictures), [])  # fails now, not at the end, if it cannot be written
     with results.writer(json_file) as write:
         found = Examination(cfg, pictures)
         found.examine()
@@ -69,16 +69,16 @@ def command(cfg: config.Config, json_file: str | None, pictures: str | None = No
     fatal = [finding for finding in found.findings if finding.fatal]
     if fatal:
         raise errors.ConfigError(
-            f"this run cannot work, for {len(fatal)} reason{'s' * (len(fatal) > 1)} above."
+            f"this run cannot work, for the {len(fatal)} reason{'s' * (len(fatal) > 1)} above."
         )
 
 
 class Examination:
-    """One look at one configuration.
+    """The examination of one configuration.
 
     Attributes:
-        facts: everything that was seen, for programs.
-        findings: what is worth saying, the dearest first.
+        facts: everything that was found out, for programs.
+        findings: problems, fatal ones first, then by cost.
     """
 
     def __init__(self, cfg: config.Config, pictures: str | None = None):
@@ -94,8 +94,8 @@ class Examination:
         return {"can_work": works, "findings": listed, **self.facts}
 
     def examine(self) -> None:
-        """Gathers everything."""
-        # The accelerator belongs to one process: to the one of the trial.
+        """Fills `facts` and `findings`."""
+        # The accelerator belongs to one process: that of the trial.
         jax.config.update("jax_platforms", "cpu")
         self.facts["machine"] = host.facts(self.cfg)
         start = self._origin()
@@ -136,7 +136,7 @@ class Examination:
 
     @contextlib.contextmanager
     def _noting(self, part: str) -> Iterator[None]:
-        """What the user would have to mend before the run is a finding that stops it."""
+        """Turns a user's error inside into a fatal finding."""
         try:
             yield
         except errors.FlaxAsrError as error:
@@ -145,7 +145,7 @@ class Examination:
     def _origin(self) -> origins.Origin:
         with self._noting("model"):
             return workload.origin(self.cfg.model)
-        # So that the data can be judged all the same; frames are those of every wav2vec 2.0 model.
+        # Judge the data anyway: every wav2vec 2.0 model has the same number of frames.
         return origins.Origin(Wav2Vec2Config(), None, None, True, True, {})
 
     def _splits(self, splits: dict[str, survey.Split]) -> None:
@@ -170,7 +170,7 @@ class Examination:
         others = {name: splits[name] for name in scored if name not in data.train_splits}
         shared = survey.shared({name: splits[name] for name in data.train_splits}, others)
         self.facts["shared_with_train"] = shared
-        if "validated" not in data.train_splits:  # there, what is scored is taken out
+        if "validated" not in data.train_splits:  # from which scored clips are removed
             self.findings += findings.leakage(
                 shared,
                 {name: len(split) for name, split in others.items()},
@@ -178,7 +178,7 @@ class Examination:
             )
 
     def _corpus(self, start: origins.Origin, splits: dict[str, survey.Split]) -> corpora.Corpus:
-        """As `corpora.prepared`, of the clips whose length is known."""
+        """Like `corpora.prepared`, with the clips whose length is known."""
         for split in splits.values():
             survey.require_clips(split)
         corpus = corpora.gather(
@@ -248,7 +248,7 @@ class Examination:
         }
 
     def _asked(self, start: origins.Origin, train: examples.Examples) -> trial.Asked:
-        """The shapes of training batches, and an update in the commonest of them to be timed."""
+        """The request to time an update in the most frequent shape of training batches."""
         cfg = self.cfg
         shapes = experiment.shapes(cfg, start.model_config, train)
         counts = np.bincount(
@@ -282,7 +282,7 @@ class Examination:
                     "devices",
                     1.0,
                     f"the devices do not answer ({devices.reason}: {devices.detail}). Is another"
-                    " process at work on them? Is jax installed for them?",
+                    " process using them? Is jax installed for them?",
                     fatal=True,
                 )
             )
@@ -293,7 +293,7 @@ class Examination:
                 findings.Finding(
                     "trial",
                     1.0,
-                    f"an update on the commonest shape does not run ({timed.reason}:"
+                    f"an update in the most frequent shape does not run ({timed.reason}:"
                     f" {ascii(timed.detail[:400])[1:-1]}). If memory is short, lower"
                     " train.per_device_train_batch_size or set train.gradient_checkpointing.",
                     fatal=True,

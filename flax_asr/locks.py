@@ -1,4 +1,4 @@
-"""Folders that one process at a time works in; a lock ends with its process."""
+"""Locks for folders that one process at a time may work in; a lock ends with its process."""
 
 import contextlib
 import errno
@@ -18,15 +18,15 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 def alone_in(
     folder: Path, purpose: str, refusal: type[errors.FlaxAsrError], mend: str
 ) -> Iterator[None]:
-    """Makes the folder, and waits until no other process of this machine is in it.
+    """Creates the folder, and waits until no other process of this machine holds its lock.
 
-    On a disk without locks it waits for nobody.
+    On a disk without locks it does not wait.
 
     Args:
-        folder: it may hold anything.
-        purpose: what the other process is there for; said where it is waited for.
-        refusal: what is raised where the folder cannot be made.
-        mend: what to do then.
+        folder: the folder, whatever it holds.
+        purpose: what the other process does, for the message while waiting.
+        refusal: the error if the folder cannot be created.
+        mend: what the user can do then.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

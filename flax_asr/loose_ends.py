@@ -1,7 +1,7 @@
-"""What a write in many threads says besides the one error that it raises, kept from the user.
+"""Hides what a failed write in many threads prints besides the one error that it raises.
 
-Where a disk is full, orbax logs a traceback, and asyncio and Python show one of each array that was
-still being written then, or failed too, whenever they come upon it.
+On a full disk orbax logs a traceback, and asyncio and Python later print one for each array that
+was still being written, or failed too.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def hidden(told: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Nothing is shown of such errors, which the caller tells; afterwards all is as it was."""
+    """Suppresses output about errors of these types, which the caller reports."""
     log, tasks, show = logging.getLogger("absl"), logging.getLogger("asyncio"), sys.unraisablehook
 
     def show_others(unraisable: Any) -> None:
@@ -39,6 +39,6 @@ def hidden(told: tuple[type[Exception], ...]) -> Iterator[None]:
 
 
 def drop(error: Exception) -> None:
-    """Has those that an error's frames hold on to come up now, while they are hidden."""
+    """Collects the errors that an error's frames refer to now, while output is suppressed."""
     traceback.clear_frames(error.__traceback__)
     gc.collect()

@@ -400,7 +400,7 @@ def test_what_takes_too_long_to_time_is_said_and_bounded_from_below(tmp_path, no
 # Order, and what stops a run
 
 
-def test_what_stops_the_run_comes_first_and_then_the_dearest():
+def test_what_stops_the_run_comes_first_and_then_the_costliest():
     costs = [("a", 0.1, False), ("b", 0.9, False), ("c", 0.0, True), ("d", 0.5, False)]
     unordered = [findings.Finding(name, cost, name, fatal) for name, cost, fatal in costs]
     assert [found.name for found in findings.ordered(unordered)] == ["c", "b", "d", "a"]
@@ -484,7 +484,9 @@ def test_what_is_asked_of_the_model_and_does_not_happen_is_said():
     cfg = config.build({"model": {"config": {"vocab_size": 99, "pad_token_id": 0}}})
     masks, size = findings.without_effect(cfg, model_config, most_frames=9)
     assert masks.message.startswith("no clip is masked: a span has 10 frames (mask_time_length)")
-    assert size.message.startswith("model.config.vocab_size 99 changes nothing: it is 8")
+    assert size.message.startswith(
+        "model.config.vocab_size 99 has no effect: the vocabulary makes it 8"
+    )
     assert not list(findings.without_effect(config.Config(), model_config, most_frames=10))
     for unmasked in ({"mask_time_prob": 0.0}, {"apply_spec_augment": False}):
         model_config = Wav2Vec2Config(**unmasked)
@@ -511,7 +513,7 @@ def test_steps_take_the_place_of_epochs_and_that_is_said(length, way_out, has_no
     cfg = config.build({"train": {"eval_steps": 3, **length}, "optim": {"warmup_steps": 1}})
     few, *others = findings.schedule(cfg, updates=9, fresh_head=True)
     assert way_out in few.message
-    said = "train.num_train_epochs 5 does nothing beside train.max_steps 9"
+    said = "train.num_train_epochs 5 has no effect, as train.max_steps 9"
     assert [other.message.startswith(said) for other in others] == [True] * has_no_effect
 
 

@@ -241,7 +241,7 @@ def test_a_preparation_that_is_stopped_is_status_75_and_goes_on(number, tmp_path
     ("failure", "said"),
     [
         (RuntimeError("Unable to initialize backend 'tpu': in use by pid 7.\nmore"), "pid 7."),
-        (AssertionError(), "this machine shows it no tpu."),
+        (AssertionError(), "it finds no tpu on this machine."),
     ],
 )
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_device_that_cannot_be_used_is_one_message_and_status_2(
 def test_another_device_than_is_asked_for_is_not_taken(asked, monkeypatch):
     """JAX passes over CUDA where there is none and another kind will do."""
     monkeypatch.setenv("JAX_PLATFORMS", asked)
-    with pytest.raises(errors.ConfigError, match=f"this machine shows it no {asked}"):
+    with pytest.raises(errors.ConfigError, match=f"it finds no {asked} on this machine"):
         cluster.devices()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert cluster.devices() == jax.devices()

@@ -1,6 +1,6 @@
-"""A model that lies in a bucket, copied to this machine: a run's checkpoint, an export, any folder.
+"""Local copies of models in a bucket: a run's checkpoint, an export, or another model folder.
 
-Copies are kept, apart from those that runs work in, and only what has changed is fetched again.
+Copies are kept, separate from those that runs work in, and only changed files are fetched again.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(rf"(.+)/{inventory.FOLDER}/(\d+)/?")
 _LEFT_SECONDS = 24 * 3600.0
-"""What nobody has written to for so long is unfinished for ever."""
+"""An unfinished file that has not been written to for so long is abandoned."""
 _SEAL = re.compile(rf"{inventory.FOLDER}/(\d+)/{re.escape(seals.FILE)}")
 
 
 def model(url: str, step: int | None = None) -> Path:
-    """The local name of what a URL names.
+    """Copies what a URL names, and returns the local folder.
 
     Args:
         url: a run, `RUN/checkpoints/STEP`, or another model folder.
         step: which checkpoint of a run; by default the best one. The others are not copied.
 
     Raises:
-        ModelError: there is nothing.
-        StoreError: the store cannot be read, or the copy not be written.
+        ModelError: there is nothing at the URL.
+        StoreError: the store cannot be read, or the copy cannot be written.
     """
     match = _CHECKPOINT.fullmatch(url)
     if match is not None:
@@ -40,7 +40,7 @@ def model(url: str, step: int | None = None) -> Path:
     if not listed:
         raise errors.ModelError(f"there is nothing in {place.url}: name a run or a model folder.")
     sealed = sorted(int(found[1]) for found in map(_SEAL.fullmatch, listed) if found)
-    mend = "Mend that, or set XDG_CACHE_HOME to a folder that can be written"
+    mend = "Fix that, or set XDG_CACHE_HOME to a folder that can be written"
     with locks.alone_in(folder, "copy a model to", errors.StoreError, mend):
         _remove_left(folder)
         logger.info("copying what is needed of %s to %s", place.url, folder)
@@ -52,7 +52,7 @@ def model(url: str, step: int | None = None) -> Path:
 
 
 def pretrained(url: str) -> Path:
-    """The local name of weights to start from; of a run that is finished, its export."""
+    """Copies weights to start from, of a finished run its export; returns the local folder."""
     export = f"{url.rstrip('/')}/{run_folder.EXPORT}"
     return model(export if store.Store(export).list() else url)
 
@@ -70,9 +70,10 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def _remove_left(folder: Path) -> None:
-    """Removes what kills left unfinished.
+    """Removes unfinished files of killed processes.
 
-    What is younger may be at work: of a home that several machines see, the lock is one machine's.
+    Recent ones may still be written, as the lock covers only this machine, and the home folder may
+    be shared by several.
     """
     for path in filter(_is_unfinished, folder.rglob("*")):
         with contextlib.suppress(FileNotFoundError):
@@ -87,7 +88,7 @@ def _copy_run(
     sealed: list[int],
     step: int | None,
 ) -> None:
-    """The configuration, what each checkpoint says of itself, and the one that is asked for."""
+    """Copies the configuration, the metadata of all checkpoints, and the wanted checkpoint."""
     for stale in set(inventory.steps(folder)) - set(sealed):
         shutil.rmtree(folder / inventory.FOLDER / str(stale))
     small = [run_folder.CONFIG]

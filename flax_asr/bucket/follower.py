@@ -1,7 +1,8 @@
 """A run folder in a bucket, on the hosts that do not write there.
 
-The first host keeps its local folder in step with the store; each of the others has a folder of its
-own, into which comes what all must read: where the run goes on, and the best checkpoint at its end.
+The first host mirrors its local folder to the store. Each of the others has its own local folder,
+into which it fetches what all must read: the checkpoint to resume from, and the best one at the
+end.
 """
 
 import logging
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Follower:
-    """Brings what the first host has put under the URL.
+    """Fetches what the first host has put under the URL.
 
     Args:
         url: gs://BUCKET/PATH.
@@ -28,10 +29,10 @@ class Follower:
         self._store, self._folder = store.Store(url), folder
 
     def bring(self, step: int | None) -> None:
-        """Makes the folder one to read this step from, or to begin in.
+        """Prepares the folder for reading this step, or for a fresh run if it is None.
 
         Raises:
-            CheckpointError: what the store has of this step is damaged.
+            CheckpointError: the checkpoint of this step in the store is damaged.
             StoreError: the store cannot be read.
         """
         self._take_over()
@@ -47,7 +48,7 @@ class Follower:
             if not (same and inventory.is_sound(self._folder, step)):
                 fetch_checkpoint(self._store, listed, self._folder, step)
 
-    # This host writes nothing there: nothing fails, is waited for or is let go.
+    # This host writes nothing, so there is nothing to check, wait for or close.
 
     def check(self) -> None:
         pass
@@ -59,7 +60,7 @@ class Follower:
         pass
 
     def _take_over(self) -> None:
-        """Puts aside what this machine has of the time when it was the one that wrote."""
+        """Puts aside the folder if it is from a time when this machine was the first host."""
         self._folder.mkdir(parents=True, exist_ok=True)
         named = self._folder / run_folder.LOCK
         if named.is_file() and named.read_bytes():
@@ -68,13 +69,13 @@ class Follower:
 
 
 def fetch_checkpoint(place: store.Store, listed: Iterable[str], folder: Path, step: int) -> None:
-    """Brings a checkpoint, whole or not at all.
+    """Fetches a checkpoint, completely or not at all.
 
     Args:
-        place: where it is.
-        listed: the names of what is there.
+        place: the store.
+        listed: the names of the objects there.
         folder: the local run folder.
-        step: which one.
+        step: the step of the checkpoint.
 
     Raises:
         CheckpointError: it is damaged.
@@ -97,17 +98,17 @@ def fetch_checkpoint(place: store.Store, listed: Iterable[str], folder: Path, st
 
 
 def fetch_compiled(place: store.Store, listed: Iterable[str], folder: Path) -> None:
-    """Brings the compiled programs that are not here."""
+    """Fetches the compiled programs that the folder does not have."""
     names = [name for name in listed if name.startswith(f"{run_folder.COMPILED}/")]
     place.download({name: folder / name for name in names if not (folder / name).exists()})
 
 
 def newest(folder: Path) -> int | None:
-    """The newest checkpoint here whose seal holds."""
+    """The newest checkpoint in the folder that matches its seal."""
     steps = inventory.steps(folder)
     return next((step for step in steps if inventory.is_sound(folder, step)), None)
 
 
 def seal(step: int) -> str:
-    """The name of a checkpoint's seal."""
+    """The name of a checkpoint's seal in the store."""
     return f"{inventory.FOLDER}/{step}/{seals.FILE}"

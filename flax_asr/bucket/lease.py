@@ -1,9 +1,9 @@
-"""Who may write under a URL: one run at a time.
+"""The right to write under a URL, which one run at a time holds.
 
 A bucket has no locks that end with their process. So the run that writes there says so in an
-object, and says it again every few seconds. Another run that finds the object watches it: if it
-changes, somebody is at work, and the other is refused; if not, its writer is dead, and the other
-takes over. A run that wakes up after somebody took over sees that at its next renewal, and stops.
+object, and renews it every few seconds. Another run that finds the object watches it: if it
+changes, its owner is alive, and the other run is refused; if not, the owner is dead, and the other
+run takes over. A run that wakes up after that notices it at its next renewal, and stops.
 """
 
 import datetime
@@ -24,29 +24,29 @@ logger = logging.getLogger(__name__)
 FILE = "owner.json"
 RENEW_SECONDS = 20.0
 PATIENCE_SECONDS = 75.0
-"""More than three renewals: a writer that says nothing for so long is dead."""
+"""More than three renewals: an owner that is silent for so long is dead."""
 SETTLE_SECONDS = 2.0
-"""If two runs took over at once, both read the later one's entry by then: the other gives up."""
+"""If two runs take over at once, both see the later one's entry by then: the other gives up."""
 
 
 _KEYS = frozenset("run disk host pid since renewals released".split())
 
 
 class Lease:
-    """The right to write, taken; may need `PATIENCE_SECONDS` after a kill.
+    """Takes the right to write, which may need `PATIENCE_SECONDS` after a kill.
 
     Args:
-        place: where.
-        disk: names the local copy; None where it is not whole. The copy's own lock keeps a second
-            run of this machine out, so that a lease of the same disk is a dead one's.
+        place: the store.
+        disk: name of the local copy; None if it is incomplete. The copy's own lock keeps out a
+            second run on this machine, so a lease with the same name belongs to a dead one.
 
     Attributes:
-        continues: whether this disk's run wrote here last.
+        continues: whether this local copy was the last to write here.
         disk: the name of the local copy from now on.
 
     Raises:
         CheckpointError: another run is at work there.
-        TrainingError: what is there was not written by such a run.
+        TrainingError: the object there was not written by such a run.
     """
 
     def __init__(self, place: store.Store, disk: str | None):
@@ -73,17 +73,17 @@ class Lease:
         self._turn, self._closing = threading.Lock(), threading.Event()
         self._lost: errors.TrainingError | None = None
         self._answers = True
-        # A thread of its own: a large file takes longer to upload than another run would wait.
+        # A separate thread: uploading a large file takes longer than another run would wait.
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises `TrainingError` where another run is known to have taken over."""
+        """Raises `TrainingError` if another run is known to have taken over."""
         if self._lost is not None:
             raise self._lost
 
     def renew(self) -> None:
-        """Says again who writes here.
+        """Renews the lease.
 
         Raises:
             TrainingError: another run has taken over.
@@ -94,16 +94,15 @@ class Lease:
             if stands is None or stands["run"] != self._word["run"]:
                 whose = "nobody" if stands is None else f"{stands['host']}, process {stands['pid']}"
                 self._lost = errors.TrainingError(
-                    f"{self._store.url} belongs to another run now ({whose}): this one was not"
-                    " heard of for too long, and stops. What it saved last may be on its own disk"
-                    " only."
+                    f"{self._store.url} belongs to another run now ({whose}): this one was silent"
+                    " for too long, and stops. What it saved last may be on its own disk only."
                 )
                 raise self._lost
             self._word["renewals"] += 1
             self._write()
 
     def close(self) -> None:
-        """Lets the next run begin at once, if the store can be told."""
+        """Releases the lease if the store can be written, so that the next run need not wait."""
         self.stop()
         self._word["released"] = True
         if self._answers and not self._thread.is_alive():
@@ -114,7 +113,7 @@ class Lease:
                 logger.warning("warning: %s", error)
 
     def stop(self) -> None:
-        """No more renewals."""
+        """Ends the renewals."""
         self._closing.set()
         self._thread.join(PATIENCE_SECONDS)
 
@@ -131,8 +130,8 @@ class Lease:
 
     def _watch(self, found: dict[str, Any]) -> None:
         logger.info(
-            "%s was not let go of by the last run (%s, process %s, since %s): watching for up to"
-            " %.0f s whether it still writes",
+            "%s was not released by the last run (%s, process %s, since %s): watching for up to"
+            " %.0f s whether that is still alive",
             self._store.url,
             found["host"],
             found["pid"],

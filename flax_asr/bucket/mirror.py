@@ -1,16 +1,16 @@
-"""A run folder kept in step with gs://BUCKET/PATH, for machines that vanish with their disks.
+"""A run folder mirrored to gs://BUCKET/PATH, for machines that vanish with their disks.
 
-The run works in a local folder as ever. A thread looks at it and makes the store like it:
+The run works in a local folder as usual. A thread watches it and uploads what changes:
 
-1. the log before the checkpoints that it goes with, the files of a checkpoint before its seal: what
-   has a seal in the store is whole, and the log there reaches as far;
-2. the newest checkpoint first; then those that are superfluous by the run's own rule are removed,
-   their seals first;
+1. the log before its checkpoints, and the files of a checkpoint before its seal: a checkpoint with
+   a seal in the store is complete, and the log there reaches at least as far;
+2. the newest checkpoint first; then it removes those that the run itself would remove, their seals
+   first;
 3. everything else, as it changes; the mark of a finished run last.
 
-At its start a run goes on with its local folder where this wrote to the store last: then it is as
-new or newer, and the store follows. Any other local folder is put aside, and what is needed comes
-from the store.
+When a run starts, it resumes from its local folder if that was the last to write to the store: then
+it is as new or newer. Any other local folder is put aside, and what is needed is fetched from the
+store.
 """
 
 import contextlib
@@ -31,19 +31,19 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 3.0
 PATIENCE_SECONDS = 60.0
-"""For what the thread is at when the run ends by an error."""
+"""How long a run that ends by an error waits for the thread's current upload."""
 _NEEDED = (run_folder.CONFIG, runlog.FILE, run_folder.CARD, run_folder.FINISHED)
 _NEEDED_OF_EXPORT = f"{run_folder.EXPORT}/config.json"
 
 
 class Mirror:
-    """Owns the URL and keeps it in step until it is closed.
+    """Owns the URL and mirrors the folder to it until closed.
 
     Args:
         url: gs://BUCKET/PATH.
         folder: the local run folder, whose lock this process holds.
-        keep: how many of the latest checkpoints are kept.
-        restart: put what is in the store aside under a dated name, and begin again.
+        keep: number of latest checkpoints to keep.
+        restart: put the run in the store aside under a dated name, and start anew.
 
     Raises:
         CheckpointError: another run is at work there, or no checkpoint there is sound.
@@ -52,7 +52,7 @@ class Mirror:
 
     def __init__(self, url: str, folder: Path, keep: int, restart: bool = False):
         self._store, self._folder, self._keep = store.Store(url), folder, keep
-        logger.info("%s is kept in step with %s", folder, self._store.url)
+        logger.info("%s is mirrored to %s", folder, self._store.url)
         disk = _disk(folder)
         self._lease = lease.Lease(self._store, disk)
         with contextlib.ExitStack() as undo:
@@ -75,10 +75,10 @@ class Mirror:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises what went wrong since the last call, if anything.
+        """Raises the error since the last call, if any.
 
         Raises:
-            StoreError: the store could not be written; it is tried again in any case.
+            StoreError: the store could not be written; the thread keeps trying.
             TrainingError: the store belongs to another run now.
         """
         failure, self._failure = self._failure, None
@@ -88,7 +88,7 @@ class Mirror:
             raise failure
 
     def wait(self) -> None:
-        """Returns when the store has everything that is in the folder.
+        """Returns when everything in the folder is in the store.
 
         Raises:
             StoreError: it could not be written.
@@ -103,13 +103,13 @@ class Mirror:
             self._failure = None
 
     def bring(self, step: int | None) -> None:
-        """Nothing to do: what is in the store is here."""
+        """Does nothing: this host has everything already."""
 
     def close(self) -> None:
-        """Ends the thread and lets go of the URL, whatever is in the store."""
+        """Ends the thread and releases the URL, even if not everything is uploaded."""
         self._closing.set()
         self._thread.join(PATIENCE_SECONDS)
-        if self._thread.is_alive():  # and will write until the process is gone
+        if self._thread.is_alive():  # it may write until the process ends
             self._lease.stop()
         else:
             self._lease.close()
@@ -129,14 +129,14 @@ class Mirror:
 
     def _explained(self, error: errors.StoreError) -> errors.StoreError:
         return errors.StoreError(
-            f"{error} What is not in the store is in {self._folder}: the same command on this"
-            " machine goes on from there."
+            f"{error} What was not uploaded is in {self._folder}: the same command on this machine"
+            " goes on from there."
         )
 
     # What is in the store, and what comes from it.
 
     def _fetch(self) -> None:
-        """Brings what is needed and not here; unsound checkpoints of the store are unsealed."""
+        """Fetches what is needed and not here; removes the seals of damaged checkpoints."""
         wanted = [name for name in self._listed if name in _NEEDED or name == _NEEDED_OF_EXPORT]
         absent = {n: self._folder / n for n in wanted if not (self._folder / n).exists()}
         self._store.download(absent)
@@ -147,7 +147,7 @@ class Mirror:
             if here is None or step > here:
                 try:
                     follower.fetch_checkpoint(self._store, self._listed, self._folder, step)
-                    # The one here may end before this step.
+                    # The local log may end before this step.
                     self._store.download({runlog.FILE: self._folder / runlog.FILE})
                 except errors.CheckpointError as error:
                     logger.warning("the checkpoint of step %d is not used: %s", step, error)
@@ -172,7 +172,7 @@ class Mirror:
     # What goes to the store.
 
     def _send(self) -> None:
-        """One look at the folder: the store is like it afterwards."""
+        """Brings the store up to date with the folder, once."""
         self._lease.check()
         saved = inventory.steps(self._folder)
         files = sorted(self._plain_files(), key=_order)
@@ -187,7 +187,7 @@ class Mirror:
         self._send_changed(finished)
 
     def _worth_keeping(self, saved: list[int]) -> list[int]:
-        """Without what a kill kept the run from removing: it would come and go at every look."""
+        """The saved steps, without those that a killed run should have removed."""
         if set(saved) <= self._sealed.keys():
             return saved
         scores = {**self._scores, **inventory.scores(self._folder)}
@@ -195,7 +195,7 @@ class Mirror:
         return [step for step in saved if step not in superfluous]
 
     def _send_log(self) -> None:
-        # The run may be adding to it: what is whole by now, at once.
+        # The run may be appending to it: upload the complete lines.
         state = self._state(runlog.FILE)
         if state is not None and state != self._sent.get(runlog.FILE):
             content = (self._folder / runlog.FILE).read_bytes()
@@ -210,7 +210,7 @@ class Mirror:
                 return
             meta = inventory.read_meta(self._folder, step)
         except (OSError, errors.CheckpointError):
-            return  # removed or replaced in this moment, or damaged: nothing to keep
+            return  # just removed or replaced, or damaged
         self._unseal(step)
         begin = f"{inventory.FOLDER}/{step}/"
         names = [name for name in json.loads(seal) if name != seals.FILE]
@@ -230,7 +230,7 @@ class Mirror:
         self._scores[step] = inventory.score(meta)
 
     def _unseal(self, step: int) -> None:
-        """From here on the store has no checkpoint of this step."""
+        """Removes the seal of a step, so that the store no longer has this checkpoint."""
         if step in self._sealed:
             self._store.remove([follower.seal(step)])
             del self._sealed[step], self._scores[step]
@@ -243,7 +243,7 @@ class Mirror:
             if state is not None and self._sent.get(name) != state
         }
         for name in list(changed):
-            entry = self._listed.pop(name, None)  # as it was when this process began
+            entry = self._listed.pop(name, None)  # as listed when this process started
             if entry is not None and entry.same_as(self._folder / name):
                 self._sent[name] = changed.pop(name)
         try:
@@ -251,7 +251,7 @@ class Mirror:
         except (OSError, errors.StoreError):
             if all(self._state(name) is not None for name in changed):
                 raise
-            return  # a file was replaced in this moment: the next look sends it
+            return  # a file was just replaced: it is uploaded next time
         self._sent |= changed
 
     def _state(self, name: str) -> tuple[int, int] | None:
@@ -262,8 +262,8 @@ class Mirror:
         return status.st_size, status.st_mtime_ns
 
     def _plain_files(self) -> Iterator[str]:
-        """Names of what is neither hidden nor in a checkpoint."""
-        # Not rglob: it fails where a folder goes while it looks.
+        """Names of files that are neither hidden nor part of a checkpoint."""
+        # Not rglob, which fails if a folder is removed meanwhile.
         for root, folders, files in os.walk(self._folder):
             folders[:] = [f for f in folders if f != inventory.FOLDER and not f.startswith(".")]
             for name in files:
@@ -276,7 +276,7 @@ def _order(name: str) -> tuple[bool, str]:
 
 
 def _sealed(place: store.Store, listed: dict[str, store.Entry]) -> dict[int, bytes]:
-    """The seal of every checkpoint that the store has; what has none is removed."""
+    """The seal of every checkpoint in the store; checkpoints without one are removed."""
     steps: dict[int, list[str]] = {}
     for name in listed:
         parts = name.split("/")
@@ -292,15 +292,15 @@ def _sealed(place: store.Store, listed: dict[str, store.Entry]) -> dict[int, byt
 
 
 def _disk(folder: Path) -> str | None:
-    """The name that this local copy gave itself when it was complete."""
+    """The name of this local copy; None if it is incomplete."""
     return (folder / run_folder.LOCK).read_text(encoding="ascii") or None
 
 
 def _clear(folder: Path, whose: str | None) -> None:
-    """Makes place for what is in the store.
+    """Empties the local folder, to be filled from the store.
 
-    A copy with a name may hold what nobody else has, and is put aside; one without was not
-    complete, so that everything in it came from the store.
+    A copy with a name may hold what the store lacks, and is put aside. One without was incomplete,
+    so everything in it came from the store.
     """
     if whose is not None:
         run_folder.put_aside(folder)
@@ -313,7 +313,7 @@ def _clear(folder: Path, whose: str | None) -> None:
 
 
 def _put_aside(place: store.Store, url: str) -> None:
-    """Moves everything to another URL; seals go first, so that no half of a run is left."""
+    """Moves everything to another URL; seals are removed first, so no partial run is left."""
     names = [name for name in place.list() if name != lease.FILE]
     if names:
         place.copy(names, url)
@@ -323,7 +323,7 @@ def _put_aside(place: store.Store, url: str) -> None:
 
 
 class Nowhere:
-    """For a run in a folder that all hosts see: there is nothing to keep in step."""
+    """The mirror of a run in a folder that all hosts see: does nothing."""
 
     def check(self) -> None:
         pass
@@ -339,14 +339,14 @@ class Nowhere:
 
 
 Mirrored = Mirror | follower.Follower | Nowhere
-"""What keeps `output_dir` in step with its local folder."""
+"""What connects `output_dir` with its local folder."""
 
 
 def attached(cfg: config.Config, folder: Path, restart: bool, hosts: multihost.Hosts) -> Mirrored:
-    """Follows from the place and the host: in a bucket the first one alone writes.
+    """The mirror for this run and host: with a bucket, only the first host writes.
 
     Raises:
-        ConfigError: it is in a bucket on one host and not on another.
+        ConfigError: `output_dir` is in a bucket on one host and not on another.
     """
     url = cfg.output_dir
     hosts.agree("bucket", {"output_dir": url} if store.is_remote(url) else {})

@@ -1,7 +1,7 @@
 """Objects of a bucket, under gs://BUCKET/PATH. The only file that names gcsfs, which does the I/O.
 
-What may be over soon (the network, 429, 5xx) is tried again for some minutes. What remains is
-one `StoreError`, which says what is wrong with bucket, rights or network.
+Transient failures (the network, 429, 5xx) are retried for some minutes. All others become one
+`StoreError`, which says what is wrong with the bucket, the rights or the network.
 """
 
 import base64
@@ -24,7 +24,7 @@ from flax_asr import atomic, errors
 logger = logging.getLogger(__name__)
 
 PAUSES_SECONDS = (5.0, 20.0)
-"""Between tries, each of which is up to six tries of gcsfs with pauses of 1 to 16 seconds."""
+"""Between tries; each is up to six tries of gcsfs, with pauses of 1 to 16 seconds."""
 
 _AT_ONCE = 4
 _CHUNK_BYTES = 16 * 2**20
@@ -34,24 +34,24 @@ _Result = TypeVar("_Result")
 
 
 def is_remote(place: str) -> bool:
-    """Whether this is a URL and not a folder."""
+    """Whether this is a URL rather than a folder."""
     return "://" in place
 
 
 def cache_folder() -> Path:
-    """Where local copies lie: flax_asr in the user's cache folder."""
+    """The folder of local copies: flax_asr in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flax_asr"
 
 
 def local_folder(place: str, kind: str) -> Path:
-    """The folder itself, or where the copy of a URL lies on this machine.
+    """The folder itself, or the local copy of a URL.
 
     Args:
         place: a folder or a URL.
-        kind: what for; copies of different kinds lie apart.
+        kind: purpose of the copy; each has its own folder.
 
     Raises:
-        ConfigError: not gs://BUCKET/PATH.
+        ConfigError: a URL other than gs://BUCKET/PATH.
     """
     if not is_remote(place):
         return Path(place)
@@ -63,26 +63,26 @@ def _parse(url: str) -> tuple[str, str]:
     match = _URL.fullmatch(url)
     if match is None or {".", ".."} & set(match[2].split("/")):
         raise errors.ConfigError(
-            f"{url} is neither a folder nor gs://BUCKET/PATH: of buckets only Google's are known,"
-            " and a run or a data set needs a path of its own in one."
+            f"{url} is neither a folder nor gs://BUCKET/PATH: only Google's buckets are supported,"
+            " and a run or a data set needs its own path in one."
         )
     return match[1], match[2].strip("/")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the store says of an object.
+    """Size and hash of an object.
 
     Attributes:
         bytes: its size.
-        md5: in base64; None for an object that was put together from parts.
+        md5: its MD5 in base64; None for an object composed of parts.
     """
 
     bytes: int
     md5: str | None
 
     def same_as(self, path: Path) -> bool:
-        """Whether a local file has this content, as far as the store tells."""
+        """Whether a local file has this content; False if there is no hash."""
         if not path.is_file() or path.stat().st_size != self.bytes:
             return False
         if self.md5 is None:
@@ -99,7 +99,7 @@ class Store:
         url: gs://BUCKET/PATH.
 
     Raises:
-        ConfigError: another kind of URL.
+        ConfigError: the URL is not gs://BUCKET/PATH.
         StoreError: gcsfs or credentials are missing.
     """
 
@@ -110,7 +110,7 @@ class Store:
         self._files = _file_system()
 
     def list(self, under: str = "") -> dict[str, Entry]:
-        """Every object whose name begins with the folder `under`, by name."""
+        """All objects in the folder `under`, by name."""
 
         def entries():
             found = self._files.find(self._path(under), detail=True)
@@ -122,7 +122,7 @@ class Store:
         return self._tried(f"cannot list {self.url}", entries)
 
     def read(self, name: str) -> bytes | None:
-        """An object's content; None where it is not there."""
+        """An object's content; None if it does not exist."""
 
         def content():
             try:
@@ -133,12 +133,12 @@ class Store:
         return self._tried(f"cannot read {self.url}/{name}", content)
 
     def write(self, name: str, content: bytes) -> None:
-        """Puts an object there, in place of one of that name."""
+        """Writes an object, or replaces it."""
         put = functools.partial(self._files.pipe_file, self._path(name), content)
         self._tried(f"cannot write {self.url}/{name}", put)
 
     def upload(self, files: Mapping[str, Path]) -> None:
-        """Files by the names that they get; some at once, in no order."""
+        """Uploads files, given by the names of their objects, in no particular order."""
 
         def one(name: str) -> None:
             put = functools.partial(
@@ -153,7 +153,7 @@ class Store:
         _each(one, files)
 
     def download(self, files: Mapping[str, Path]) -> None:
-        """Objects by name, into these files; some at once, in no order."""
+        """Downloads objects, given by name, to these files, in no particular order."""
 
         def one(name: str) -> None:
             def get():
@@ -166,7 +166,7 @@ class Store:
         _each(one, files)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes objects; those that are not there are passed over."""
+        """Removes objects; missing ones are ignored."""
 
         def one(name: str) -> None:
             def remove():
@@ -178,7 +178,7 @@ class Store:
         _each(one, names)
 
     def copy(self, names: Iterable[str], url: str) -> None:
-        """Copies objects to another URL, inside of the store."""
+        """Copies objects to another URL in the same bucket."""
         _, path = _parse(url)
 
         def one(name: str) -> None:
@@ -193,7 +193,7 @@ class Store:
         return f"{self._root}/{name}" if name else self._root
 
     def _tried(self, what: str, action: Callable[[], _Result]) -> _Result:
-        """The action's result, of one of several tries.
+        """The action's result, after retries if needed.
 
         Raises:
             StoreError: `what` went wrong, why, and what to do.
@@ -226,7 +226,7 @@ class Store:
             )
         if _is_local(error):
             return f"{errors.why(error)}."
-        return f"{text}. The bucket or the network does not answer as it should; try later."
+        return f"{text}. The bucket or the network does not answer properly; try again later."
 
 
 _NO_CREDENTIALS = (
@@ -244,12 +244,12 @@ def _file_system() -> Any:
     import google.auth.exceptions
     from gcsfs import core
 
-    # It logs tracebacks of what becomes one message here.
+    # It logs tracebacks for errors that become one message here.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     emulated = "STORAGE_EMULATOR_HOST" in os.environ
     try:
         return core.GCSFileSystem(
-            # Not its other ways: a pickled cache of tokens, and to go on without any.
+            # Not its other ways: a pickled cache of tokens, or going on without any.
             token="anon" if emulated else "google_default",
             requests_timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=_SILENCE_SECONDS, sock_read=_SILENCE_SECONDS
@@ -265,7 +265,7 @@ def _file_system() -> Any:
 
 @functools.cache
 def _failures() -> tuple[type[Exception], ...]:
-    """What gcsfs raises: its own, those of three libraries below it, and built-in ones."""
+    """Exceptions that gcsfs raises: its own, those of the libraries below it, and built-in ones."""
     import aiohttp
     import gcsfs.retry
     import google.auth.exceptions
@@ -284,7 +284,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request can succeed a little later."""
+    """Whether the same request may succeed a little later."""
     import aiohttp
     import gcsfs.retry
     import google.auth.exceptions
@@ -305,12 +305,12 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _is_local(error: Exception) -> bool:
-    """Whether it is the disk of this machine that failed."""
+    """Whether the local disk failed."""
     return isinstance(error, OSError) and error.errno is not None and not _may_pass(error)
 
 
 def _code(error: Exception) -> int | None:
-    """The HTTP status, where it can be known."""
+    """The HTTP status; None if unknown."""
     if isinstance(error, OSError) and str(error).startswith("Forbidden"):
         return 403
     code = getattr(error, "code", None)
@@ -323,7 +323,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _each(action: Callable[[str], None], names: Iterable[str]) -> None:
-    """Some at once; all are through when this returns or raises."""
+    """Calls the action for each name, some at once; all have ended when this returns or raises."""
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
         for done in [pool.submit(action, name) for name in names]:
             done.result()

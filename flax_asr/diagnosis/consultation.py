@@ -13,7 +13,7 @@ _MOST_CHARACTERS = 16
 
 
 def report(facts: Mapping[str, Any], found: Sequence[findings.Finding]) -> str:
-    """Sections of facts, as far as they are known, and the findings after them."""
+    """The report: a section for each known fact, then the findings."""
     sections = {
         "machine": ("Machine", _machine),
         "splits": ("Data", _splits),
@@ -54,7 +54,7 @@ def _machine(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _splits(facts: Mapping[str, Any]) -> Iterator[str]:
     for name, split in facts["splits"].items():
-        whole = "" if split["complete"] else " read in the time there was (there are more)"
+        whole = "" if split["complete"] else " read in time (there are more)"
         source = split["lengths_from"]
         seen = "prepared" if source == "prepared" else f"{split['decoded']} decoded"
         known = f", lengths from {source}" if source != "prepared" else ""
@@ -65,7 +65,7 @@ def _splits(facts: Mapping[str, Any]) -> Iterator[str]:
         )
     for name, counts in facts["shared_with_train"].items():
         shared = ", ".join(f"{what} {count}" for what, count in counts.items())
-        yield f"clips of {name} that training has something of: {shared}"
+        yield f"clips of {name} shared with training, by what is shared: {shared}"
     for clip in facts.get("suspects", ()):
         odd = suspects.Odd(**clip)
         yield f"suspect: {ascii(odd.id)[1:-1]} has {odd.describe()}"
@@ -95,25 +95,25 @@ def _text(facts: Mapping[str, Any]) -> Iterator[str]:
         if len(changes) > _MOST_CHANGES:
             yield f"  and {len(changes) - _MOST_CHANGES} more (--json has all)"
     characters = text["characters"]
-    yield f"{text['vocabulary']} symbols; {len(characters)} characters, the commonest:"
+    yield f"{text['vocabulary']} symbols; {len(characters)} characters, the most frequent:"
     commonest = list(characters.items())[:_MOST_CHARACTERS]
     yield from bars(
         [c if c.isprintable() and c != " " else ascii(c) for c, _ in commonest],
         [count for _, count in commonest],
     )
     once = sum(count == 1 for count in characters.values())
-    yield f"{once} of them come once only"
+    yield f"{once} of them occur only once"
 
 
 def _losses(facts: Mapping[str, Any]) -> Iterator[str]:
     losses = facts["losses"]
-    unit = "a token" if losses["reduction"] == "mean" else "a clip"
+    unit = "per token" if losses["reduction"] == "mean" else "per clip"
     if losses["fresh_head"]:
         yield f"first: about {losses['first']:.2f} {unit}, from a fresh head"
     else:
-        yield "first: that of the head that is kept"
+        yield "first: that of the pretrained head, which is kept"
     yield (
-        f"plateau: about {losses['plateau']:.2f} {unit}, until the model begins to listen"
+        f"plateau: about {losses['plateau']:.2f} {unit}, before the model uses the audio"
         f" (entropy of a character: {losses['unigram_entropy']:.2f})"
     )
 
@@ -137,18 +137,18 @@ def _time(facts: Mapping[str, Any]) -> Iterator[str]:
     if time["measured"]:
         trial = time["trial"]
         yield (
-            f"micro-batch of the commonest shape {trial['accumulate_seconds']:.3g} s, update"
+            f"micro-batch of the most frequent shape {trial['accumulate_seconds']:.3g} s, update"
             f" {trial['update_seconds']:.3g} s, compiled in {trial['compile_seconds']:.1f} s"
         )
         if not time["whole_model"]:
             yield (
-                "(all layers did not fit into the time that this look may take: these are the"
-                f" times of models of fewer, extended from {trial['layers']})"
+                "(the whole model did not fit into the time limit of `doctor`: extrapolated from"
+                f" a model of {trial['layers']} layers)"
             )
         yield f"the run: about {findings.duration_text(time['seconds'])}, scoring included"
     else:
         yield (
-            "an update did not finish in the time that this look may take, so nothing was"
+            "an update did not finish within the time limit of `doctor`, so nothing was"
             " measured; from the speed of a matrix product,"
         )
         yield f"the run: at least {findings.duration_text(time['seconds'])}"
@@ -166,22 +166,22 @@ def _room(facts: Mapping[str, Any]) -> Iterator[str]:
         f" {room['trained_parameters'] / 1e6:.2f} million trained"
     )
     yield (
-        f"a checkpoint {findings.gigabytes(room['checkpoint_bytes'])}, all that are kept"
+        f"a checkpoint {findings.gigabytes(room['checkpoint_bytes'])}, all checkpoints"
         f" {findings.gigabytes(room['checkpoints_bytes'])}, the export"
         f" {findings.gigabytes(room['export_bytes'])}"
     )
     if room["prepared_bytes"]:
         yield f"decoded audio {findings.gigabytes(room['prepared_bytes'])}"
     if room["features_bytes"]:
-        yield f"kept features {findings.gigabytes(room['features_bytes'])}"
+        yield f"cached features {findings.gigabytes(room['features_bytes'])}"
     yield f"memory of a device: about {findings.gigabytes(room['device_bytes'])} and the batch"
 
 
 def _findings(found: Sequence[findings.Finding]) -> Iterator[str]:
     if not found:
-        yield "Nothing to worry about was found."
+        yield "No problems found."
         return
-    yield "To mend, the dearest first (share of the run that is spoilt)"
+    yield "Problems, the costliest first (with the share of the run that each spoils)"
     for finding in found:
         cost = "  STOP" if finding.fatal else f"{finding.cost:6.1%}"
         yield f"{cost}  {finding.message}"

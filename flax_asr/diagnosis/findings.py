@@ -1,7 +1,7 @@
-"""What is worth saying about a run before it is paid for, and what each would cost.
+"""Problems that can be found before a run, and how much of the run each would spoil.
 
-The cost is the share of the run that is spoilt: of its time, of its data, or of what its scores
-mean. Where nobody can know it, the figure is a judgement, and stands beside the rule.
+The cost is the share that is lost of the run's time or data, or of the meaning of its scores. If it
+cannot be known, it is an estimate, with its reason in a comment.
 """
 
 import dataclasses
@@ -42,13 +42,13 @@ REASONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing to know.
+    """One problem.
 
     Attributes:
-        name: for programs.
-        cost: share of the run that it spoils, 0 to 1; where `fatal` it says nothing.
+        name: a key for programs.
+        cost: share of the run that it spoils, 0 to 1; without meaning if `fatal`.
         message: what, where, and what to do.
-        fatal: the run cannot work.
+        fatal: whether the run cannot work.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Finding:
 
 
 def ordered(findings: Iterable[Finding]) -> list[Finding]:
-    """What stops the run first, then the dearest."""
+    """Fatal findings first, then by cost, the costliest first."""
     return sorted(findings, key=lambda found: (not found.fatal, -found.cost, found.name))
 
 
 def unwritable(option: str, place: Mapping[str, object]) -> Iterator[Finding]:
-    """A place that takes no files."""
+    """A folder that cannot be written."""
     if place["writable"] is False:
         yield Finding(
             "unwritable",
@@ -76,7 +76,7 @@ def unwritable(option: str, place: Mapping[str, object]) -> Iterator[Finding]:
 def leakage(
     shared: Mapping[str, Mapping[str, int]], clips: Mapping[str, int], decoded: Mapping[str, int]
 ) -> Iterator[Finding]:
-    """Scored clips that training knows something about; audio was compared where it was decoded."""
+    """Scored clips that share something with training; audio is compared if it was decoded."""
     meanings = {
         "clips": "are trained on",
         "audio": "sound bit for bit like a training clip",
@@ -91,18 +91,18 @@ def leakage(
                     f"shared_{what}",
                     count / seen,
                     f"{count} of {seen} clips of {split} {meanings[what]}: its scores will"
-                    " look better than the model is. Use the release's own train, dev and test"
+                    " be too good. Use the release's own train, dev and test"
                     " splits, or train on `validated`, from which these are taken out.",
                 )
 
 
 def incomplete(split: str, read: int) -> Iterator[Finding]:
-    """A source that cannot be read whole in the time of a look."""
-    yield Finding(  # the run itself is none the worse for it
+    """A source that takes too long to read completely."""
+    yield Finding(  # the run itself is not affected
         "incomplete",
         0.001,
-        f"only {read} clips of {split} were read in the time there was, so updates and days are"
-        " those of a smaller corpus: unpack the archive, or run `flax-asr prepare` first.",
+        f"only {read} clips of {split} could be read in time, so updates and days are those of a"
+        " smaller corpus: unpack the archive, or run `flax-asr prepare` first.",
     )
 
 
@@ -122,18 +122,18 @@ def left_out(entries: Sequence[shards.LeftOut], judged: int, where: str) -> Iter
 
 
 def language_rule(cfg: config.Config, is_default: bool) -> Iterator[Finding]:
-    """A language without a normalisation rule of its own."""
+    """A language without its own normalisation rules."""
     if is_default and cfg.text.normalization is None:
         yield Finding(
             "default_normalization",
             0.02,
-            f"no normalisation rule is written for {cfg.data.language}, the default one is used:"
-            " see what `flax-asr prepare` says that it changes, or write text.normalization.",
+            f"there are no normalisation rules for {cfg.data.language}, so the default ones are"
+            " used: see what `flax-asr prepare` says that they change, or set text.normalization.",
         )
 
 
 def normalisation(changes: Sequence[text.Change], characters: int) -> Iterator[Finding]:
-    """Letters and digits that the normalisation takes away."""
+    """Letters and digits that the normalisation removes."""
     gone = [c for c in changes if not c.after and unicodedata.category(c.before[0])[0] in "LN"]
     lost = sum(change.count for change in gone)
     if lost:
@@ -178,7 +178,7 @@ def batches(cfg: config.Config, padding: float, group_norm: bool) -> Iterator[Fi
 
 
 def schedule(cfg: config.Config, updates: int, fresh_head: bool) -> Iterator[Finding]:
-    """A learning rate or a length that does not suit the run."""
+    """Problems with the schedule, the length of the run, or when it is scored."""
     warmup = cfg.optim.warmup_updates(updates)
     steps, epochs = cfg.train.max_steps, cfg.train.num_train_epochs
     if warmup > updates / 5:
@@ -199,16 +199,16 @@ def schedule(cfg: config.Config, updates: int, fresh_head: bool) -> Iterator[Fin
         yield Finding(  # CTC writes blanks only for its first hundreds of updates
             "few_updates",
             0.5,
-            f"{updates} updates are few: a fresh head writes nothing but blanks for the first"
-            f" hundreds. Raise train.{'num_train_epochs' if steps is None else 'max_steps'} or"
+            f"{updates} updates are few: a fresh head outputs nothing but blanks for the first"
+            f" few hundred. Raise train.{'num_train_epochs' if steps is None else 'max_steps'} or"
             " lower train.global_batch_size.",
         )
     if steps is not None and epochs != config.TrainConfig.num_train_epochs:
         yield Finding(
             "no_effect",
             0.01,
-            f"train.num_train_epochs {epochs:g} does nothing beside train.max_steps {steps}, which"
-            " says how long the run is: change that, or set it to null.",
+            f"train.num_train_epochs {epochs:g} has no effect, as train.max_steps {steps} sets the"
+            " length of the run: change that, or set it to null.",
         )
     if cfg.data.eval_splits and updates <= cfg.train.eval_steps:
         yield Finding(
@@ -222,19 +222,19 @@ def schedule(cfg: config.Config, updates: int, fresh_head: bool) -> Iterator[Fin
             "selected_on_test",
             0.05,
             "data.eval_splits and data.test_splits share a split: the best checkpoint is chosen on"
-            " what it is tested with.",
+            " its own test data.",
         )
 
 
 def without_effect(
     cfg: config.Config, model_config: "Wav2Vec2Config", most_frames: int
 ) -> Iterator[Finding]:
-    """What is asked of the model and does not happen.
+    """Options of the model that have no effect.
 
     Args:
-        cfg: the overrides are in `model.config`.
-        model_config: what became of it.
-        most_frames: of the longest training clip.
+        cfg: the configuration, with overrides in `model.config`.
+        model_config: the model's configuration after all overrides.
+        most_frames: frames of the longest training clip.
     """
     length = model_config.mask_time_length
     masked = model_config.apply_spec_augment and model_config.mask_time_prob > 0
@@ -251,13 +251,13 @@ def without_effect(
             yield Finding(
                 "no_effect",
                 0.01,
-                f"model.config.{name} {cfg.model.config[name]} changes nothing: it is {has}, as the"
-                " vocabulary is.",
+                f"model.config.{name} {cfg.model.config[name]} has no effect: the vocabulary"
+                f" makes it {has}.",
             )
 
 
 def precision(mixed_precision: str, platform: str) -> Iterator[Finding]:
-    """A precision that the devices do not compute in."""
+    """A precision that the devices do not compute in natively."""
     if platform == "tpu" and mixed_precision == "fp16":
         yield Finding(
             "precision",
@@ -265,7 +265,7 @@ def precision(mixed_precision: str, platform: str) -> Iterator[Finding]:
             "TPUs compute in bf16: train.mixed_precision fp16 only adds a loss scale.",
         )
     if platform == "cpu" and mixed_precision != "fp32":
-        yield Finding(  # from no difference (AMX) to several times slower
+        yield Finding(  # from no difference (with AMX) to several times slower
             "precision",
             0.3,
             f"most CPUs only emulate {mixed_precision}: train.mixed_precision fp32 is faster.",
@@ -290,19 +290,19 @@ def duration(days: float, cheap: tuple[int, float] | None, least: bool) -> Itera
 
 
 def room(needed: int, free: int | None, what: str, fatal: bool) -> Iterator[Finding]:
-    """Disk or memory that is not enough, or hardly."""
+    """Too little disk or memory, or only just enough."""
     if free is not None and needed > 0.8 * free:
         short = needed > free
         yield Finding(
             "room",
-            0.5,  # whether the last fifth is enough is anyone's guess
+            0.5,  # the estimate is not precise to a fifth
             f"{what}: about {gigabytes(needed)} are needed and {gigabytes(free)} are free.",
             fatal=short and fatal,
         )
 
 
 def gigabytes(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes as text."""
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
@@ -311,7 +311,7 @@ def _days(days: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A length of time for people, in one unit."""
+    """A duration as text, in one unit."""
     for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The machine that this runs on, without its devices: versions, cores, free memory and disk."""
+"""The machine without its devices: versions, cores, free memory and disk."""
 
 import contextlib
 import importlib.metadata
@@ -33,7 +33,7 @@ def facts(cfg: config.Config) -> dict[str, Any]:
 
 
 def free_memory() -> int | None:
-    """Bytes that programs can still take, where the system tells (Linux)."""
+    """Bytes of memory available to programs; None if the system does not tell (Linux does)."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -54,7 +54,7 @@ def free_disk(place: str) -> dict[str, Any]:
 
 
 def is_writable(place: str) -> bool | None:
-    """Whether files can be made where a folder is or will be; None for a bucket."""
+    """Whether files can be created where a folder is or will be; None for a bucket."""
     if store.is_remote(place):
         return None
     path = _there(place)
@@ -62,7 +62,7 @@ def is_writable(place: str) -> bool | None:
 
 
 def _there(place: str) -> Path:
-    """The place itself, or the nearest above it that exists."""
+    """The path itself, or its nearest parent that exists."""
     path = Path(place).absolute()
     while not path.exists():
         path = path.parent

@@ -1,4 +1,4 @@
-"""What a run will take after a first look at it: batches and updates, time, and room."""
+"""What a run will take, from what `doctor` has seen: batches and updates, time, disk and memory."""
 
 import math
 from collections.abc import Mapping
@@ -25,19 +25,19 @@ from flax_asr.estimate import forecast
 from flax_asr.models import wav2vec2
 
 CHEAP_LAYERS = 2
-"""So many layers are trained in the cheap way out that is offered."""
+"""Trainable layers of the cheaper alternative that is offered."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What there is to go by.
+    """What is known about the run.
 
     Attributes:
         start: the model, with the vocabulary's size.
         corpus: the clips whose length is known.
         splits: all clips, by the name of their split.
         shapes: padded samples of each bucket.
-        asked, devices, timed: the trial, and what came of it.
+        asked, devices, timed: the trial and its results.
         fresh_head: whether the head starts from random numbers.
         machine: the facts of `host`.
     """
@@ -54,11 +54,11 @@ class Seen:
 
 
 class Prognosis:
-    """Of one configuration.
+    """The prognosis of one configuration.
 
     Attributes:
         facts: `batches`, `time` and `room`, for programs.
-        findings: what is worth saying about them.
+        findings: problems found in them.
 
     Raises:
         ConfigError: the batch does not fit the devices, or early stopping has no scores.
@@ -135,7 +135,7 @@ class Prognosis:
             samples_per_second = self._rows * samples / timed.accumulate_seconds
             seconds = work.seconds_at(samples, samples_per_second, timed.update_seconds)
         else:
-            # A second device of a CPU is the same CPU.
+            # Several devices of a CPU are the same CPU.
             count = 1 if seen.devices.platform == "cpu" else seen.devices.count
             seconds = work.least_seconds(samples, seen.devices.flops_per_second * count)
         cheap = None
@@ -201,7 +201,7 @@ class Prognosis:
             self.findings += findings.room(per_device, memory, "memory of this machine", True)
 
     def _features_bytes(self) -> int:
-        """What data.cache_features writes."""
+        """Bytes that data.cache_features writes."""
         if not self.cfg.data.cache_features:
             return 0
         model = self.seen.start.model_config

@@ -1,4 +1,4 @@
-"""Pictures of recordings, to see what is wrong with them: silence, noise, half a sentence."""
+"""Pictures of recordings that show what is wrong with them: silence, noise, half a sentence."""
 
 import urllib.parse
 from collections.abc import Iterable
@@ -17,8 +17,8 @@ def draw(
     """Writes one PNG a recording into the folder; returns their paths.
 
     Args:
-        folder: made where it is not there; files are named by rank and clip.
-        recordings: (clip, what there is to say about it, samples at 16 kHz), the worst first.
+        folder: created if it does not exist; files are named by rank and clip.
+        recordings: (clip id, description, samples at 16 kHz), the worst first.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -27,7 +27,7 @@ def draw(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for rank, (clip, said, samples) in enumerate(recordings, 1):
-            # Of the end, which tells clips apart; nothing in it leads to another folder.
+            # The end of the id tells clips apart; quoted, it cannot lead to another folder.
             path = folder / f"{rank:02d}-{urllib.parse.quote(clip[-60:], safe='')[-120:]}.png"
             _draw(path, f"{terminal.plain(clip)}: {said}", samples)
             drawn.append(path)
@@ -52,6 +52,6 @@ def _draw(path: Path, title: str, samples: Float32[np.ndarray, " samples"]) -> N
     picture = axes.imshow(decibels, origin="lower", aspect="auto", extent=extent)
     figure.colorbar(picture, label="dB below the loudest")
     axes.set(xlabel="seconds", ylabel="mel band")
-    # Names are no formulas, and the font may lack their characters.
+    # Names are not formulas, and the font may lack their characters.
     axes.set_title(ascii(title)[1:-1], parse_math=False, fontsize=9)
     figure.savefig(path, format="png")

@@ -1,8 +1,8 @@
-"""A first look at a corpus: its tables, and the sound of a sample of its clips. No jax.
+"""A quick look at a corpus: its tables, and a decoded sample of its clips. No jax.
 
-What is prepared already is opened as it is and known exactly. Else sentences and speakers come from
-the tables, lengths from `clip_durations.tsv` where a release has it, and a sample of the clips is
-decoded to see whether they can be.
+A prepared corpus is opened and known exactly. Otherwise sentences and speakers come from the
+tables, lengths from `clip_durations.tsv` if the release has it, and a sample of the clips is
+decoded to see whether they are usable.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from flax_asr.data import decoding, examples, pool, prepare, shards
 from flax_asr.sources import tables
 
 MOST_HEARD = 2000
-"""So many clips of a corpus are decoded at most; smaller ones are decoded whole."""
+"""The most clips of a corpus that are decoded; smaller corpora are decoded completely."""
 
 MOST_ROWS = 100_000
-"""So many clips of a split are judged one by one at most; the others are taken to be like them."""
+"""The most clips of a split that are judged one by one; the rest is assumed to be like them."""
 
 UNKNOWN = -1
 _LEAST_HEARD = 64  # whatever the time
@@ -35,18 +35,18 @@ _BOUNDS = frozenset({"too_long", "too_short"})
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """A split as far as it was looked at; `judged` serves `examples.build` as a prepared one does.
+    """A split as far as it is known; `examples.build` takes `judged()` like a prepared split.
 
     Attributes:
         split, release: its name, and that of the corpus.
-        ids, sentences, speakers: of every clip that was read, those left out included.
-        samples: length at 16 kHz, `UNKNOWN` where only decoding would tell.
-        left_out: clips that cannot be used, and why; the same clips have length `UNKNOWN`.
-        heard: how many clips were decoded for this.
+        ids, sentences, speakers: of every clip that was read, including those left out.
+        samples: length at 16 kHz, `UNKNOWN` if the clip would have to be decoded.
+        left_out: clips that cannot be used, and why; their length is `UNKNOWN`.
+        heard: number of clips that were decoded.
         lengths_from: "prepared", "clip_durations.tsv" or "sample".
-        complete: whether all clips were read in the time there was.
+        complete: whether all clips could be read in time.
         audio_keys: clip id -> digest of the decoded audio.
-        listen: clip id -> its audio at 16 kHz, None where it cannot be had.
+        listen: clip id -> its audio at 16 kHz, None if that is not available.
     """
 
     split: str
@@ -67,42 +67,42 @@ class Split:
 
     @property
     def gains(self) -> Float32[np.ndarray, " clips"]:
-        """Ones: a look keeps no audio that they would scale."""
+        """Ones, as no audio is kept that they would scale."""
         return np.ones(len(self), np.float32)
 
     @property
     def maps(self) -> list[np.ndarray]:
-        """Empty: a look keeps no audio."""
+        """Empty, as no audio is kept."""
         return []
 
     @property
     def scale(self) -> float:
-        """How many clips each one stands for whose length, or reason to be left out, is known."""
+        """Clips of the split for each one whose length, or reason to be left out, is known."""
         judged = int((self.samples != UNKNOWN).sum()) + len(self.left_out)
         return len(self) / judged if judged else 0.0
 
     @property
     def seconds(self) -> float:
-        """Audio of all clips, from those whose length is known."""
+        """Seconds of audio in all clips, extrapolated from those whose length is known."""
         known = self.samples[self.samples != UNKNOWN]
         return float(known.sum(dtype=np.int64)) / audio.SAMPLE_RATE_HZ * self.scale
 
     def heeded_sentences(self) -> list[str]:
-        """Transcripts to make the vocabulary of: of all clips that are not known to be unusable."""
+        """Transcripts for the vocabulary: those of all clips that are not known to be unusable."""
         gone = {entry.id for entry in self.left_out if entry.reason != "duplicate"}
         pairs = zip(self.ids, self.sentences, strict=True)
         heeded = [sentence for clip, sentence in pairs if clip not in gone]
         return list(_spread(heeded, MOST_ROWS))
 
     def left_out_of(self) -> list[tuple[list[shards.LeftOut], int]]:
-        """What was left out, with the number of clips among which it was looked for."""
+        """Clips left out, with the number of clips that were checked for their reasons."""
         everywhere = _FROM_TABLES | (_BOUNDS if self.lengths_from != "sample" else frozenset())
         of_all = [entry for entry in self.left_out if entry.reason in everywhere]
         of_heard = [entry for entry in self.left_out if entry.reason not in everywhere]
         return [(of_all, len(self)), (of_heard, max(self.heard, len(of_heard)))]
 
     def judged(self) -> "Split":
-        """The clips whose length is known, or so many of them."""
+        """The clips whose length is known, at most `MOST_ROWS` of them."""
         rows = _spread(np.flatnonzero(self.samples != UNKNOWN), MOST_ROWS)
         return dataclasses.replace(
             self,
@@ -117,10 +117,10 @@ def look(cfg: config.Config, *, read_seconds: float, hear_seconds: float) -> dic
     """Looks at every split that the configuration names.
 
     Args:
-        cfg: says what and where.
-        read_seconds: the most time for the tables; an archive or parquet files that take longer
-            are read in part.
-        hear_seconds: the most time for decoding the sample.
+        cfg: the configuration of the run.
+        read_seconds: time limit for the tables; an archive or parquet files that take longer are
+            read in part.
+        hear_seconds: time limit for decoding the sample.
 
     Raises:
         errors.DataError: the source cannot be read, or lacks a split.
@@ -141,7 +141,7 @@ def look(cfg: config.Config, *, read_seconds: float, hear_seconds: float) -> dic
         for name, found in listed.items()
         for clip in _spread(found.audible(), share if found.by_path else len(found.clips))
     ]
-    # Mixed, so that what the time does not suffice for is missing everywhere alike.
+    # Shuffled, so that clips for which there is no time are missing in all splits alike.
     order = np.argsort(np.random.PCG64(cfg.seed).random_raw(len(wanted)))
     heard = dict(_hear(cfg, [wanted[i] for i in order], hear_seconds))
     return {
@@ -190,14 +190,14 @@ def _source_audio(
 
 
 def _durations(source: common_voice.Source) -> dict[str, int]:
-    """Samples at 16 kHz of every clip, as far as the release itself says."""
+    """Samples at 16 kHz of each clip that the release gives a duration for."""
     file = Path(source.name) / "clip_durations.tsv"
     if not file.is_file():
         return {}
     found: dict[str, int] = {}
     with open(file, "rb") as stream:
         for _, row in tables.rows(stream, str(file), ".tsv", ("clip", "duration[ms]")):
-            with contextlib.suppress(KeyError, ValueError):  # a cut line: that clip is not known
+            with contextlib.suppress(KeyError, ValueError):  # a truncated line: skip that clip
                 milliseconds = float(str(row["duration[ms]"]))
                 found[str(row["clip"])] = round(milliseconds * audio.SAMPLE_RATE_HZ / 1000)
     return found
@@ -205,7 +205,7 @@ def _durations(source: common_voice.Source) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Listed:
-    """The clips of a split that were read; of those given by content only some keep it."""
+    """The clips of a split that were read; only some of those given by content keep it."""
 
     clips: list[common_voice.Clip]
     complete: bool
@@ -234,21 +234,21 @@ class _Listed:
 
 
 def _spread(items: Sequence[Any] | np.ndarray, count: int) -> Sequence[Any] | np.ndarray:
-    """At most so many of them, at equal distances: tables are sorted by speaker."""
+    """At most `count` of the items, evenly spaced, as tables are sorted by speaker."""
     if len(items) <= count:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
 
 
 class Heard(NamedTuple):
-    """What a decoded clip leaves behind: its length, and a key that equal audio shares."""
+    """What is kept of a decoded clip: its length, and a key that is equal for equal audio."""
 
     samples: int
     key: str
 
 
 def hear(task: decoding.Task) -> Heard | shards.LeftOut:
-    """Decodes a clip in a worker process and sends back what is asked, not the audio."""
+    """Decodes a clip in a worker process, and returns its length and key, not its audio."""
     result = decoding.decode(task)
     if isinstance(result, shards.LeftOut):
         return result
@@ -258,7 +258,7 @@ def hear(task: decoding.Task) -> Heard | shards.LeftOut:
 def _hear(
     cfg: config.Config, wanted: list[tuple[str, common_voice.Clip]], seconds: float
 ) -> Iterator[tuple[tuple[str, str], Heard | shards.LeftOut]]:
-    """(split, clip id) with what was heard, until the time is over."""
+    """((split, clip id), result) for each clip that could be decoded in time."""
     tasks = (((split, clip.id), prepare.decoding_task(cfg, clip)) for split, clip in wanted)
     deadline = time.monotonic() + seconds
     workers = cfg.data.num_workers or pool.available_cores()
@@ -321,7 +321,7 @@ def _judge(
 
 
 def _within(cfg: config.Config, clip_id: str, samples: int) -> Heard | shards.LeftOut:
-    """What the bounds of the configuration make of a length that the release gives."""
+    """Checks a length that the release gives against the bounds of the configuration."""
     seconds = samples / audio.SAMPLE_RATE_HZ
     if seconds > cfg.data.max_seconds:
         return shards.LeftOut(clip_id, "too_long", f"{seconds:.3f} s")
@@ -331,8 +331,8 @@ def _within(cfg: config.Config, clip_id: str, samples: int) -> Heard | shards.Le
 
 
 def shared(train: Mapping[str, Split], scored: Mapping[str, Split]) -> dict[str, dict[str, int]]:
-    """Of each scored split how many clips are trained on, or have a speaker or a raw sentence of a
-    clip that is, or its audio as far as clips were decoded for this look."""
+    """For each scored split, the number of clips that are trained on, or share a speaker, a raw
+    sentence or (if they were decoded) their audio with a training clip."""
     ids = {clip for split in train.values() for clip in split.ids}
     speakers = {who for split in train.values() for who in split.speakers if who}
     sentences = {said for split in train.values() for said in split.sentences if said.strip()}
@@ -362,7 +362,7 @@ def require_clips(split: Split) -> None:
 
 
 def usable(data: examples.Examples, splits: Sequence[Split], most: int | None) -> int:
-    """How many rows all clips would give, extrapolated from those that were judged."""
+    """Number of rows that all clips would give, extrapolated from those that were judged."""
     judged = 0.0
     for split in splits:
         known = int((split.samples != UNKNOWN).sum())

@@ -1,4 +1,4 @@
-"""Clips whose length does not go with their text: one of the two is probably wrong or cut."""
+"""Clips whose length does not fit their text: one of the two is probably wrong or cut off."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -10,18 +10,18 @@ from flax_asr import audio
 from flax_asr.data import examples
 from flax_asr.diagnosis import survey
 
-_ODD = 4.0  # so many times the usual audio for a text, or so small a part of it
+_ODD = 4.0  # times the usual audio for a text, or the usual audio divided by it
 _MOST = 8  # clips that are shown
 
 
 @dataclasses.dataclass(frozen=True)
 class Odd:
-    """A clip whose length does not go with its text.
+    """A clip and how well its length fits its text.
 
     Attributes:
-        id: of the clip.
-        seconds, tokens: of its audio and its transcript.
-        times_usual: its audio a token, as a multiple of the median.
+        id: the clip's id.
+        seconds, tokens: length of its audio and of its transcript.
+        times_usual: its audio per token, as a multiple of the median.
     """
 
     id: str
@@ -35,7 +35,7 @@ class Odd:
         return not 1 / _ODD < self.times_usual < _ODD
 
     def describe(self) -> str:
-        """For people, without its name."""
+        """A description as text, without its id."""
         return (
             f"{self.tokens} characters in {self.seconds} s, {self.times_usual:.2g} times as long"
             " as usual"
@@ -61,7 +61,7 @@ def oddest(data: examples.Examples) -> list[Odd]:
 def audible(
     clips: Sequence[Odd], splits: Sequence[survey.Split]
 ) -> Iterator[tuple[Odd, Float32[np.ndarray, " _"]]]:
-    """Those of the clips whose audio can be had, with it."""
+    """The clips whose audio is available, each with its samples at 16 kHz."""
     for clip in clips:
         for split in splits:
             samples = split.listen(clip.id)

@@ -1,7 +1,7 @@
-"""A few updates of the real compiled step, in a process of its own that can be given up.
+"""A few timed updates of the real compiled step, in a process that can be killed.
 
-A compilation cannot be stopped, a process can; and the accelerator belongs to one process, so the
-one that looks at it is also the one that works on it.
+A compilation cannot be stopped, but a process can. The accelerator belongs to one process, so the
+same process also reports the devices.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _PRODUCT_SIZES = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 
 
 class Machine(NamedTuple):
-    """The devices, and what one of them does in a large matrix product.
+    """The devices, and the speed of one of them in a large matrix product.
 
     `memory_bytes` is a device's own memory, None where it shares the host's.
     """
@@ -40,13 +40,13 @@ class Machine(NamedTuple):
 
 
 class Look(NamedTuple):
-    """The devices are to be named and tried in this precision."""
+    """A request to report the devices and their speed in this precision."""
 
     mixed_precision: str
 
 
 class Asked(NamedTuple):
-    """One micro-batch and update to be timed: which run, model and shape, and in what time."""
+    """A request to time a micro-batch and an update: the run, the model, the shape, the limit."""
 
     cfg: config.Config
     model_config: dict[str, Any]
@@ -58,10 +58,10 @@ class Asked(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """Seconds; `temporary_bytes` are what a device needs beside state and batch.
+    """Measured times; `temporary_bytes` is memory of a device besides state and batch.
 
-    `layers` is how many the encoder that was timed had: fewer than the model has where the rest
-    was too much for the time, and is added in proportion.
+    `layers` is the number of layers that were timed: fewer than the model has if the rest would
+    have taken too long, and is extrapolated.
     """
 
     accumulate_seconds: float
@@ -74,7 +74,7 @@ class Timed(NamedTuple):
 def run(
     asked: Asked | None, limit_seconds: float
 ) -> tuple[Machine | pool.Failure, Timed | pool.Failure | None]:
-    """The devices and, where something is asked, its times; each may fail or take too long."""
+    """The devices and, if `asked`, the times; each may be a failure, also by taking too long."""
     mixed_precision = "fp32" if asked is None else asked.cfg.train.mixed_precision
     tasks = [(None, Look(mixed_precision)), *([(None, asked)] if asked is not None else [])]
     with contextlib.closing(
@@ -85,7 +85,7 @@ def run(
 
 
 def answer(task: Look | Asked) -> Machine | Timed:
-    """What the process does."""
+    """Answers a request, in the trial's process."""
     return _machine(task.mixed_precision) if isinstance(task, Look) else _timed(task)
 
 
@@ -107,16 +107,16 @@ def _machine(mixed_precision: str) -> Machine:
 
 
 def _product(matrix: jax.Array) -> jax.Array:
-    """As the model computes: of float32 a GPU or TPU would take a quicker and coarser one."""
+    """A product in the model's precision: the default for float32 on GPU and TPU is coarser."""
     return jnp.matmul(matrix, matrix, precision=layers.precision(matrix.dtype))
 
 
 def _timed(asked: Asked) -> Timed:
-    """The whole model where that is quick, else what two shallow ones tell of it."""
+    """Times of the whole model if that is fast enough, else extrapolated from two shallow ones."""
     layers = Wav2Vec2Config(**asked.model_config).num_hidden_layers
     model = asked.cfg.model
     if asked.cfg.data.cache_features and model.trainable_layers is not None:
-        # What lies below them is behind every batch: a model of these layers alone takes as long.
+        # Batches start above the frozen layers, so a model of the trained layers takes as long.
         trained = min(layers, max(1, model.trainable_layers))
         return _timed_with(asked, trained, trained)._replace(layers=layers)
     if layers <= _DEEPER:
@@ -133,9 +133,9 @@ def _timed(asked: Asked) -> Timed:
 
 
 def _extended(trainable_layers: int | None, layers: int, shallow: Timed, deeper: Timed) -> Timed:
-    """The times of all layers, each as dear as one of those between the two that were timed.
+    """Times of all layers, each costing as much as one of those by which the two models differ.
 
-    Where only some are trained, the ones between were not; a trained one costs three times that.
+    With `trainable_layers` those are not trained; a trained layer costs three times as much.
     """
     more = layers - _SHALLOW
     worth = float(more)
@@ -157,7 +157,7 @@ def _extended(trainable_layers: int | None, layers: int, shallow: Timed, deeper:
 
 
 def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
-    """The times of a model of so many layers, at most `trained` of them trained on purpose."""
+    """Times of a model of so many layers, of which at most `trained` are trained."""
     cfg, devices = _with_trained(asked.cfg, trained), parallel.Devices()
     model_config = Wav2Vec2Config(**(asked.model_config | {"num_hidden_layers": layers}))
     origin = origins.Origin(
@@ -165,7 +165,7 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
     )
     objective = experiment.objective(cfg, origin)
     learning_rate = optim.schedule(cfg.optim, max(1, cfg.optim.warmup_steps) * 10)
-    # That of all parameters, as after model.freeze_encoder_steps.
+    # The update of all parameters, as after model.freeze_encoder_steps.
     rule = step.Rule(optim.adamw(cfg.optim, learning_rate), learning_rate, cfg.optim.ema_decay)
     # Any weights take as long as any others; these keep every figure finite.
     rng = np.random.default_rng(0)
@@ -211,7 +211,7 @@ def _timed_with(asked: Asked, layers: int, trained: int) -> Timed:
 
 
 def _with_trained(cfg: config.Config, layers: int) -> config.Config:
-    """The configuration with at most so many `trainable_layers`, where it asks for some."""
+    """The configuration with at most so many `trainable_layers`, if it sets them."""
     if cfg.model.trainable_layers is None:
         return cfg
     fewer = min(cfg.model.trainable_layers, layers)
@@ -237,7 +237,7 @@ def _cached(batch: loader.Batch, objective: criterion.Objective) -> loader.Cache
 
 
 def _repeated(function) -> Iterator[float]:
-    """Times of some calls; the first one, which may allocate, counts only if calls are slow."""
+    """Seconds of several calls; the first, which may allocate, counts only if calls are slow."""
     spent = 0.0
     for call in range(_REPEATS + 1):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Joining the other hosts, where there are several: one process each, the same command on all."""
+"""Joining the other hosts of a run: one process on each, with the same command."""
 
 import functools
 import logging
@@ -17,9 +17,9 @@ JOINING_SECONDS = 300
 """How long a host waits for the last one to start."""
 
 LOST_SECONDS = 100
-"""After so long without a sign of life from a host JAX ends the others by itself."""
+"""If a host is silent for so long, JAX itself ends the others."""
 
-# What JAX_PLATFORMS can ask for, and what such a device says that it is.
+# Values of JAX_PLATFORMS, and the platform of such a device.
 _PLATFORMS = {"cuda": "gpu", "rocm": "gpu", "gpu": "gpu", "tpu": "tpu"}
 
 _LIBTPU_ARGUMENTS, _THREADS = "LIBTPU_INIT_ARGS", "fibers_default_domain_concurrency"
@@ -28,14 +28,14 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def join() -> None:
-    """Joins the other hosts, if there are any; to be called before JAX is asked for its devices.
+    """Joins the other hosts, if there are any; call it before asking JAX for its devices.
 
-    `JAX_COORDINATOR_ADDRESS` (HOST:PORT of the first host), `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` name them; else JAX looks whether this is a TPU pod, a job of Slurm or Open MPI
-    with several tasks, or an indexed job of Kubernetes. Where it is none, nothing happens.
+    The hosts are given by `JAX_COORDINATOR_ADDRESS` (HOST:PORT of the first host),
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. Otherwise JAX checks for a TPU pod, a job of Slurm or
+    Open MPI with several tasks, or an indexed job of Kubernetes. If it finds none, nothing happens.
 
     Raises:
-        ConfigError: the variables are not complete, the address cannot be used, or there is no
+        ConfigError: the variables are incomplete, the address cannot be used, or there is no
             device.
     """
     spare_threads_for_libtpu()  # joining may load libtpu
@@ -44,44 +44,45 @@ def join() -> None:
 
 
 def spare_threads_for_libtpu() -> None:
-    """Gives the TPU compiler more threads than cores; to be called before libtpu is loaded.
+    """Gives the TPU compiler more threads than cores; call it before libtpu is loaded.
 
-    It has a thread a core, and one that meets a Pallas kernel waits until all else in the queue is
-    compiled: with two cores, one of them idled. What the user asks of libtpu stays.
+    By default it has one thread for each core, and a thread that meets a Pallas kernel waits until
+    the rest of the queue is compiled: with two cores, one of them is idle. The user's own
+    arguments for libtpu are kept.
     """
     given = os.environ.get(_LIBTPU_ARGUMENTS, "")
     if _THREADS in given or "undefok" in given:
         return
     count = 2 * (os.cpu_count() or 1) + 4
-    # A libtpu without this flag would end the process, but for the first.
+    # A libtpu without this flag would end the process, if not for --undefok.
     os.environ[_LIBTPU_ARGUMENTS] = f"--undefok={_THREADS} --{_THREADS}={count} {given}".strip()
 
 
 def devices() -> list[jax.Device]:
-    """The devices of all hosts; the first call loads libtpu, where there is a TPU.
+    """The devices of all hosts; the first call loads libtpu if there is a TPU.
 
     Raises:
-        ConfigError: there is none of the kind that is asked for, or it is in use.
+        ConfigError: there is no device of the kind asked for, or it is in use.
     """
     spare_threads_for_libtpu()
     asked = os.environ.get("JAX_PLATFORMS")
     try:
         found = jax.devices()
-    # An assertion is all that JAX says where only CUDA is asked for and there is no such device.
+    # JAX fails an assertion if only CUDA is asked for and there is no such device.
     except (RuntimeError, AssertionError) as error:
         raise _no_device(asked, str(error)) from error
     first = (asked or "").split(",")[0]
-    # Where a GPU is asked for and others may be taken, JAX goes on without a word.
+    # If a GPU is asked for and other devices are allowed too, JAX silently uses those.
     if first in _PLATFORMS and found[0].platform != _PLATFORMS[first]:
         raise _no_device(asked, "")
     return found
 
 
 def _no_device(asked: str | None, why: str) -> errors.ConfigError:
-    first_line = why.strip().splitlines()[:1] or [f"this machine shows it no {asked}"]
+    first_line = why.strip().splitlines()[:1] or [f"it finds no {asked} on this machine"]
     return errors.ConfigError(
         f"JAX cannot use its devices: {first_line[0].rstrip('.')}. (JAX_PLATFORMS is"
-        f" {asked or 'not set'}; see which processes use the device, and what of jax is installed.)"
+        f" {asked or 'not set'}; check which processes use the device, and which jax is installed.)"
     )
 
 
@@ -91,11 +92,11 @@ def _join() -> None:
     named = _named()
     if not named and not _may_have_others():
         return
-    # JAX's own end of patience is an abort with a page of addresses.
+    # JAX's own time-out is an abort with a page of addresses.
     patience = threading.Timer(JOINING_SECONDS, _give_up)
     patience.daemon = True
     patience.start()
-    # Its handler of SIGTERM and ours would overwrite each other, and ours knows SIGINT too.
+    # JAX's handler of SIGTERM and ours would overwrite each other, and ours handles SIGINT too.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         _in_a_thread(
@@ -110,7 +111,7 @@ def _join() -> None:
     except ValueError:
         if named:
             raise
-        return  # JAX has looked, and there are no others.
+        return  # JAX has found no others.
     except RuntimeError as error:
         raise errors.ConfigError(
             f"this host cannot join the others: {str(error).splitlines()[0]}"
@@ -118,19 +119,19 @@ def _join() -> None:
     finally:
         patience.cancel()
     if jax.process_index() > 0:
-        # What concerns all is said by the first.
+        # The first host reports for all.
         logging.getLogger("flax_asr").setLevel(logging.WARNING)
         progress.hide()
 
 
 def _in_a_thread(wait: Callable[[], None]) -> None:
-    """Calls what waits outside of Python: in the main thread no signal would be heard meanwhile."""
+    """Calls a function that blocks outside Python, while the main thread handles signals."""
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
             wait()
-        except BaseException as error:  # whatever it is, it belongs to the caller
+        except BaseException as error:  # raised again in the caller's thread
             failures.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -142,14 +143,14 @@ def _in_a_thread(wait: Callable[[], None]) -> None:
 
 def _give_up() -> None:
     stopping.say(
-        f"the hosts have not come together within {JOINING_SECONDS} seconds: start the same command"
-        " on all of them; the first one (process 0) must be reachable by the others."
+        f"not all hosts have joined within {JOINING_SECONDS} seconds: start the same command on all"
+        " of them; the first one (process 0) must be reachable from the others."
     )
     os._exit(stopping.STATUS)
 
 
 def _named() -> dict[str, Any]:
-    """What the environment says, as arguments of `jax.distributed.initialize`."""
+    """The environment's variables as arguments of `jax.distributed.initialize`."""
     found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     if not found:
         return {}
@@ -174,7 +175,7 @@ def _named() -> dict[str, Any]:
 
 
 def _may_have_others() -> bool:
-    """Whether JAX is to look: not for a single task, nor in a pod that is no part of a job."""
+    """Whether JAX should look for other hosts: not for a single task or a pod without a job."""
     for tasks in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         if tasks in os.environ:
             return int(os.environ[tasks]) > 1
@@ -183,12 +184,12 @@ def _may_have_others() -> bool:
 
 
 def _on_a_tpu_vm() -> bool:
-    # No public name: JAX has found chips and their library.
+    # Private: true if JAX has found chips and their library.
     return jax._src.cloud_tpu_init.running_in_cloud_tpu_vm
 
 
 def _all_gpus_of_a_node() -> list[int] | None:
-    """Of Slurm's only task on its node: JAX would give it the first GPU alone."""
+    """All GPUs, for Slurm's only task on its node: JAX would give it only the first one."""
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     alone = os.environ.get("SLURM_NTASKS") == os.environ.get("SLURM_NNODES")
     return list(range(int(gpus))) if alone and gpus.isdecimal() else None

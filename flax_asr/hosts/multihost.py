@@ -1,7 +1,7 @@
 """The hosts of a run: they agree, wait for one another, stop together, and end together.
 
-What is said here goes through JAX's coordination service, which the first host runs, as texts
-under names; tensors never do. With one host nothing is said and nobody is waited for.
+Messages go through JAX's coordination service, which the first host runs, as strings under keys;
+never tensors. With one host there are no messages and no waiting.
 """
 
 import atexit
@@ -28,16 +28,16 @@ from flax_asr.hosts import cluster, stopping
 _Result = TypeVar("_Result")
 
 LOST_SECONDS = 60.0
-"""A host that has not been heard of for so long is lost."""
+"""A host that has been silent for so long is lost."""
 
 WAITING_SECONDS = 3600.0
-"""The longest that the others wait for what one host does: an export, reading a checkpoint."""
+"""How long the others wait at most for one host's work: an export, reading a checkpoint."""
 
 PREPARING_SECONDS = 7 * 24 * 3600.0
 """The same for decoding a corpus."""
 
 _BEAT_SECONDS = 1.0
-_GRACE_SECONDS = 3.0  # for a host that comes to the same end by itself, with its own message
+_GRACE_SECONDS = 3.0  # for a host to end by itself, with its own message
 _FAREWELL_SECONDS = 10.0
 _LOST = (
     "not heard of for {:.0f} seconds: stopped. Run the same command on all hosts to go on from the"
@@ -47,13 +47,13 @@ _ALIVE, _END, _LEFT, _STOP = (f"flax_asr/{name}" for name in ("alive", "end", "l
 
 
 class Hosts:
-    """All hosts of one run, to be used in a `with` statement; they make the same calls in order.
+    """All hosts of one run, for a `with` statement; all must make the same calls in order.
 
-    An error on one of them ends all, with its message; so does a host that is lost.
+    An error on one host ends all of them, with its message; so does a lost host.
 
     Attributes:
-        index: which one this is.
-        count: how many there are.
+        index: the number of this host.
+        count: number of hosts.
         is_first: whether this is host 0, which writes the files.
     """
 
@@ -81,7 +81,7 @@ class Hosts:
         if error is None or isinstance(error, errors.Interrupted):
             self.wait()
         elif isinstance(error, jax.errors.JaxRuntimeError) and "EXHAUSTED" not in str(error):
-            # Most likely another host went in the middle of a sum: the watch will know which.
+            # Most likely another host died in a collective: the watch will find out which.
             self._watch.join(LOST_SECONDS + cluster.LOST_SECONDS)
         self._over.set()
         self._watch.join()
@@ -91,7 +91,7 @@ class Hosts:
             mendable = isinstance(error, errors.FlaxAsrError)
             status = errors.STATUS if mendable else 1
             self._say_end(status, self.index, str(error) if mendable else repr(error))
-            # JAX would wait at its exit for the others, who are in the middle of something.
+            # At exit JAX would wait for the others, which are still at work.
             atexit.register(self._exit, status)
 
     def first_only(self, context: contextlib.AbstractContextManager) -> Any:
@@ -99,10 +99,10 @@ class Hosts:
         return context if self.is_first else contextlib.nullcontext()
 
     def gather(self, value: Any, limit_seconds: float = WAITING_SECONDS) -> list[Any]:
-        """What every host says, as JSON keeps it, by index.
+        """The values of all hosts, by index, as JSON keeps them.
 
         Raises:
-            TrainingError: a host has not come here within the limit.
+            TrainingError: a host has not called this within the limit.
         """
         if self.count == 1:
             return [value]
@@ -110,12 +110,12 @@ class Hosts:
         name = f"flax_asr/gather/{self._calls}"
         _service().key_value_set(f"{name}/{self.index}", json.dumps(value))
         limit, pause = time.monotonic() + limit_seconds, 0.002
-        # Not the service's own barrier: no signal would come through while it waits.
+        # Not the service's own barrier, during which no signal is handled.
         while len(said := _read_all(name)) < self.count:
             if time.monotonic() > limit:
                 absent = ", ".join(str(i) for i in range(self.count) if i not in said)
                 raise errors.TrainingError(
-                    f"host {absent} did not come to the others within {limit_seconds:.0f} seconds."
+                    f"host {absent} did not reach the others within {limit_seconds:.0f} seconds."
                     " Look at its log, and run the same command on all hosts again."
                 )
             time.sleep(pause)
@@ -123,22 +123,22 @@ class Hosts:
         return [json.loads(said[index]) for index in range(self.count)]
 
     def wait(self, limit_seconds: float = WAITING_SECONDS) -> None:
-        """Returns when all hosts have come here."""
+        """Returns when all hosts have called this."""
         self.gather(None, limit_seconds)
 
     def any(self, value: bool) -> bool:
-        """Whether it is true on one host at least."""
+        """Whether `value` is true on at least one host."""
         return any(self.gather(value))
 
     def decided(self, decide: Callable[[], _Result]) -> _Result:
-        """What the first host decides, as JSON keeps it; the others do not ask themselves."""
+        """The result of `decide` on the first host, as JSON keeps it; the others do not call it."""
         return self.gather(decide() if self.is_first else None)[0]
 
     def agree(self, what: str, facts: Mapping[str, Any]) -> None:
         """Compares named facts of all hosts.
 
         Raises:
-            ConfigError: names those that differ, with the values.
+            ConfigError: some differ; names them, with their values.
         """
         first, *others = self.gather(facts)
         for index, theirs in enumerate(others, 1):
@@ -154,7 +154,7 @@ class Hosts:
                 )
 
     def share(self, folder: Path) -> bool:
-        """Whether this host sees the first one's folder; not where the first cannot write there."""
+        """Whether this host sees the first one's folder; False if the first cannot write there."""
         mark = self.decided(lambda: _mark(folder))
         seen = mark is not None and (folder / mark).exists()
         self.wait()
@@ -163,14 +163,14 @@ class Hosts:
         return seen
 
     def work_ahead(self, folder: Path, work: Callable[[], Any], for_all: bool = False) -> None:
-        """Does what each host would find undone in its folder, once for each disk.
+        """Does the work that each host needs done in its folder, once for each disk.
 
-        Those that see the first one's folder wait for it; the others work at the same time.
+        Hosts that see the first one's folder wait for it; the others work at the same time.
 
         Args:
-            folder: where the work's result lies.
-            work: does it.
-            for_all: all hosts will find the first one's result, wherever their folder is.
+            folder: where the result is written.
+            work: does the work.
+            for_all: the first host's result reaches all hosts, wherever their folder is.
         """
         if self.count == 1:
             return
@@ -188,11 +188,11 @@ class Hosts:
     def _say_end(self, status: int, host: int, message: str) -> None:
         if self.count > 1:
             end = json.dumps({"status": status, "host": host, "message": message})
-            with contextlib.suppress(RuntimeError):  # another has said it, or the service is gone
+            with contextlib.suppress(RuntimeError):  # another host was first, or no service
                 _service().key_value_set(f"{_END}/0", end)
 
     def _exit(self, status: int) -> NoReturn:
-        """The first host goes last: when it goes, the service does, and JAX aborts the others."""
+        """The first host exits last: its service goes with it, and JAX then aborts the others."""
         if self.count > 1:
             limit = time.monotonic() + _FAREWELL_SECONDS
             with contextlib.suppress(RuntimeError):
@@ -206,7 +206,7 @@ class Hosts:
         os._exit(status)
 
     def _listen(self) -> None:
-        """Gives signs of life and looks for those of the others, until one of them ends."""
+        """Sends signs of life and checks those of the others, until one of them ends."""
         beats = 0
         heard = dict.fromkeys(range(self.count), ("", time.monotonic()))
         while not self._over.wait(_BEAT_SECONDS):
@@ -215,7 +215,7 @@ class Hosts:
                 _service().key_value_set(f"{_ALIVE}/{self.index}", str(beats), True)
                 signs, said = _read_all(_ALIVE), _read_all(_END)
             except RuntimeError:
-                continue  # The service went with the first host: JAX ends this process.
+                continue  # The first host is gone with its service: JAX ends this process.
             if said:
                 if not self._over.wait(_GRACE_SECONDS):
                     end = json.loads(said[0])
@@ -231,16 +231,15 @@ class Hosts:
 
 
 class SharedStop:
-    """Where all hosts stop when one of them was asked to: at the same point.
+    """Makes all hosts stop at the same point if one of them is asked to.
 
-    A point is passed with everything that all hosts compute together. A host that was asked says
-    before it passes point n that all stop at n + 2. None can be there yet, as no result of point
-    n + 1 is there before all have begun it, and a host looks at that result before it looks here
-    again at n + 2.
+    A point is passed with every step that all hosts compute together. A host that is asked to stop
+    announces, before it passes point n, that all stop at n + 2. No host can be there yet: it first
+    needs the result of point n + 1, which needs all hosts to have begun it.
 
     Args:
-        hosts: all of them.
-        stop: what this one was asked.
+        hosts: all hosts of the run.
+        stop: the signals of this host.
     """
 
     def __init__(self, hosts: Hosts, stop: stopping.Stop):
@@ -249,7 +248,7 @@ class SharedStop:
         self._at: int | None = None
 
     def passed(self) -> None:
-        """What all hosts compute together was handed to the devices."""
+        """A step that all hosts compute together was handed to the devices."""
         self._point += 1
 
     @property
@@ -259,19 +258,19 @@ class SharedStop:
             return self._stop.asked
         if self._at is None:
             if self._stop.asked:
-                with contextlib.suppress(RuntimeError):  # another host has said where
+                with contextlib.suppress(RuntimeError):  # another host was first
                     _service().key_value_set(f"{_STOP}/0", str(self._point + 2))
             said = _read_all(_STOP)
             self._at = int(said[0]) if said else None
         return self._at is not None and self._point >= self._at
 
     def asked_by_any(self) -> bool:
-        """The same where no points follow; all hosts wait for one another."""
+        """Whether any host is asked to stop, where no points follow; waits for all hosts."""
         return self._hosts.any(self._stop.asked)
 
 
 def _mark(folder: Path) -> str | None:
-    """The name of a new empty file there; None on a disk that is only read."""
+    """The name of a new empty file in the folder; None if it cannot be written."""
     name = f".hosts-{time.time_ns()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -282,7 +281,7 @@ def _mark(folder: Path) -> str | None:
 
 
 def digest(tree: PyTree) -> str:
-    """Twelve letters that tell trees of arrays and texts apart."""
+    """A hash of a tree of arrays and strings: twelve hexadecimal digits."""
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         found.update(str(path).encode())
@@ -291,11 +290,11 @@ def digest(tree: PyTree) -> str:
 
 
 def _service() -> Any:
-    # The one thing here that has no public name: what JAX's own barriers are made of.
+    # Private: the client that JAX's own barriers use.
     return jax._src.distributed.global_state.client
 
 
 def _read_all(name: str) -> dict[int, str]:
-    """What was said under a name, by the number that follows it."""
+    """The messages under a name, by the number at the end of their key."""
     said = _service().key_value_dir_get(f"{name}/")
     return {int(key.rpartition("/")[2]): value for key, value in said}

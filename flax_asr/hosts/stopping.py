@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM (preemption, a scheduler), SIGINT (a person), SIGHUP (a lost terminal)."""
+"""Signals that stop a run: SIGTERM (preemption), SIGINT (Ctrl-C), SIGHUP (a closed terminal)."""
 
 import contextlib
 import os
@@ -8,23 +8,23 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 STATUS = 75
-"""EX_TEMPFAIL of sysexits.h: run again to go on."""
+"""Exit status EX_TEMPFAIL of sysexits.h: run again to resume."""
 
 
 class Stop:
-    """What these signals do while a run owns the process.
+    """Handles these signals while a run owns the process.
 
-    Outside of `deferred` there is nothing to save, and the process ends at once: a compilation in
-    another thread could not be broken off in any other way. Inside, the signal is noted for the
-    loop to see, and a second one ends the process; not SIGHUP, which comes twice of one terminal,
-    by the system and by the shell. Where `nohup` has SIGHUP ignored it stays so. In a thread that
-    is not the main one, which Python lets take no signals, they stay what they are.
+    Outside `deferred` there is nothing to save, and the process ends at once: a compilation in
+    another thread could not be interrupted otherwise. Inside, the signal is noted for the loop, and
+    a second one ends the process; except SIGHUP, which a closed terminal causes twice, by the
+    system and by the shell. If `nohup` has SIGHUP ignored, it stays ignored. Threads other than the
+    main one cannot handle signals in Python: there the handlers are left as they are.
 
     Args:
-        leave: ends the process with a status, having told others why.
+        leave: ends the process with a status, after telling the other hosts why.
 
     Attributes:
-        asked: a signal has come.
+        asked: whether a signal has come.
     """
 
     def __init__(self, leave: Callable[[int, str], None] | None = None) -> None:
@@ -47,7 +47,7 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """The loop inside looks at `asked` and saves."""
+        """For a loop that checks `asked`, and saves before it ends."""
         self._deferred = True
         try:
             yield
@@ -55,7 +55,7 @@ class Stop:
             self._deferred = False
 
     def obey(self) -> None:
-        """Ends the process if a signal came after the last look."""
+        """Ends the process if a signal has come."""
         if self.asked:
             self._end("stopped. Run the same command to go on.")
 
@@ -78,8 +78,8 @@ class Stop:
 
 
 def say(message: str) -> None:
-    """A line on standard error, from a signal's handler or a thread."""
-    # The terminal may be closed, and Ctrl-C ends a `| tee` behind the run as well.
+    """Writes a line to standard error, from a signal handler or a thread."""
+    # The terminal may be closed, and Ctrl-C also ends a `| tee` behind the run.
     with contextlib.suppress(OSError):
-        # Not print: it may have come in the middle of another line of the same stream.
+        # Not print: the signal may come in the middle of another line on the same stream.
         os.write(2, f"\n{message}\n".encode())

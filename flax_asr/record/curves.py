@@ -12,7 +12,7 @@ FILE = "curves.png"
 
 
 def draw(run: Path) -> Path | None:
-    """Writes RUN/curves.png from the log; returns its path, or None where nothing was logged."""
+    """Writes RUN/curves.png from the log; returns its path, or None if nothing was logged."""
     history = runlog.read(run)
     losses = {
         "training loss": _points(history, "loss"),
@@ -50,7 +50,7 @@ def draw(run: Path) -> Path | None:
 
 
 def _points(history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(step, value) of every event that has a finite one."""
+    """(step, value) for every event with a finite value."""
     return [
         (event["step"], event[name])
         for event in history

@@ -1,4 +1,4 @@
-"""A file of JSON objects, one a line, that is there as a whole or not at all."""
+"""A file of JSON objects, one a line, written completely or not at all."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from flax_asr import atomic, errors
 def write(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
     """Replaces the file.
 
-    Processes that write the same one at once do not mix their lines: the last to end is there.
+    If several processes write it at once, their lines do not mix: the last one to finish wins.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -19,7 +19,7 @@ def write(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
     try:
         with (
             atomic.replacing(path, shared=True) as unfinished,
-            # A transcript or an id may hold half a surrogate pair: written as it came.
+            # A transcript or an id may contain half a surrogate pair, which is kept.
             unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file,
         ):
             for content in objects:

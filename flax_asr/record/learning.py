@@ -1,8 +1,8 @@
-"""Is it learning? What the losses and blanks of a run say, in words.
+"""The phase of a run, judged from its losses and blanks: is it learning?
 
-A model with a fresh head soon finds that writing nothing is the cheapest answer, and stays there
-until it begins to listen: the blank plateau. Its loss is known before the run (forecast.py), so
-that a run which sits there, never gets there or falls back can be told from one that learns.
+A model with a fresh head soon learns that outputting only blanks is the cheapest answer, and stays
+there until it begins to use the audio: the blank plateau. Its loss is known before the run
+(forecast.py), so a run that is stuck there, never gets there or falls back can be recognised.
 """
 
 import logging
@@ -21,22 +21,23 @@ BEGINNING, PLATEAU, LEARNING, DIVERGING = (
     "diverging",
 )
 NEAR = 1.25
-"""Of the plateau's loss: dropout and masks make it a little worse than a perfect unigram model."""
+"""A loss up to this multiple of the plateau's counts as the plateau: with dropout and masks it is a
+little worse than that of a perfect unigram model."""
 SILENT = 0.1
-"""Of the share of frames that the transcripts would fill: a model that writes less is silent."""
+"""A model that outputs less than this fraction of the transcripts' tokens is silent."""
 PATIENCE = 0.2
-"""Of the run: so long on the plateau, or before it, is worth a word."""
+"""The fraction of the run, on the plateau or before it, after which the user is warned."""
 _ADVICE = {
-    BEGINNING: "Even to write nothing takes it that long: the rate, or the number of updates, is"
-    " probably much too small.",
+    BEGINNING: "It has not even learnt to output only blanks: the rate, or the number of updates,"
+    " is probably much too small.",
     PLATEAU: "If the loss does not fall: a rate three times as high or as low, a longer"
     " optim.warmup_steps, more updates, or fewer masks (mask_time_prob).",
 }
 _ENDS = {
-    BEGINNING: "before it has learnt how common each character is: its model is of no use."
+    BEGINNING: "before it has learnt how frequent each character is: its model is useless."
     " optim.learning_rate or the number of updates is much too small.",
-    PLATEAU: "on the blank plateau: its model writes next to nothing.",
-    DIVERGING: "diverging: its model is worse than one that writes nothing; optim.learning_rate is"
+    PLATEAU: "on the blank plateau: its model outputs next to nothing.",
+    DIVERGING: "diverging: its model is worse than one that outputs nothing; optim.learning_rate is"
     " probably too high.",
 }
 
@@ -46,8 +47,8 @@ class Watch:
 
     Args:
         expected: the losses of the training clips.
-        fresh_head: whether the run begins with a head that knows nothing.
-        updates: of the whole run.
+        fresh_head: whether the run starts with a fresh head.
+        updates: number of updates of the run.
         history: the events of the log so far.
     """
 
@@ -80,11 +81,11 @@ class Watch:
         }
 
     def facts(self) -> dict[str, str]:
-        """For the progress bar."""
+        """What the progress bar shows."""
         return {} if self.phase is None else {"model": self.phase}
 
     def look(self, step: int, figures: Mapping[str, float]) -> dict[str, str]:
-        """Judges a line of the log; what is added to it.
+        """Judges a line of the log, and returns what is added to it.
 
         Args:
             step: updates done.
@@ -118,12 +119,12 @@ class Watch:
 
     def _move(self, phase: str, step: int) -> None:
         if phase != self.phase:
-            # A run is before the plateau from its start, not from its first line in the log.
+            # The first phase begins with the run, not with its first line in the log.
             self._since = 0 if phase == BEGINNING else step
             self.phase, self._warned = phase, False
 
     def _overdue(self, step: int) -> bool:
-        """Once for each stay."""
+        """Whether to warn of a long stay in this phase, once for each stay."""
         late = not self._warned and step - self._since >= PATIENCE * self._updates
         self._warned |= late
         return late
@@ -132,7 +133,7 @@ class Watch:
         expected = self._expected
         if loss > 2 * max(expected.first, expected.plateau):
             return DIVERGING
-        # In fp16 the first updates may all be skipped, until the loss scale fits.
+        # In fp16 all first updates may be skipped, until the loss scale fits.
         if not math.isfinite(loss) or loss > NEAR * expected.plateau:
             return BEGINNING if self.phase in (None, BEGINNING) else DIVERGING
         return PLATEAU if 1 - blank_fraction < SILENT * expected.token_share else LEARNING
@@ -147,21 +148,22 @@ class Watch:
 
     def _plateau(self, figures, before, waited) -> str:
         what = (
-            f"a loss near {self._expected.plateau:.4g} is that of a model which writes nothing and"
-            " only knows how common each character is (unigram entropy"
+            f"a loss near {self._expected.plateau:.4g} is that of a model which outputs nothing and"
+            " only knows how frequent each character is (unigram entropy"
             f" {self._expected.unigram_entropy:.4g} nats)"
         )
         if before == LEARNING:
             return f"fell back to the blank plateau: {what}; optim.learning_rate may be too high"
-        return f"on the blank plateau: {what}; usual until it begins to listen"
+        return f"on the blank plateau: {what}; usual until it begins to use the audio"
 
     def _learning(self, figures, before, waited) -> str:
         written = 1 - figures["blank_fraction"]
         left = f"left the blank plateau after {waited} updates" if before == PLATEAU else "learning"
-        return f"{left}: it writes on {written:.1%} of the frames, loss {figures['loss']:.4g}"
+        return f"{left}: symbols on {written:.1%} of the frames, loss {figures['loss']:.4g}"
 
     def _diverging(self, figures, before, waited) -> str:
         return (
-            f"diverging: the loss, {figures['loss']:.4g}, is worse than that of a model which says"
-            f" nothing ({self._expected.plateau:.4g}); optim.learning_rate is probably too high"
+            f"diverging: the loss, {figures['loss']:.4g}, is worse than that of a model which"
+            f" outputs nothing ({self._expected.plateau:.4g}); optim.learning_rate is probably too"
+            " high"
         )

@@ -1,5 +1,5 @@
-"""Prepared clips that training or a score leaves out, and why: left_out.jsonl of a run, and what
-stands beside the predictions of a score."""
+"""Lists of prepared clips that are not trained on or not scored, and why: left_out.jsonl of a run,
+and left_out-SPLIT.jsonl beside the predictions of a score."""
 
 import logging
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from flax_asr.record import json_lines
 logger = logging.getLogger(__name__)
 
 FILE = "left_out.jsonl"
-"""A clip is there once for every set that lacks it: set, id, reason, detail."""
+"""Keys: set, id, reason, detail. A clip is listed once for every set that it is left out of."""
 
 
 def record(folder: Path, sets: Mapping[str, examples.Examples]) -> None:
-    """Says how many clips are left out of each set and why; the file names each of them.
+    """Logs how many clips are left out of each set and why, and writes the list of them.
 
     Args:
-        folder: of the run.
-        sets: what is trained on and scored, by name.
+        folder: the run folder.
+        sets: the examples that are trained on and scored, by name.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -38,13 +38,13 @@ def record(folder: Path, sets: Mapping[str, examples.Examples]) -> None:
 
 
 def beside(predictions: Path, split: str, data: examples.Examples) -> Path | None:
-    """Names the clips that a score leaves out in a file beside that of its predictions.
+    """Lists the clips that were not scored in a file beside that of the predictions.
 
     Returns:
-        The file; None where nothing is left out, and so there is none.
+        The file; None if nothing is left out, and so there is none.
 
     Raises:
-        CheckpointError: the file cannot be written, or an old one not removed.
+        CheckpointError: the file cannot be written, or an old one cannot be removed.
     """
     path = predictions.with_name(predictions.name.replace("predictions", "left_out", 1))
     if not data.left_out:

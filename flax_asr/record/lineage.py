@@ -1,4 +1,4 @@
-"""Where weights come from: the runs behind an exported folder, oldest first."""
+"""The lineage of weights: the runs behind an exported folder, oldest first."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,21 +9,21 @@ from typing import Any
 from flax_asr import errors, json_object
 
 FILE = "flax_asr.json"
-"""Beside the weights of our exports: language, normalisation, release, split hashes, origin."""
+"""In every export, beside the weights: language, normalisation, release, split hashes, origin."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class Ancestor:
-    """A run that came before.
+    """An earlier run.
 
     Attributes:
-        started_from: the model whose weights it began with, as it was named; None for random ones.
-        revision: the commit, where that is a model of the hub; None for a folder.
+        started_from: the model that it started from, as it was given; None for random weights.
+        revision: the commit of a model on the hub; None for a folder.
         head: "kept" or "fresh, N symbols".
         release, language: what it was trained on.
-        updates: after how many of them its weights were taken.
+        updates: number of updates after which its weights were taken.
     """
 
     started_from: str | None
@@ -35,7 +35,7 @@ class Ancestor:
 
 
 def behind(folder: Path) -> list[dict[str, Any]]:
-    """The runs that made the weights in a folder, as plain values; none are known of others' ones.
+    """The runs that made the weights in a folder, as plain values; empty if not made by us.
 
     Raises:
         ModelError: flax_asr.json there is damaged.
@@ -77,10 +77,10 @@ def parse(values: Sequence[Mapping[str, Any]]) -> list[Ancestor]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What an exported folder says about itself; nothing where it is someone else's.
+    """The facts in an exported folder; empty for a folder made elsewhere.
 
     Raises:
-        ModelError: the file cannot be read or is no JSON object.
+        ModelError: the file cannot be read or is not a JSON object.
     """
     return json_object.read(folder / FILE) or {}
 
@@ -91,7 +91,7 @@ def earlier(facts: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def hub_model(facts: Mapping[str, Any]) -> str | None:
-    """The nearest model of the hub that the weights go back to; a folder has no revision."""
+    """The most recent hub model that the weights derive from; None if there is none."""
     for run in [facts, *reversed(earlier(facts))]:
         name = run["started_from"]
         if run["revision"] is not None and name is not None and _HUB_ID.fullmatch(name):

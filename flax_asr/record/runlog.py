@@ -1,4 +1,4 @@
-"""log.jsonl: one JSON object for each logging event; TensorBoard too where it is installed."""
+"""log.jsonl: one JSON object for each logging event; also TensorBoard if it is installed."""
 
 import contextlib
 import importlib.util
@@ -23,15 +23,15 @@ class RunLog:
 
     Args:
         run: the run folder.
-        keep: the events after so many are dropped: a resumed run writes them again.
-        after: the step that the run goes on after.
-        writes: whether this host writes; the others only remember.
+        keep: number of events to keep: a resumed run writes later ones again.
+        after: the step that the run resumes from.
+        writes: whether this host writes; the others only keep the events in memory.
 
     Attributes:
         events: all of them, oldest first.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the log cannot be written.
     """
 
     def __init__(self, run: Path, keep: int, after: int, writes: bool = True):
@@ -50,13 +50,13 @@ class RunLog:
         self._board = _board(run, after) if writes else None
 
     def append(self, event: dict[str, Any]) -> None:
-        """Writes one event; it is on the disk when this returns.
+        """Writes one event; it is on disk when this returns.
 
-        Figures that are not finite are left out: JSON has no word for them.
+        Values that are not finite are left out, as JSON cannot express them.
 
         Raises:
-            CheckpointError: it cannot be written. It is kept, and written by the next `append` or
-                `flush` that can.
+            CheckpointError: the log cannot be written. The event is kept for the next `append` or
+                `flush`.
         """
         finite = {
             name: value
@@ -71,34 +71,34 @@ class RunLog:
             self._board.add(finite)
 
     def flush(self) -> None:
-        """Writes what could not be written before, if anything.
+        """Writes events that could not be written before, if any.
 
         Raises:
-            CheckpointError: it still cannot.
+            CheckpointError: the log still cannot be written.
         """
         if not self._complete:
             self._write(self.events, anew=True)
 
     def evaluated(self, step: int) -> bool:
-        """Whether it has the scores of this step."""
+        """Whether the log has the scores of this step."""
         return any("eval_clips" in event and event["step"] == step for event in self.events)
 
     def best(self, name: str) -> float:
-        """The lowest `name` that it has, infinity where it has none."""
+        """The lowest value of `name` in the log, or infinity."""
         return min((e[name] for e in self.events if name in e), default=float("inf"))
 
     def last(self, name: str, otherwise: int) -> int:
-        """The newest `name` that it has, `otherwise` where it has none."""
+        """The newest value of `name` in the log, or `otherwise`."""
         return next((e[name] for e in reversed(self.events) if name in e), otherwise)
 
     def close(self) -> None:
-        """Lets go of TensorBoard's file; the log itself is closed after every line."""
+        """Closes TensorBoard's file; the log itself is closed after every line."""
         if self._board is not None:
             self._board.close()
 
     def _write(self, events: Iterable[dict[str, Any]], anew: bool) -> None:
         lines = [json.dumps(e, ensure_ascii=False, allow_nan=False) + "\n" for e in events]
-        # Until it has worked, a part may be there: then the whole file is written anew.
+        # If writing fails, part of a line may be there: the whole file is then rewritten.
         self._complete = False
         try:
             if anew:
@@ -117,9 +117,9 @@ class RunLog:
 
 
 class _Board:
-    """Scalars for TensorBoard, given up once they cannot be written: log.jsonl has them too.
+    """Scalars for TensorBoard; it gives up after a failed write, as log.jsonl has them too.
 
-    Without tensorboardX's SummaryWriter, whose thread dies of a full disk with a traceback.
+    Does not use tensorboardX's SummaryWriter, whose thread dies with a traceback on a full disk.
     """
 
     def __init__(self, run: Path, after: int):
@@ -131,7 +131,7 @@ class _Board:
         folder.mkdir(parents=True, exist_ok=True)
         # The suffix keeps two starts within a second from sharing a file.
         self._writer = event_file_writer.EventsWriter(str(folder / "events"), f".after-{after}")
-        # From here on, whatever an earlier start wrote is void.
+        # TensorBoard drops what an earlier start wrote from this step on.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.write_event(self._event(step=after + 1, session_log=start))
         self._works = True
@@ -168,7 +168,7 @@ def _board(run: Path, after: int) -> _Board | None:
 
 
 def evaluations_since_best(history: Iterable[Mapping[str, Any]], name: str) -> int:
-    """How many evaluations came after the one with the lowest `name`; of equals the first."""
+    """Number of evaluations after the one with the lowest `name`, the first of equal ones."""
     best, since = float("inf"), 0
     for event in history:
         if "eval_clips" in event:
@@ -179,7 +179,7 @@ def evaluations_since_best(history: Iterable[Mapping[str, Any]], name: str) -> i
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; a line that is cut short, or not an event, ends them."""
+    """The events of a run, oldest first, up to the first line that is truncated or not an event."""
     path = run / FILE
     if not path.is_file():
         return []

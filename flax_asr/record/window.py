@@ -1,4 +1,4 @@
-"""What the log says about the updates since its last line."""
+"""The figures of a line of the log, over the updates since the line before."""
 
 import contextlib
 import math
@@ -16,16 +16,16 @@ _LATEST = ("learning_rate", "grad_norm", "loss_scale", "skipped")
 # Of the last update that was finite, however many lines ago; 0 before there was one.
 _FINITE = ("finite_step", "finite_loss", "finite_grad_norm")
 
-_MOST_NAMED = 32  # clips in a message
+_MOST_NAMED = 32  # clips listed in a message
 
 
 class Window:
-    """Figures since the last line of the log; all but the clock's survive a resume.
+    """Figures since the last line of the log; all but times survive a resume.
 
     Args:
-        figures: what `as_json` gave at the checkpoint, or nothing.
-        hides_bad_losses: the loss is a mean over all updates, in which a loss that is not finite
-            counts as the mean before it.
+        figures: what `as_json` returned at the checkpoint, or empty.
+        hides_bad_losses: the loss is a mean over all updates, in which a non-finite loss counts as
+            the mean before it.
         looks_ahead: the learning rate is that of the next update, not of the last one.
     """
 
@@ -42,7 +42,7 @@ class Window:
         self._waited_seconds = 0.0
 
     def as_json(self) -> dict[str, float]:
-        """What a checkpoint keeps, for a window that goes on after a resume."""
+        """What a checkpoint stores, to continue the window after a resume."""
         return dict(self._figures)
 
     def add(
@@ -53,7 +53,7 @@ class Window:
         lengths: Callable[[int], Int[np.ndarray, " clips"]],
         shapes: Sequence[int],
     ) -> None:
-        """Counts one update, the `step_number`-th; `lengths` are the clips' in an epoch."""
+        """Counts the update `step_number`; `lengths(epoch)` are the samples of all clips."""
         finite = bool(metrics.finite)
         for name, value in {
             "updates": 1,
@@ -79,18 +79,18 @@ class Window:
     def too_many_bad(
         self, step_number: int, in_a_row: int, ids: Sequence[str]
     ) -> errors.TrainingError:
-        """Why a run stops: so many updates that were not finite, the last one of these clips."""
+        """The error after too many non-finite updates in a row, the last with these clips."""
         more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
         return errors.TrainingError(
             f"{in_a_row} updates in a row had a gradient that is not finite;"
             f" {self.last_finite()}. The last bad one was step {step_number} with the"
-            f" clips {', '.join(ids[:_MOST_NAMED])}{more}. Nothing of them is in the weights."
+            f" clips {', '.join(ids[:_MOST_NAMED])}{more}. The weights are not affected."
             " Try a lower optim.learning_rate or train.mixed_precision bf16 or fp32, listen to"
             " these clips, and see whether loss or gradient norm rose before in the log."
         )
 
     def last_finite(self) -> str:
-        """The figures of the last finite update, for people."""
+        """The figures of the last finite update, as text."""
         figures = self._figures
         if not figures["finite_step"]:
             return "no update was finite"
@@ -100,7 +100,7 @@ class Window:
         )
 
     def facts(self) -> dict[str, str]:
-        """For the progress bar."""
+        """What the progress bar shows."""
         figures = self._figures
         return {
             "loss": f"{self._mean_loss():.4g}",
@@ -109,10 +109,10 @@ class Window:
         }
 
     def close(self, waited_seconds: float) -> dict[str, float]:
-        """The event of the log; begins a new window.
+        """The event for the log; begins a new window.
 
         Args:
-            waited_seconds: how long the run has waited for data since it was started.
+            waited_seconds: time that the run has waited for data since it started.
         """
         figures, seconds = self._figures, self._seconds()
         event = {
@@ -135,7 +135,7 @@ class Window:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside does not count as training time."""
+        """Time inside this context does not count as training time."""
         began = time.monotonic()
         try:
             yield
@@ -143,7 +143,7 @@ class Window:
             self._paused_seconds += time.monotonic() - began
 
     def _counted_loss(self, loss: float, finite: bool) -> float:
-        """What an update adds to the sum of losses.
+        """The value that an update adds to the sum of losses.
 
         Source: transformers 4.17, Trainer with `logging_nan_inf_filter`.
         """
@@ -157,7 +157,7 @@ class Window:
         return self._mean("loss")
 
     def _mean(self, name: str) -> float:
-        """Over the finite updates; not a number where there was none."""
+        """Mean over the finite updates; NaN if there was none."""
         figures = self._figures
         return figures[name] / figures["finite"] if figures["finite"] else float("nan")
 

@@ -121,7 +121,7 @@ def test_sigterm_saves_in_the_bucket_and_another_machine_goes_on(cloud, url, tmp
 
 def test_a_run_that_another_machine_is_at_is_refused(cloud, url, tmp_path):
     first = cloud.start(url, tmp_path / "one")
-    first.wait_for(lambda: "kept in step" in first.output)
+    first.wait_for(lambda: "is mirrored to" in first.output)
     first.wait_for(lambda: store.Store(url).list() != {})
     second = cloud.start(url, tmp_path / "other")
     assert second.end() == 2

@@ -85,7 +85,7 @@ def test_every_change_is_said_in_words_and_nothing_else_is(caplog):
         [
             "on its way from about 110 to about 6.4",
             "on the blank plateau: a loss near 6.4",
-            "left the blank plateau after 200 updates: it writes on 3.0% of the frames",
+            "left the blank plateau after 200 updates: symbols on 3.0% of the frames",
             "fell back to the blank plateau",
         ],
         strict=True,
@@ -126,9 +126,9 @@ def test_a_run_too_timid_for_the_plateau_is_told_once(caplog):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ((100.0, 0.2), "its model is of no use"),
-        ((6.3, 1.0), "its model writes next to nothing"),
-        ((500.0, 0.5), "worse than one that writes nothing"),
+        ((100.0, 0.2), "its model is useless"),
+        ((6.3, 1.0), "its model outputs next to nothing"),
+        ((500.0, 0.5), "worse than one that outputs nothing"),
         ((2.2, 0.93), None),
     ],
 )

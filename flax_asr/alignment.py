@@ -1,6 +1,6 @@
-"""Frame arithmetic of CTC: what a path of frame labels says, and which path says it best.
+"""CTC paths of one clip: the labels that a path spells, and the most probable path of labels.
 
-Numpy only, so that data preparation can use it without jax. Everything here is about one clip.
+Numpy only, so that data preparation can use it without jax.
 
 Source: Graves et al. 2006, "Connectionist temporal classification", section 3 (the map B, which
 merges repeats and then drops blanks).
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 
 def greedy_collapse(ids: Int[np.ndarray, " frames"], blank: int) -> list[int]:
-    """Labels that a path of one id a frame spells: repeats merged, then blanks dropped.
+    """The labels that a path (one id per frame) spells: repeats merged, then blanks dropped.
 
     Args:
         ids: the id chosen at each real frame; leave padding frames out.
@@ -26,7 +26,7 @@ def greedy_collapse(ids: Int[np.ndarray, " frames"], blank: int) -> list[int]:
 
 
 def min_frames(labels: Int[np.ndarray, " tokens"] | Sequence[int]) -> int:
-    """Fewest frames that can spell `labels`: one a label, and a blank between equal neighbours."""
+    """Fewest frames that can spell `labels`: one each, and a blank between equal neighbours."""
     labels = np.asarray(labels)
     return int(labels.size + np.count_nonzero(labels[1:] == labels[:-1]))
 
@@ -38,11 +38,11 @@ def align(
 ) -> Int[np.ndarray, "tokens 2"]:
     """Frames that each label takes on the most probable path: [first, past the last).
 
-    Frames of the path between two spans are blanks. Of equally good paths one is taken, always the
-    same one.
+    Frames of the path between two spans are blanks. Among equally good paths the choice is
+    deterministic.
 
     Args:
-        log_probs: log-probabilities (nats) of the real frames of one clip; logits serve as well,
+        log_probs: log-probabilities (nats) of the real frames of one clip; logits work too,
             since a constant added to a frame changes no comparison. -inf forbids a symbol.
         labels: the transcript, without blanks.
         blank: id of the blank.

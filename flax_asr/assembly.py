@@ -1,4 +1,4 @@
-"""A run before its first update: data, model, batch plan, optimiser, and its compiled steps."""
+"""Everything that a run needs before its first update: data, model, batch plan, compiled steps."""
 
 import dataclasses
 import logging
@@ -34,29 +34,29 @@ from flax_asr.models import wav2vec2
 logger = logging.getLogger(__name__)
 
 Programs = dict[tuple, Callable]
-"""Compiled: those of `programs.jobs` by their keys, and what `parallel.gather_jobs` asks for."""
+"""Compiled programs, by the keys of `programs.jobs` and of `parallel.gather_jobs`."""
 
 
 class Assembly:
-    """What a run is made of; all of it follows from the configuration and, later on, a checkpoint.
+    """The parts of a run; all follow from the configuration and, on a resume, the checkpoint.
 
     Args:
-        cfg: with its global batch size resolved.
-        devices: what it runs on.
-        past: the checkpoint that it goes on from.
+        cfg: the configuration, with its global batch size resolved.
+        devices: the devices to run on.
+        past: the checkpoint that the run resumes from, if any.
 
     Attributes:
         start: where the weights come from, with the final configuration of the model.
         corpus: the examples, and the vocabulary that they share.
-        objective: the model to differentiate.
+        objective: the model and its loss.
         train_shapes, eval_shapes: static shapes of training and of scoring.
         plan: which clips are trained on together, and when.
-        augmentation: what is done to them; None where nothing is.
+        augmentation: the augmentation of training clips, or None.
         group_rows: rows of a batch group, over all devices.
-        updates: of the whole run.
+        updates: number of updates of the run.
         expected: the losses to expect.
-        semantics: what `train.compat` asks for.
-        layout: what of the state is cut over the devices.
+        semantics: the behaviour that `train.compat` selects.
+        layout: which arrays of the state are divided among the devices.
 
     Raises:
         FlaxAsrError: data, model or devices do not fit the configuration or the checkpoint.
@@ -102,7 +102,7 @@ class Assembly:
         self.layout = experiment.layout(cfg, self._shapes, devices.count)
 
     def digests(self) -> dict[str, str]:
-        """What hosts that train together must have in common when they begin, briefly."""
+        """Hashes of what hosts that train together must have in common when they start."""
         found = {
             f"clips of {name}": f"{split['clips']} of {split['release']} ({split['hash'][:12]})"
             for name, split in self._splits().items()
@@ -118,19 +118,19 @@ class Assembly:
 
     @property
     def fresh_head(self) -> bool:
-        """Whether the run began with a head that knew nothing."""
+        """Whether the run started with a fresh head."""
         return self.start.facts["head"].startswith("fresh")
 
     def train_function(self, update: int) -> str:
-        """As `programs.train_function`, of this run."""
+        """`programs.train_function` for this run."""
         return programs.train_function(self.cfg, self.devices.count, update)
 
     def weights_scored(self) -> dict[str, str]:
-        """For the log: which weights a score is of, where they are not simply the last ones."""
+        """An entry for the log if the scored weights are not simply the last ones."""
         return {} if self.cfg.optim.ema_decay is None else {"weights": "average"}
 
     def warnings(self) -> Iterator[str]:
-        """What is allowed and probably not meant."""
+        """Warnings about settings that are allowed but probably not meant."""
         cfg, model_config = self.cfg, self.start.model_config
         group_norm = model_config.feat_extract_norm == "group"
         longest = self.corpus.train.samples.max()
@@ -138,7 +138,7 @@ class Assembly:
             *findings.without_effect(
                 cfg, model_config, int(wav2vec2.frame_lengths(model_config, longest))
             ),
-            # Padding that costs time only is left to `doctor`.
+            # `doctor` warns of padding that only costs time.
             *(findings.batches(cfg, self.plan.padding, group_norm) if group_norm else ()),
             *findings.schedule(cfg, self.updates, self.fresh_head),
             *findings.precision(cfg.train.mixed_precision, self.devices.platform),
@@ -153,11 +153,11 @@ class Assembly:
         yield from self.corpus.warnings()
 
     def state_shapes(self) -> step.TrainState:
-        """Shapes and places of the state."""
+        """Shapes and shardings of the state."""
         return self.devices.placed_shapes(self._shapes, self.layout.state)
 
     def initial_state(self) -> step.TrainState:
-        """The state before the first update; to be asked for once, as its arrays are large."""
+        """The state before the first update; call this once, as its arrays are large."""
         fresh = self._fresh_state(self._params)
         self._params = None
         return self.devices.place(jax.device_get(fresh), self.layout.state)
@@ -168,7 +168,7 @@ class Assembly:
         )
 
     def with_weights(self, state: step.TrainState, params: PyTree) -> step.TrainState:
-        """The state with these weights, a nested tree on the host, in place of its own."""
+        """The state with other weights, given as a nested tree on the host."""
         flat = step.flat(params)
         average = {path: flat[path] for path in state.average}
         return state.replace(
@@ -178,7 +178,7 @@ class Assembly:
         )
 
     def cached_features(self, state: step.TrainState) -> features.Features | None:
-        """The frozen layers' output for the training clips; None where audio is trained on."""
+        """The frozen layers' output for the training clips; None if training starts from audio."""
         if not self.cfg.data.cache_features:
             return None
         return feature_cache.opened(
@@ -193,7 +193,7 @@ class Assembly:
     def batches(
         self, begin: int, cached: features.Features | None
     ) -> loader.Prefetched[tuple[int, list[loader.Planned]]]:
-        """This host's batches from update `begin` on, of `cached` features where they are given."""
+        """This host's batches from update `begin` on, of `cached` features if they are given."""
         return loader.updates(
             self.corpus.train,
             self.plan,
@@ -231,10 +231,10 @@ class Assembly:
         return compilation.compile_shown(jobs)
 
     def meta(self, **progress: Any) -> inventory.Meta:
-        """What stands beside the arrays of a checkpoint.
+        """The metadata of a checkpoint.
 
         Args:
-            **progress: `step`, `metrics`, `window` and `log_events`, which change with each.
+            **progress: `step`, `metrics`, `window` and `log_events`, which differ by checkpoint.
         """
         return inventory.Meta(
             **progress,
@@ -255,13 +255,13 @@ class Assembly:
         )
 
     def described(self, saved: checkpoint.SavedModel) -> checkpoint.SavedModel:
-        """A checkpoint with what the run is now: it may be older than the run's last extension."""
+        """A checkpoint with current facts: it may be older than the last extension of the run."""
         facts = saved.meta.facts | {"updates": self.updates, "extensions": self._extensions()}
         meta = dataclasses.replace(saved.meta, run=config.as_dict(self.cfg), facts=facts)
         return dataclasses.replace(saved, meta=meta)
 
     def _extensions(self) -> list[dict[str, int]]:
-        """Where a run was made longer: after which update, and how many were planned until then."""
+        """Extensions of the run: after which update, and how many updates were planned before."""
         if self.past is None:
             return []
         facts = self.past.facts

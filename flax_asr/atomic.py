@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whatever ends the process or the machine."""
+"""Files that are written completely or not at all, even if the process or machine dies."""
 
 import contextlib
 import errno
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 UNFINISHED = ".unfinished"
-"""The suffix, with a dot before the name, of what is being written; a kill may leave it behind."""
+"""Suffix of hidden files that are being written; a killed process may leave one behind."""
 
-# Some file systems of a network know no such thing, and not every folder may be read.
+# Errors of network file systems that cannot sync, and of folders that may not be read.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 
 
 def unfinished(path: Path, *, shared: bool = False) -> Path:
-    """Where a file or folder is until it is whole: a hidden name in the same folder.
+    """The temporary path of a file or folder while it is written: a hidden name in the same folder.
 
     Args:
-        path: the name it will have.
-        shared: nothing keeps a second process from writing it too: the name is this call's own.
-            Else the next writer takes the place of what a kill left.
+        path: its final path.
+        shared: whether a second process may write it too: then the name is unique to this call.
+            Otherwise the next writer overwrites what a killed process left.
     """
     own = f".{uuid.uuid4().hex[:8]}" if shared else ""
     return path.with_name(f".{path.name}{own}{UNFINISHED}")
@@ -28,16 +28,16 @@ def unfinished(path: Path, *, shared: bool = False) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, shared: bool = False, lasting: bool = True) -> Iterator[Path]:
-    """An empty file to fill, which takes the name `path` when the block ends well, else goes.
+    """A temporary file that is renamed to `path` if the block succeeds, and removed otherwise.
 
-    The name is given in one step of the file system: who reads sees the old file or the new one.
+    The rename is atomic: a reader sees either the old file or the new one.
 
     Args:
-        path: the name; what is there is replaced.
+        path: the final path; an existing file is replaced.
         shared: as for `unfinished`.
-        lasting: the content is on the disk before it has its name, and the name when this ends: a
-            machine that is taken away takes what the system has not yet written. Not worth the
-            time where the file is verified before use, and can be had again.
+        lasting: sync the content to disk before the rename, and the rename before returning, so
+            that both survive the machine. Not worth the time for a file that is verified before
+            use and can be recreated.
 
     Raises:
         OSError: it cannot be written.
@@ -49,7 +49,7 @@ def replacing(path: Path, *, shared: bool = False, lasting: bool = True) -> Iter
         mode = place.stat().st_mode
         yield place
         if place.stat().st_mode != mode:
-            place.chmod(mode)  # safetensors gives its files to their owner alone
+            place.chmod(mode)  # safetensors makes its files readable by their owner only
         if lasting:
             sync(place)
         place.replace(path)
@@ -62,7 +62,7 @@ def replacing(path: Path, *, shared: bool = False, lasting: bool = True) -> Iter
 
 
 def sync(path: Path) -> None:
-    """Returns when what was written to a file is on the disk.
+    """Syncs a file's content to disk.
 
     Raises:
         OSError: it could not be written.
@@ -75,7 +75,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """The same for the names in a folder, where the file system can.
+    """Syncs the names in a folder to disk, if the file system can.
 
     Raises:
         OSError: they could not be written.

@@ -1,8 +1,8 @@
-"""Audio files to 16 kHz mono: the only file that touches soundfile, soxr and librosa.
+"""Audio files to 16 kHz mono. The only file that uses soundfile, soxr and librosa.
 
-The result is bit-identical to `librosa.load(path, sr=16000)`, which takes seconds to import and
-hundreds of megabytes in every process. Nothing in a file's header is believed before it is
-checked, and memory grows with what was really decoded, never with what a header claims.
+The result is bit-identical to `librosa.load(path, sr=16000)`, without librosa's import, which takes
+seconds and hundreds of megabytes in every process. Headers are not trusted: memory grows with what
+is decoded, not with what a header claims.
 """
 
 import io
@@ -20,7 +20,7 @@ from flax_asr import errors
 from flax_asr.containers import mp3, ogg, riff
 
 SAMPLE_RATE_HZ = 16_000
-# What `decode` may answer, in the order in which it looks.
+# Reasons that `decode` gives, in the order of its checks.
 REASONS = (
     "missing",
     "empty",
@@ -37,9 +37,9 @@ LONGEST_SECONDS = 12 * 3600.0
 _RATES_HZ = range(1000, 768_001)
 _CHANNELS = range(1, 33)
 _BLOCK_FRAMES = 2**17
-# The most samples that a byte of MP3 or Ogg can reasonably stand for (8 kbit/s at 48 kHz and less).
+# The most samples that a byte of MP3 or Ogg reasonably encodes (8 kbit/s at up to 48 kHz).
 _FRAMES_A_BYTE = 64
-# Formats of other programs: their mark, its place, their name.
+# Unsupported formats: signature, its offset, name.
 _FOREIGN = (
     (b"ftyp", 4, "MP4 (M4A, AAC)"),
     (b"\x1a\x45\xdf\xa3", 0, "Matroska (WebM)"),
@@ -48,10 +48,10 @@ _FOREIGN = (
 )
 # A header's count may include the encoder's delay and padding.
 _MP3_SLACK_FRAMES = 3 * 1152
-# Channels whose mean is this much quieter than the first of them cancel each other.
+# Channels cancel each other if their mean is quieter than the first one by this factor.
 _CANCELLED = 0.01
 _GLANCE_SAMPLES = 4096
-# What is so much quieter than the loudest moment is silence at the ends.
+# Quieter than the loudest moment by this much counts as silence at the ends.
 _QUIET_DB = 40.0
 # 64 ms, for voices.
 _VOCODER_SAMPLES = 1024
@@ -62,17 +62,17 @@ def decode(
 ) -> Float32[np.ndarray, " samples"]:
     """Decodes, mixes down to one channel and resamples to 16 kHz.
 
-    Channels are averaged; where they cancel each other (one is the other turned upside down) the
-    first is taken instead.
+    Channels are averaged; if they cancel each other (one is the inverse of the other), the first is
+    taken instead.
 
     Args:
-        source: a file, or the content of one, in any format that libsndfile reads.
-        max_seconds: longer recordings are refused, by their header where it says so.
-            Without it the limit is `LONGEST_SECONDS`.
+        source: a path or the content of a file, in any format that libsndfile reads.
+        max_seconds: longer recordings are refused, if possible by their header. Without it the
+            limit is `LONGEST_SECONDS`.
 
     Raises:
-        errors.AudioError: its `reason` is one of `REASONS`. A cut file is noticed where its
-            header tells what it should hold (MP3, FLAC, WAV), in Ogg but between two pages.
+        errors.AudioError: its `reason` is one of `REASONS`. A truncated file is noticed if its
+            header states its length (MP3, FLAC, WAV); an Ogg file unless cut between two pages.
     """
     longest = LONGEST_SECONDS if max_seconds is None else float(max_seconds)
     if isinstance(source, bytes):
@@ -87,7 +87,7 @@ def decode(
 
 def _open(path: str | os.PathLike) -> io.BufferedReader:
     try:
-        # Opening a pipe would wait for ever.
+        # Opening a pipe would block.
         information = os.stat(path)
         if not stat.S_ISREG(information.st_mode):
             kind = "a folder: name its files" if stat.S_ISDIR(information.st_mode) else "no file"
@@ -103,7 +103,7 @@ def _decode(
     file: io.BytesIO | io.BufferedReader, longest: float
 ) -> Float32[np.ndarray, " samples"]:
     try:
-        # A descriptor is read without Python, and keeps the file's name out of the decision.
+        # libsndfile reads a descriptor itself, and does not go by the file's extension.
         with soundfile.SoundFile(
             file if isinstance(file, io.BytesIO) else file.fileno(), closefd=False
         ) as sound:
@@ -163,17 +163,17 @@ def _size(file: io.BytesIO | io.BufferedReader) -> int:
 
 
 def _is_mp3(sound: soundfile.SoundFile) -> bool:
-    """Also in a WAV file, as some recorders and ffmpeg write it."""
+    """Whether it is MP3, also inside a WAV file, as some recorders and ffmpeg write it."""
     return sound.subtype.startswith("MPEG_LAYER")
 
 
 def _channels(
     sound: soundfile.SoundFile, file_bytes: int
 ) -> tuple[Float32[np.ndarray, " frames"], Float32[np.ndarray, " frames"]]:
-    """The mean of all channels and the first of them, read in pieces."""
+    """The mean of all channels, and the first channel, read in pieces."""
     frames = _BLOCK_FRAMES
     if _is_mp3(sound) or sound.format == "OGG":
-        # soundfile seeks after every read, and then such a decoder goes on with other last bits.
+        # soundfile seeks after every read, after which such a decoder gives other last bits.
         frames = max(frames, min(sound.frames, _FRAMES_A_BYTE * file_bytes))
     means, firsts = [], []
     left = sound.frames
@@ -183,7 +183,7 @@ def _channels(
             means.append(block)
             continue
         with np.errstate(over="ignore", invalid="ignore"):
-            # The transpose makes the order of the sums librosa's.
+            # Transposed, so that sums are in librosa's order.
             means.append(np.mean(block.T, axis=0))
         firsts.append(block[:, 0].copy())
     if not means:
@@ -195,7 +195,7 @@ def _channels(
 def _check_length(
     sound: soundfile.SoundFile, decoded: int, file: io.BytesIO | io.BufferedReader
 ) -> None:
-    """Compares what was decoded with what the file says it holds."""
+    """Compares the decoded length with the length that the file states."""
     is_mp3 = _is_mp3(sound)
     if decoded < sound.frames - (_MP3_SLACK_FRAMES if is_mp3 else 0):
         raise errors.AudioError("truncated", f"{decoded} of {sound.frames} samples are there")
@@ -219,7 +219,7 @@ def _check_length(
         missing = ogg.missing_bytes(file.read())
         if missing:
             raise errors.AudioError("truncated", f"the last {missing} bytes are missing")
-    # libsndfile counts what is there and leaves a note. Streamed files carry 2 or 4 GiB here.
+    # libsndfile counts what is there and logs a note. Streamed files state 2 or 4 GiB here.
     note = re.search(r"^data : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
     if note and int(note[2]) < int(note[1]) < 2**31 - 2**16:
         raise errors.AudioError("truncated", f"{note[2]} of {note[1]} bytes are there")
@@ -240,7 +240,7 @@ def _peak(samples: Float32[np.ndarray, " samples"]) -> float:
 def _resample(
     samples: Float32[np.ndarray, " frames"], rate_hz: int
 ) -> Float32[np.ndarray, " samples"]:
-    """As librosa.resample(res_type="soxr_hq"): the length is rounded up."""
+    """Like librosa.resample(res_type="soxr_hq"): the length is rounded up."""
     if rate_hz == SAMPLE_RATE_HZ:
         return samples
     size = ceil(len(samples) * (SAMPLE_RATE_HZ / rate_hz))
@@ -251,22 +251,22 @@ def _resample(
 def _lengthened(
     samples: Float32[np.ndarray, " samples"], size: int
 ) -> Float32[np.ndarray, " size"]:
-    """With zeros behind it; without a copy where it is as long already."""
+    """The samples padded with zeros; not a copy if they are long enough."""
     return samples if len(samples) == size else np.pad(samples, (0, size - len(samples)))
 
 
 def encode_int16(
     samples: Float32[np.ndarray, " samples"],
 ) -> tuple[Int16[np.ndarray, " samples"], float]:
-    """Integers and the gain that turns them back: `integers * gain` is within half a gain, and
-    float32's rounding of the samples.
+    """Integers and a gain: `integers * gain` equals the samples to within half a gain and float32's
+    rounding.
 
-    The gain makes the loudest sample 32767, so that quiet recordings keep their 16 bits. What was
-    16 bits already comes back exactly.
+    The gain makes the loudest sample 32767, so that quiet recordings keep 16 bits. Samples that
+    were 16-bit already are restored exactly.
     """
     low, high = samples.min(initial=0), samples.max(initial=0)
     if low >= -1 and high < 1:
-        # A power of two rounds nothing, and a few samples show that most recordings are others.
+        # A power of two rounds nothing, and a few samples rule out most recordings.
         for part in (samples[:_GLANCE_SAMPLES], samples):
             scaled = part * np.float32(32768)
             if not np.array_equal(scaled, np.rint(scaled)):
@@ -281,7 +281,7 @@ def encode_int16(
 
 
 def trim_silence(samples: Float32[np.ndarray, " samples"]) -> Float32[np.ndarray, " kept"]:
-    """Cuts quiet ends, and leaves a tenth of a second of them; what is all quiet stays as it is."""
+    """Trims quiet ends to a tenth of a second; a recording that is all quiet is not changed."""
     import librosa
 
     _, (start, end) = librosa.effects.trim(samples, top_db=_QUIET_DB)
@@ -292,7 +292,7 @@ def trim_silence(samples: Float32[np.ndarray, " samples"]) -> Float32[np.ndarray
 def mel_decibels(
     samples: Float32[np.ndarray, " samples"],
 ) -> Float32[np.ndarray, "bands frames"]:
-    """80 mel bands every 10 ms, in decibels below the loudest value, -80 at the least."""
+    """80 mel bands every 10 ms, in decibels relative to the loudest value, at least -80."""
     import librosa
 
     power = librosa.feature.melspectrogram(
@@ -304,7 +304,7 @@ def mel_decibels(
 def stretch(
     samples: Float32[np.ndarray, " samples"], length: int
 ) -> Float32[np.ndarray, " length"]:
-    """The same played faster or slower, so that it has `length` samples; pitch goes with it."""
+    """The samples played faster or slower, to a length of `length`; pitch changes with it."""
     if length == len(samples):
         return samples
     played = soxr.resample(samples, len(samples), length, quality="HQ")[:length]
@@ -314,10 +314,10 @@ def stretch(
 def shift_pitch(
     samples: Float32[np.ndarray, " samples"], semitones: float
 ) -> Float32[np.ndarray, " samples"]:
-    """The same higher or lower, by a phase vocoder; its length stays."""
+    """The samples at another pitch and of the same length, by a phase vocoder."""
     import librosa
 
-    # A recording shorter than the vocoder's window is made as long.
+    # A recording shorter than the vocoder's window is padded.
     whole = np.pad(samples, (0, max(0, _VOCODER_SAMPLES - len(samples))))
     shifted = librosa.effects.pitch_shift(
         whole, sr=SAMPLE_RATE_HZ, n_steps=semitones, n_fft=_VOCODER_SAMPLES, res_type="soxr_hq"

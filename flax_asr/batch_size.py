@@ -1,8 +1,8 @@
-"""How many clips an update has, and how many of them the devices take at once.
+"""The number of clips in an update, and in a batch group that the devices take at once.
 
-`train.global_batch_size` is the number of clips an update, whatever the devices. A batch group is
-what they take at once when a run begins; its size stays with the run, so that other devices go on
-with the same batch plan (buckets.py).
+`train.global_batch_size` is the number of clips in an update, whatever the devices. A batch group
+is what the devices take at once when a run starts. Its size is fixed for the run, so that the run
+can resume on other devices with the same batch plan (buckets.py).
 """
 
 import dataclasses
@@ -11,10 +11,10 @@ from flax_asr import config, errors, inventory
 
 
 def resolve(asked: config.Config, device_count: int) -> config.Config:
-    """The configuration with its number of clips an update written out.
+    """The configuration with `train.global_batch_size` filled in.
 
     Raises:
-        ConfigError: the devices cannot share the global batch; names what would fit.
+        ConfigError: the devices cannot share the global batch; lists sizes that fit.
     """
     train = asked.train
     at_once = device_count * train.per_device_train_batch_size
@@ -34,10 +34,10 @@ def resolve(asked: config.Config, device_count: int) -> config.Config:
 
 
 def group_rows(cfg: config.Config, device_count: int, past: inventory.Meta | None) -> int:
-    """Rows of a batch group: what the devices take at once when the run begins, the same later on.
+    """Rows of a batch group: what the devices take at once when the run starts; fixed after that.
 
     Raises:
-        ConfigError: the devices there are now cannot share such a group; names what would fit.
+        ConfigError: the present devices cannot share such a group; lists sizes that fit.
     """
     at_once = device_count * cfg.train.per_device_train_batch_size
     if past is None:
@@ -52,7 +52,7 @@ def group_rows(cfg: config.Config, device_count: int, past: inventory.Meta | Non
 
 
 def _fitting(rows: int, device_count: int) -> str:
-    """What would share so many rows: the end of a message."""
+    """The end of a message: per-device batch sizes that fit so many rows."""
     share, rest = divmod(rows, device_count)
     if rest:
         fitting = [str(n) for n in range(1, rows + 1) if rows % n == 0]

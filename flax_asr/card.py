@@ -1,4 +1,4 @@
-"""The model card: README.md of a run, in the form that the Hugging Face Trainer gave its cards."""
+"""The model card: README.md of a run, in the form of the Hugging Face Trainer's cards."""
 
 import importlib.metadata
 import math
@@ -26,7 +26,7 @@ COLUMNS = {
     "eval_wer": "Wer",
     "eval_cer": "Cer",
 }
-"""Of the table of results, after the training loss, the epoch and the step."""
+"""Columns of the table of results after training loss, epoch and step."""
 
 PACKAGES = {
     "JAX": "jax",
@@ -65,11 +65,11 @@ def render(
     """The card as text.
 
     Args:
-        name: of the model.
+        name: the model's name.
         saved: the checkpoint that is described.
         history: the events of log.jsonl.
-        has_curves: whether the picture lies beside the card.
-        is_export: whether the weights do, in the export that the card is part of.
+        has_curves: whether curves.png is beside the card.
+        is_export: whether the card is part of an export, with the weights beside it.
     """
     weights = "It" if is_export else "The folder `export`"
     cfg = inventory.meta_config(saved.meta)
@@ -95,7 +95,7 @@ def render(
 
 
 def table(history: Sequence[Mapping[str, Any]]) -> str:
-    """The evaluations of a run, one a line, beside the training loss logged last before each.
+    """The evaluations of a run, one per line, with the training loss logged last before each.
 
     Source: transformers' `modelcard.parse_log_history` and `make_markdown_table`.
     """
@@ -134,7 +134,7 @@ def _early_stop(saved: checkpoint.SavedModel, history: Sequence[Mapping[str, Any
 
 
 def versions() -> dict[str, str]:
-    """Of everything that has a say in the numbers, as it is installed."""
+    """Installed versions of the packages that affect the results."""
     found = {"flax_asr": flax_asr.__version__, "Python": platform.python_version()}
     for name, package in PACKAGES.items():
         found[name] = importlib.metadata.version(package)
@@ -142,12 +142,12 @@ def versions() -> dict[str, str]:
 
 
 def _was_scored(figures: Mapping[str, Any], which: str) -> bool:
-    """Whether `eval` or `test` figures are there; a loss that is not finite is not in the log."""
+    """Whether there are `eval` or `test` scores; a non-finite loss is not in the log."""
     return bool({f"{which}_loss", f"{which}_clips"} & figures.keys())
 
 
 def _number(value: float | None) -> str:
-    """At most four decimals; what has fewer is left as it is. None was not finite.
+    """A number with at most four decimals; None stands for one that was not finite.
 
     Source: transformers' `modelcard._maybe_round`.
     """
@@ -166,7 +166,7 @@ def _rounded(value: float) -> str:
 def _scores(
     saved: checkpoint.SavedModel, history: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, float]]:
-    """Figures of the described checkpoint by `eval` and `test`, as far as they were taken."""
+    """Scores of the described checkpoint under `eval` and `test`, as far as there are any."""
     tests = [
         event
         for event in history
@@ -199,7 +199,7 @@ def _split_names(cfg: config.Config, which: str) -> str:
 
 
 def _padded(scores: Mapping[str, Mapping[str, float]]) -> bool:
-    """Whether the error rates are those of the scripts of 2022."""
+    """Whether the error rates include padding, as in the scripts of 2022."""
     return any("real_cer" in figures for figures in scores.values())
 
 
@@ -241,7 +241,7 @@ def _metadata(
     base = lineage.hub_model(saved.meta.facts)
     metadata = ModelCardData(
         language=[cfg.data.language],
-        # That of Facebook's wav2vec 2.0 weights; of others' nothing is known here.
+        # The licence of Facebook's wav2vec 2.0 weights; that of others is unknown here.
         license="apache-2.0" if (base or "").startswith("facebook/wav2vec2-") else None,
         library_name="transformers",
         pipeline_tag=_TASK[0],
@@ -299,7 +299,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
 
 
 def _results(figures: Mapping[str, float], spaced: bool) -> list[str]:
-    """The figures of a set, one a line, what its language is judged by first."""
+    """The scores of a set, one per line; first the error rate that suits its language."""
     order = ["loss", "wer", "cer"] if spaced else ["cer", "loss", "wer"]
     return [
         *(f"- {name.capitalize()}: {_rounded(figures[name])}" for name in order if name in figures),
@@ -344,7 +344,7 @@ def _description(saved: checkpoint.SavedModel) -> str:
 
 
 def _called(started_from: str | None, revision: str | None) -> str:
-    """A model as it may be named to everyone: of a folder only its name, never the path."""
+    """A model's name for the public: of a folder only the last part, never the whole path."""
     if started_from is None:
         return "random weights"
     if revision is None:

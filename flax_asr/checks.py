@@ -1,4 +1,4 @@
-"""What the values of options may be; each check raises a `ConfigError` that names the option."""
+"""Checks of option values; each raises a `ConfigError` that names the option."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ from flax_asr import errors
 
 
 def utf8(places: Mapping[str, str | None]) -> None:
-    """Raises `ConfigError` where a path is not UTF-8: config.yaml and the log could not name it."""
+    """Raises `ConfigError` if a path is not UTF-8: config.yaml and the log could not contain it."""
     for name, place in places.items():
         if place is not None and any("\ud800" <= character <= "\udfff" for character in place):
             raise errors.ConfigError(
@@ -15,25 +15,25 @@ def utf8(places: Mapping[str, str | None]) -> None:
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
-    """Raises `ConfigError` where an option is below its bound; None has none."""
+    """Raises `ConfigError` if an option is below its bound; None is accepted."""
     if value is not None and value < least:
         raise errors.ConfigError(f"{name} is {value}: it must be at least {least}.")
 
 
 def above(name: str, value: float | None, bound: float) -> None:
-    """Raises `ConfigError` where an option is not above its bound; None has none."""
+    """Raises `ConfigError` if an option is not above its bound; None is accepted."""
     if value is not None and value <= bound:
         raise errors.ConfigError(f"{name} is {value}: it must be larger than {bound}.")
 
 
 def below(name: str, value: float, bound: float) -> None:
-    """Raises `ConfigError` where an option is not below its bound."""
+    """Raises `ConfigError` if an option is not below its bound."""
     if value >= bound:
         raise errors.ConfigError(f"{name} is {value}: it must be less than {bound}.")
 
 
 def inside(name: str, bounds: tuple[float, float] | None, least: float, most: float) -> None:
-    """Raises `ConfigError` where a range does not ascend or leaves its bounds; None has none."""
+    """Raises `ConfigError` if a range is not ascending or exceeds its bounds; None is accepted."""
     if bounds is not None and not least <= bounds[0] <= bounds[1] <= most:
         raise errors.ConfigError(
             f"{name} is {list(bounds)}: it must be [low, high], in {least:g} to {most:g}."
@@ -41,9 +41,9 @@ def inside(name: str, bounds: tuple[float, float] | None, least: float, most: fl
 
 
 def splits(name: str, names: Sequence[str]) -> None:
-    """Raises `ConfigError` where a split is named twice, or cannot be the name of a folder.
+    """Raises `ConfigError` if a split is named twice, or cannot be the name of a folder.
 
-    Such are the names of its prepared data and, with more behind it, of its predictions.
+    Its prepared data and, with a suffix, its predictions have its name.
     """
     if len(set(names)) < len(names):
         raise errors.ConfigError(f"{name} is {list(names)}: name every split once.")

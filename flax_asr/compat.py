@@ -1,7 +1,6 @@
-"""`train.compat`: what a run does otherwise to be compared with one that was made elsewhere.
+"""`train.compat`: behaviour that makes a run comparable with one made by other software.
 
-Every difference has a name here and is asked for by that name in one place; docs/compat.md says
-what each changes.
+Every difference has a name here and is implemented in one place; docs/compat.md explains each.
 """
 
 from dataclasses import dataclass
@@ -13,18 +12,18 @@ _END = "end_with_space"
 
 @dataclass(frozen=True)
 class Semantics:
-    """In what a run may follow another program; the defaults are what it does by itself.
+    """The behaviour that can follow other software; the defaults are this package's own.
 
     Attributes:
-        normalization: the rule where text.normalization is null; None for the language's own.
+        normalization: the rules if text.normalization is null; None for the language's own.
         ends_with_space: every transcript ends with a space, and so every target with "|".
         layout: order and special tokens of the vocabulary, as `Vocabulary.from_transcripts` has it.
         vocabulary_of_eval: the characters of eval_splits are in the vocabulary too.
         open_bounds: clips exactly as long as data.min_seconds or data.max_seconds are left out.
-        leaks: what fills no update at the end of an epoch joins the next, as in
-            `buckets.TrainPlan`; an update divides by the global batch size whatever is in it.
-        hides_bad_losses: the loss in the log is a mean in which bad ones do not show.
-        logs_next_rate: the learning rate in the log is that of the update after the line.
+        leaks: left-over micro-batches of an epoch are added to the next one, as in
+            `buckets.TrainPlan`; every update divides by the global batch size.
+        hides_bad_losses: the loss in the log is a mean in which non-finite losses do not show.
+        logs_next_rate: the learning rate in the log is that of the next update.
         padded_scores: error rates of a run are those of `evaluate.score` with `padded`.
     """
 
@@ -57,12 +56,12 @@ _SEMANTICS = {
 
 
 def of(cfg: config.Config) -> Semantics:
-    """What the configuration asks for."""
+    """The behaviour that the configuration selects."""
     return _SEMANTICS[cfg.train.compat]
 
 
 def normalizer(cfg: config.Config) -> text.Normalizer:
-    """The rule of a run's transcripts.
+    """The normaliser of a run's transcripts.
 
     Raises:
         errors.ConfigError: text.normalization is wrong.

@@ -1,4 +1,4 @@
-"""How steps are compiled: what XLA is told, and all of them before the first one runs."""
+"""Compiling the steps: options for XLA, and all programs before the first one runs."""
 
 import concurrent.futures
 import logging
@@ -16,19 +16,19 @@ from flax_asr.data import pool
 logger = logging.getLogger(__name__)
 
 _TPU_OPTIONS = {
-    # Equal operations of all layers share their code. Without, every layer has a copy: a quarter
-    # of a gigabyte for each program of XLS-R 300M, and all programs of a run stay on the device.
+    # Equal layers share their code. Otherwise every layer has a copy: a quarter of a gigabyte for
+    # each program of XLS-R 300M, and all programs of a run stay on the device.
     "xla_tpu_enable_deduplicated_calls": "ENABLED",
-    # Blocks of a product that reach this share of the speed of the best will do. Code for the best
-    # ones is long, too long for the compiler itself where frames are many: it has to write it twice
-    # or three times. Half a per cent more cycles at 15 s of audio for a third less time to compile.
+    # Accept blocks of a product that reach this share of the best speed. Code for the best ones is
+    # so long with many frames that the compiler has to generate it two or three times. At 15 s of
+    # audio this costs half a per cent more cycles and saves a third of the compile time.
     "xla_jf_convolution_performance_target": "0.985",
 }
 
 _FORWARD_TPU_OPTIONS = {
-    # Scoring a clip takes a third of the time of training on it, and fewer are scored. Six per
-    # cent more cycles, a quarter of a minute of the whole zh-HK recipe on one chip, for half of the
-    # time to compile.
+    # Scoring a clip takes a third of the time of training on it, and fewer clips are scored. This
+    # costs six per cent more cycles, a quarter of a minute in the whole zh-HK recipe on one chip,
+    # and halves the compile time.
     "xla_jf_convolution_performance_target": "0.96",
 }
 
@@ -41,11 +41,11 @@ expects 3 % fewer cycles of an update of XLS-R 300M; with 32 not as few."""
 
 
 def options(device: Any, forward_only: bool = False) -> dict[str, str] | None:
-    """What XLA is told beyond its defaults; None for nothing.
+    """Options for XLA beyond its defaults, or None.
 
     Args:
-        device: one of those that the program is for.
-        forward_only: the program has no gradient: it scores.
+        device: one of the devices to compile for.
+        forward_only: whether the program only scores, without a gradient.
     """
     if device.platform != "tpu":
         return None
@@ -54,10 +54,10 @@ def options(device: Any, forward_only: bool = False) -> dict[str, str] | None:
 
 
 class Compilable:
-    """A function over all devices, and what XLA is told about it.
+    """A function over all devices, with options for XLA.
 
     Attributes:
-        options: beyond XLA's defaults; None for nothing.
+        options: options beyond XLA's defaults, or None.
     """
 
     def __init__(self, mapped: Any, options: dict[str, str] | None):
@@ -70,7 +70,7 @@ class Compilable:
     def compile(self, *arguments: PyTree) -> jax.stages.Compiled:
         """The program for arguments of these shapes, which may be arrays.
 
-        An option that this release of the compiler does not know is left out, with a warning.
+        An option that this version of the compiler does not know is dropped with a warning.
         """
         lowered = self._mapped.lower(*_lowerable(arguments))
         while True:
@@ -83,7 +83,7 @@ class Compilable:
 
 
 class _Refused:
-    """Options that the compiler refuses, known to all threads once one of them has met it."""
+    """Options that the compiler refuses, shared by all threads."""
 
     def __init__(self) -> None:
         self._names: set[str] = set()
@@ -93,7 +93,7 @@ class _Refused:
         return options and {name: to for name, to in options.items() if name not in self._names}
 
     def note(self, options: dict[str, str] | None, error: Exception) -> bool:
-        """Whether the error is about one of the options, which are meant to save time only."""
+        """Whether the error is about one of the options, which can be dropped."""
         reason = str(error)
         name = next((name for name in options or () if name in reason), None)
         if name is None or "INVALID_ARGUMENT" not in reason:
@@ -117,7 +117,7 @@ Job = tuple[Compilable, tuple]
 
 
 class Compilations:
-    """How many programs XLA compiles in a `with` statement; the persistent cache counts too."""
+    """Counts the programs compiled inside a `with` block, including those from the cache."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -140,13 +140,13 @@ def compile_all(
 ) -> dict[Any, Callable]:
     """Compiles every job, the first ones first.
 
-    What comes back takes these shapes and no others: a shape nobody planned is an error, not a
-    compilation in the middle of a run. XLA compiles outside the interpreter's lock, so one thread
-    a core that this process may use keeps them busy.
+    The programs take these shapes and no others: an unplanned shape is an error, not a compilation
+    in the middle of a run. XLA compiles outside the interpreter's lock, so one thread for each core
+    keeps all cores busy.
 
     Args:
-        jobs: by any keys.
-        report: called with the key and the seconds of each program that is compiled.
+        jobs: the functions to compile, by any keys.
+        report: called with the key and the compile time in seconds of each program.
     """
 
     def one(key):
@@ -161,20 +161,20 @@ def compile_all(
 
 
 def compile_shown(jobs: dict[Any, Job], what: str = "compiling") -> dict[Any, Callable]:
-    """As `compile_all`, with progress on standard error; `what` says what is going on."""
+    """`compile_all` with progress on standard error, described by `what`."""
     with progress.Progress(len(jobs), what, "programs") as bar:
         return compile_all(jobs, lambda key, seconds: bar.advance(1))
 
 
 def _lowerable(arguments: PyTree) -> PyTree:
-    """Shapes as pmap lowers them: on several hosts it takes those over all devices only as such."""
+    """Shapes in the form that pmap can lower: on several hosts it takes global shapes only so."""
     if jax.process_count() == 1:
         return arguments
     return jax.tree.map(lambda s: jax.core.ShapedArray(s.shape, s.dtype), arguments)
 
 
 def _one_at_a_time(compiled: Callable) -> Callable:
-    """On CPUs of several hosts, waits for every result: steps in flight may block one another."""
+    """On CPUs of several hosts, waits for every result: concurrent steps may block each other."""
     if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return compiled
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))

@@ -1,4 +1,4 @@
-"""What a run is trained and scored on: examples of its splits, and the vocabulary they share."""
+"""The data of a run: examples to train on and to score, and the vocabulary they share."""
 
 import functools
 import logging
@@ -17,7 +17,7 @@ _Split = TypeVar("_Split", bound=examples.Split)
 
 @dataclass(frozen=True)
 class Corpus:
-    """The examples of a run; the scored ones are None where no split is named."""
+    """The examples of a run; `eval` and `test` are None if they have no splits."""
 
     normalizer: text.Normalizer
     vocabulary: vocabulary.Vocabulary
@@ -26,16 +26,16 @@ class Corpus:
     test: examples.Examples | None
 
     def sets(self) -> dict[str, examples.Examples]:
-        """Examples to train on and to be scored, by the names that reports give them."""
+        """All sets of examples, by their names in reports."""
         return {"train": self.train, **self.scored()}
 
     def scored(self) -> dict[str, examples.Examples]:
-        """Examples to be scored, by the prefix of their figures in the log."""
+        """Scored sets, by the prefix of their scores in the log."""
         named = {"eval": self.eval, "test": self.test}
         return {name: found for name, found in named.items() if found is not None}
 
     def warnings(self) -> Iterator[str]:
-        """What the scores of the scored clips would hide."""
+        """Warnings about what would make scores misleading."""
         trained_on = set(self.train.ids)
         for name, data in self.scored().items():
             known = trained_on & set(data.ids)
@@ -55,7 +55,7 @@ class Corpus:
                 )
 
     def splits(self) -> list[shards.PreparedSplit]:
-        """Where all the audio is; a split that serves twice is there twice."""
+        """The splits that hold the audio; a split that is used twice is listed twice."""
         return [split for data in self.sets().values() for split in data.splits]
 
 
@@ -63,7 +63,7 @@ def prepared(cfg: config.Config, start: origins.Origin) -> Corpus:
     """Prepares the splits, makes the vocabulary and encodes the transcripts.
 
     Raises:
-        ConfigError, DataError: what is asked for is not there.
+        ConfigError, DataError: a split or the vocabulary cannot be used.
     """
     cfg.require("data.source", "data.language")
     return gather(cfg, start, prepare.prepare(cfg))
@@ -77,17 +77,17 @@ def gather(
     heeded: Callable[[_Split], Iterable[str]] = lambda split: split.sentences,
     usable: Callable[[_Split], examples.Split] = lambda split: split,
 ) -> Corpus:
-    """The corpus of splits that are there.
+    """The corpus of given splits.
 
     Args:
-        cfg: of the run.
+        cfg: the configuration of the run.
         start: where its weights come from.
-        splits: by name, prepared ones or such as only were looked at.
-        heeded: the sentences of a split that the vocabulary is made of.
-        usable: what of a split has audio; the rest is only held out.
+        splits: splits by name, prepared or only surveyed by `doctor`.
+        heeded: gives the sentences of a split from which the vocabulary is made.
+        usable: gives the part of a split that has audio; the rest only counts as held out.
 
     Raises:
-        ConfigError, DataError: nothing can be made of them.
+        ConfigError, DataError: no clip or no vocabulary is left.
     """
     data = cfg.data
     if not data.train_splits:
@@ -130,15 +130,15 @@ def gather(
 def _vocabulary(
     cfg: config.Config, start: origins.Origin, texts: Callable[[Sequence[str]], list[str]]
 ) -> vocabulary.Vocabulary:
-    """What is asked for, the pretrained head's where that serves, or the characters of the text.
+    """The vocabulary that is asked for, that of the pretrained head, or the characters of the text.
 
     Args:
-        cfg: of the run.
+        cfg: the configuration of the run.
         start: where its weights come from.
         texts: normalised transcripts of the splits of these names.
 
     Raises:
-        ConfigError, DataError, ModelError: there is none, or it cannot write the transcripts.
+        ConfigError, DataError, ModelError: there is none, or it lacks most of the transcripts.
     """
     data, semantics = cfg.data, compat.of(cfg)
     if cfg.text.vocabulary is not None:
@@ -164,7 +164,7 @@ def _vocabulary(
 
 
 def _named_vocabulary(name: str, start: origins.Origin) -> vocabulary.Vocabulary:
-    """What `text.vocabulary` names; where a run goes on and that is gone, its checkpoint's."""
+    """The vocabulary that `text.vocabulary` names, or the checkpoint's if that is gone."""
     try:
         return origins.symbols(name)
     except errors.ModelError as error:
@@ -179,10 +179,10 @@ def _named_vocabulary(name: str, start: origins.Origin) -> vocabulary.Vocabulary
 
 
 def _check_vocabulary(name: str, found: vocabulary.Vocabulary, texts: Sequence[str]) -> None:
-    """Says what of the training text a given vocabulary cannot write.
+    """Reports characters of the training text that a given vocabulary lacks.
 
     Raises:
-        ConfigError: it has no token for unknown characters either, or it lacks most of the text.
+        ConfigError: it has no token for unknown characters, or lacks most of the text.
     """
     lacking = found.lacks(texts)
     if not lacking:
@@ -201,7 +201,7 @@ def _check_vocabulary(name: str, found: vocabulary.Vocabulary, texts: Sequence[s
 
 
 def _serves(model: config.ModelConfig, start: origins.Origin, ours: vocabulary.Vocabulary) -> bool:
-    """Whether the stored head writes exactly the characters that are needed."""
+    """Whether the pretrained head has exactly the characters that are needed."""
     if start.vocabulary is None or model.reset_head:
         return False
     spaces = ours.delimiter is None or start.vocabulary.delimiter is not None

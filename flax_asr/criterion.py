@@ -1,4 +1,4 @@
-"""What a run minimises: the model with its head, and the loss of every clip of a batch."""
+"""The training objective: the model with its head, and the loss of every clip of a batch."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from flax_asr.models import masking, upper, wav2vec2
 
 
 class Batch(NamedTuple):
-    """What the device needs of a micro-batch: `loader.Batch`, field for field."""
+    """A micro-batch on the devices: `loader.Batch`, field for field."""
 
     audio: Int[Array, "batch samples"]
     gains: Float[Array, " batch"]
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
 
 class CachedBatch(NamedTuple):
-    """The same with the kept output of the lower layers in place of audio: `loader.CachedBatch`."""
+    """A micro-batch of cached lower layers' output instead of audio: `loader.CachedBatch`."""
 
     hidden_state: Float[Array, "batch frames hidden"]
     sample_lengths: Int[Array, " batch"]
@@ -37,15 +37,15 @@ class CachedBatch(NamedTuple):
 
 @flax.struct.dataclass
 class Objective:
-    """The model and what is asked of it; static, the same for every call.
+    """The model and how its inputs are made; static, the same for every call.
 
     Attributes:
         module: the linen module with the CTC head.
         config: its configuration.
-        do_normalize: bring every clip to zero mean and unit variance, as it was pretrained.
-        use_attention_mask: tell the model where a clip ends; encoders with group normalisation
-            were pretrained without.
-        lower_layers: how many layers a cached batch has passed; None: batches are audio.
+        do_normalize: normalise every clip to zero mean and unit variance, as in pre-training.
+        use_attention_mask: give the model an attention mask; encoders with group norm were
+            pre-trained without.
+        lower_layers: number of layers that a cached batch has passed; None: batches are audio.
     """
 
     module: nn.Module = flax.struct.field(pytree_node=False)
@@ -55,7 +55,7 @@ class Objective:
     lower_layers: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def on(self, platform: str) -> "Objective":
-        """The same, for compilation for a platform that need not be here."""
+        """The objective for compilation for a platform, which need not be present."""
         return self.replace(module=self.module.clone(platform=platform))
 
 
@@ -85,7 +85,7 @@ def lower(
     """The lower layers' output for every row, without dropout; see `CachedBatch`.
 
     Args:
-        params: by path.
+        params: parameters by path.
     """
     audio, attention_mask = _model_inputs(objective, batch)
     tree = flax.traverse_util.unflatten_dict(params, sep="/")
@@ -114,7 +114,7 @@ def waveform(batch: Batch, do_normalize: bool) -> Float[Array, "batch samples"]:
 def _model_inputs(
     objective: Objective, batch: Batch
 ) -> tuple[Float[Array, "batch samples"], Bool[Array, "batch samples"] | None]:
-    """(Audio as the model takes it, its attention mask; None where the model gets none)."""
+    """(Audio as the model takes it, its attention mask or None)."""
     audio = waveform(batch, objective.do_normalize)
     if not objective.use_attention_mask:
         return audio, None
@@ -136,7 +136,7 @@ def _logits_of_audio(
         dropout_key, time_key, feature_key = jax.random.split(key, 3)
         rngs = {"dropout": dropout_key}
         frames = int(wav2vec2.frame_lengths(config, audio.shape[1]))
-        if not objective.use_attention_mask:  # to the model all frames are real
+        if not objective.use_attention_mask:  # the model sees all frames as real
             frame_lengths = jnp.full_like(frame_lengths, frames)
         time_mask, feature_mask = _masks(config, time_key, feature_key, frame_lengths, frames)
     return objective.module.apply(
@@ -158,7 +158,7 @@ def _masks(
     frame_lengths: Int[Array, " batch"],
     frames: int,
 ) -> tuple[Bool[Array, "batch frames"] | None, Bool[Array, "batch hidden"] | None]:
-    """SpecAugment's masks of frames and of channels; None where the configuration asks for none."""
+    """SpecAugment's masks of frames and of channels; each None if the configuration has none."""
     time_mask = feature_mask = None
     if config.apply_spec_augment and config.mask_time_prob > 0:
         time_mask = masking.time_mask(

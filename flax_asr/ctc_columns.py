@@ -1,8 +1,8 @@
-"""What CTC needs of the logits, as a Pallas kernel for TPU that reads them once.
+"""The columns and logsumexp of the logits for CTC, as a Pallas kernel for TPU that reads them once.
 
-XLA reads all of them for the logsumexp and once more for the few columns that are a clip's labels.
-Here a program has some frames of a clip on the chip, with all their logits, and takes both from
-there. Logits stand as [batch, vocab, frames], as XLA for TPU leaves them.
+XLA reads all logits for the logsumexp, and again for the few columns that are a clip's labels. Here
+a program holds some frames of a clip on the chip, with all their logits, and computes both. Logits
+are [batch, vocab, frames] in memory, as XLA for TPU leaves them.
 """
 
 import jax
@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int
 
 _LANES, _SUBLANES, _ROWS = 128, 8, 128
 _LARGEST_VOCABULARY = 10_240
-"""Beyond, the logits of a program take too much of the memory on the chip."""
+"""With a larger vocabulary, the logits of a program do not fit on the chip."""
 
 
 def suits(logits: jax.Array) -> bool:
-    """Whether the kernel takes such logits."""
+    """Whether the kernel can compute logits of this shape and type."""
     small = logits.size > 0 and logits.shape[-1] <= _LARGEST_VOCABULARY
     return logits.dtype == jnp.float32 and small
 
@@ -28,7 +28,7 @@ def columns_and_norms(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "batch columns frames"], Float[Array, "batch frames"]]:
-    """(The given vocabulary entries of every frame, the logsumexp over all entries), in float32.
+    """(Logits of the given vocabulary entries, logsumexp over all entries) of every frame, float32.
 
     Oracle: the same in XLA's operations, tests/test_ctc.py.
     """
@@ -65,7 +65,7 @@ def _kernel(columns, logits, chosen, norms):
     pieces, rest = divmod(vocab, _ROWS)
 
     def over_vocabulary(start, combine, reduce, prepare):
-        """From all entries [vocab, lanes], piece by piece, to [1, lanes]."""
+        """Reduces all entries [vocab, lanes] to [1, lanes], piece by piece."""
 
         def next_piece(piece, total):
             entries = logits[0, pl.ds(pl.multiple_of(piece * _ROWS, _ROWS), _ROWS), :]

@@ -1,8 +1,8 @@
 """The recursion of connectionist temporal classification as a Pallas kernel for TPU.
 
-A loop of XLA's starts several small programs for every frame, which at 10 s of audio takes a
-hundred times as long as their arithmetic. Here one program goes through the frames with the states
-in registers. What it computes, and in which order, is `_scan` of ctc.py.
+A loop in XLA starts several small programs for every frame, which takes a hundred times as long as
+their arithmetic at 10 s of audio. Here one program goes through the frames with the states in
+registers. It computes the same as `_scan` of ctc.py, in the same order.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 LANES, SUBLANES = 128, 8
 _BLOCK_BYTES = 2**19
-"""Of the scores that are on the chip at once."""
+"""Bytes of scores that are on the chip at once."""
 
 States = tuple[Float[Array, "rows states"], Float[Array, "rows tokens"]]
 Stacked = tuple[Float[Array, "frames rows states"], Float[Array, "frames rows tokens"]]
@@ -30,12 +30,13 @@ def reach(
     *,
     interpret: bool = False,
 ) -> tuple[States, Stacked]:
-    """States (blanks, labels) after the last frame, and before each frame.
+    """States (of blanks, of labels) after the last frame, and before each frame.
 
     Args:
         log_add: log(exp(a) + exp(b)).
-        begin: of the blanks, before the first frame; the labels begin as the blanks before them.
-        scores: of the blank and the labels, in this order.
+        begin: states of the blanks before the first frame; each label starts as the blank before
+            it.
+        scores: scores of the blank and of the labels.
         is_repeat: which labels equal the one before.
         interpret: run it on a CPU, for tests.
     """
@@ -70,7 +71,7 @@ def reach(
 def _kernel(
     log_add, frames, scores, is_repeat, begin, blanks, labels, last_blanks, last_labels, *states
 ):
-    """A label stands in the lane of the blank before it; its score one lane further."""
+    """A label's state is in the lane of the blank before it, its score one lane further."""
     block, _, wide = scores.shape
     first = pl.program_id(0) * block
     blank_state, label_state = states

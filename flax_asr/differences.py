@@ -1,6 +1,6 @@
-"""What may differ between two starts of a run, and between its hosts; the rest is refused.
+"""Configuration changes that are allowed between starts of a run and between its hosts.
 
-A start may change what cannot touch the meaning of the updates that are done.
+A resumed run may change what leaves the finished updates valid.
 """
 
 import importlib.metadata
@@ -17,29 +17,29 @@ FREE_TO_CHANGE = frozenset(
     " train.per_device_eval_batch_size train.early_stopping_patience train.max_bad_updates"
     " train.on_save_error train.zero_sharding".split()
 )
-"""Where and how fast to train, not what. `check_data` compares the clips of a source that moved."""
+"""Options about where and how fast to train. `check_data` compares the clips of a moved source."""
 
 LENGTHS = ("train.max_steps", "train.num_train_epochs")
 
 UNSET = "not set"
-"""Stands for what a mapping such as model.config does not have."""
+"""Stands for a key that a mapping such as model.config lacks."""
 
 OWN_TO_A_HOST = frozenset(
     "output_dir data.source data.prepared_dir data.num_workers model.pretrained"
     " text.vocabulary".split()
 )
-"""Paths, which may differ between hosts: what lies there is compared instead."""
+"""Paths may differ between hosts: their contents are compared instead."""
 
 
 def between(old: config.Config, new: config.Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted names of what differs, with both values."""
+    """Dotted names of options that differ, with both values."""
     before, after = _every_name(old), _every_name(new)
     pairs = {name: (before.get(name, UNSET), after.get(name, UNSET)) for name in before | after}
     return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
 
 
 def _every_name(cfg: config.Config) -> dict[str, Any]:
-    """Every option by its dotted name, those inside of a mapping such as model.config too."""
+    """Every option by its dotted name, including keys of mappings such as model.config."""
     named: dict[str, Any] = {}
     for name, value in config.flat(cfg).items():
         if isinstance(value, dict):
@@ -50,14 +50,14 @@ def _every_name(cfg: config.Config) -> dict[str, Any]:
 
 
 def check(folder: str, changes: Mapping[str, tuple[Any, Any]]) -> None:
-    """Refuses a start whose updates would mean something else than those that are done.
+    """Refuses a resume whose updates would differ in meaning from the finished ones.
 
     Args:
-        folder: of the run, as messages call it.
-        changes: as `between` gives them.
+        folder: the run folder, for messages.
+        changes: the result of `between`.
 
     Raises:
-        ConfigError: names what may not change, with both values, and the ways out.
+        ConfigError: an option may not change; names it, with both values, and what to do.
     """
     refused = {
         name: (old, new)
@@ -81,14 +81,14 @@ def _longer(name: str, old: Any, new: Any) -> bool:
 
 
 def check_data(past: inventory.Meta, splits: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuses to go on with other clips than those that the run began with.
+    """Refuses a resume with other clips than those that the run started with.
 
     Args:
-        past: where the run goes on.
+        past: the checkpoint to resume from.
         splits: what `train`, `eval` and `test` are now, as in the checkpoint's facts.
 
     Raises:
-        ConfigError: names the sets that differ, with release and clips.
+        ConfigError: sets differ; names them, with release and clips.
     """
     then = past.facts["splits"]
     changed = [
@@ -112,7 +112,7 @@ def _described(splits: Mapping[str, Mapping[str, Any]], name: str) -> str:
 
 
 def same_on_all_hosts(cfg: config.Config) -> dict[str, Any]:
-    """What hosts that train together must have in common before they begin."""
+    """Options that must be the same on all hosts of a run."""
     settings = {n: v for n, v in config.flat(cfg).items() if n not in OWN_TO_A_HOST}
     versions = {"flax_asr": flax_asr.__version__, "jax": importlib.metadata.version("jax")}
     return settings | versions

@@ -1,4 +1,4 @@
-"""Early stopping: a run ends after evaluations in a row that brought no better score."""
+"""Early stopping: a run ends after several evaluations without a better score."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from flax_asr.record import runlog
 
 
 def check(cfg: config.Config) -> None:
-    """Raises `ConfigError` where a run is to stop early by scores that nobody takes."""
+    """Raises `ConfigError` if early stopping is on and nothing is evaluated."""
     patience = cfg.train.early_stopping_patience
     if patience is not None and not cfg.data.eval_splits:
         raise errors.ConfigError(
@@ -18,11 +18,11 @@ def check(cfg: config.Config) -> None:
 
 
 def is_due(history: Sequence[Mapping[str, Any]], train: config.TrainConfig) -> bool:
-    """Whether so many evaluations in a row as are allowed brought no better score.
+    """Whether the allowed number of evaluations in a row brought no better score.
 
     Args:
         history: the events of the log.
-        train: which score, and how many.
+        train: which score, and how many evaluations.
     """
     if train.early_stopping_patience is None:
         return False

@@ -1,4 +1,4 @@
-"""The errors a user can meet and mend: each message says what, where, and what to do.
+"""Errors that a user can fix: each message says what, where, and what to do.
 
 The command line prints the message alone and exits with status 2 (75 for `Interrupted`).
 """
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STATUS = 2
-"""Of a process that ends with one of these."""
+"""Exit status of a process that ends with one of these."""
 
 
 class FlaxAsrError(Exception):
-    """What went wrong is in the user's hands; the message is all they need."""
+    """An error that the user can fix; the message is all they need."""
 
 
 class ConfigError(FlaxAsrError):
@@ -37,14 +37,14 @@ class StoreError(FlaxAsrError):
 
 
 class TrainingError(FlaxAsrError):
-    """A run cannot go on: its numbers are bad."""
+    """A run cannot continue, for example because its numbers are not finite."""
 
 
 class AudioError(FlaxAsrError):
     """One clip cannot be used.
 
     Attributes:
-        reason: one word of the table that `prepare` prints, for example "truncated".
+        reason: a key of the table that `prepare` prints, for example "truncated".
         detail: what was seen in this file.
     """
 
@@ -58,26 +58,26 @@ class AudioError(FlaxAsrError):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and saved everything; the same command goes on from there."""
+    """The run was asked to stop and has saved everything; the same command resumes it."""
 
 
 def why(error: Exception) -> str:
-    """For a message: the system's words for what went wrong, else those of who raised it.
+    """The reason for an error, for a message: the system's text, else the exception's own.
 
-    A library may raise an `OSError` that is none of the system's.
+    A library may raise an `OSError` that does not come from the system.
     """
     system = error.strerror if isinstance(error, OSError) else None
     return system or str(error) or type(error).__name__
 
 
 def seen_from(path: str | os.PathLike) -> str:
-    """For a message about a path that leads nowhere: where it began, if that is not said."""
+    """For a message about a missing path: the current folder, if the path is relative."""
     return "" if Path(path).is_absolute() else f" (seen from {Path.cwd()})"
 
 
 @contextlib.contextmanager
 def in_model(place: str | os.PathLike) -> Iterator[None]:
-    """Says of which model it is what a ModelError inside says."""
+    """Adds the model's name to a ModelError raised inside."""
     try:
         yield
     except ModelError as error:

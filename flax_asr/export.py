@@ -1,4 +1,4 @@
-"""A checkpoint -> a folder that PyTorch and transformers read, verified before it is kept."""
+"""Export of a checkpoint as a folder for PyTorch and transformers, verified before it is kept."""
 
 import importlib.metadata
 import json
@@ -35,16 +35,16 @@ from flax_asr.models import convert, wav2vec2, weights
 from flax_asr.record import lineage, runlog
 
 TOLERANCE = 1e-4
-"""Of each logit in PyTorch: absolute, or relative where the logit is above 1."""
+"""Largest allowed difference of a logit to PyTorch's: absolute, or relative above 1."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared before the folder was kept.
+    """Result of comparing an export with its checkpoint.
 
     Attributes:
-        tensors: how many came back from the file bit for bit.
-        logits: the largest difference to PyTorch's logits; None where torch is not installed.
+        tensors: number of tensors that were read back bit for bit.
+        logits: the largest difference to PyTorch's logits; None if torch is not installed.
     """
 
     tensors: int
@@ -58,11 +58,11 @@ class Verification:
 
 
 def command(run: str, out: str, step: int | None = None) -> None:
-    """`flax-asr export`: the best checkpoint of a run, or the one of a step, as a folder.
+    """`flax-asr export`: exports the best checkpoint of a run, or that of a step, to a folder.
 
     Raises:
         CheckpointError: there is no such run or step.
-        ModelError: the folder holds something else, or does not pass its verification.
+        ModelError: the folder holds something else, or the export fails its verification.
         ConfigError: JAX cannot use its devices.
     """
     folder = copies.model(run, step) if store.is_remote(run) else Path(run)
@@ -90,17 +90,17 @@ def write_folder(
     facts: Mapping[str, Any],
     described: str | None = None,
 ) -> Verification:
-    """Writes the folder beside its place, verifies it there, and puts it in its place.
+    """Writes a temporary folder, verifies it, and renames it.
 
     Args:
-        folder: its place.
+        folder: the final path.
         saved: the checkpoint.
         run: the configuration of its run.
-        facts: of the run.
-        described: the model card, which the hub shows of the folder.
+        facts: data and origin of the run, for flax_asr.json.
+        described: the model card, which the hub shows as README.md.
 
     Raises:
-        ModelError: it cannot be written, or does not say what the checkpoint says.
+        ModelError: it cannot be written, or differs from the checkpoint.
     """
     folder = folder.absolute()
     model_config = _config(saved)
@@ -169,7 +169,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _replace(unfinished: Path, folder: Path) -> None:
-    """Two renames: a kill between them leaves the new folder or both, never half of one."""
+    """Two renames: a kill between them leaves complete folders, never half of one."""
     for path in unfinished.iterdir():
         atomic.sync(path)
     old = unfinished.with_suffix(".old")
@@ -188,10 +188,10 @@ def _replace(unfinished: Path, folder: Path) -> None:
 def _verify(
     folder: Path, saved: checkpoint.SavedModel, model_config: Wav2Vec2Config
 ) -> Verification:
-    """Reads everything back.
+    """Reads everything back and compares it.
 
     Raises:
-        ModelError: names what differs.
+        ModelError: something differs; names it.
     """
     reread_config = Wav2Vec2Config.from_json_file(folder / "config.json")
     if reread_config.to_dict() != model_config.to_dict():
@@ -204,7 +204,7 @@ def _verify(
     )
     ours = flax.traverse_util.flatten_dict(saved.params, sep="/")
     if not any(name.endswith(convert.MASK_EMBEDDING) for name in tensors):
-        # Without masks in training torch's class has no such vector.
+        # torch's class has no such vector for models trained without masks.
         for parameters in (reread, ours):
             del parameters[f"wav2vec2/{convert.MASK_EMBEDDING}"]
     for name in sorted(ours.keys() | reread.keys()):
@@ -216,7 +216,7 @@ def _verify(
 
 
 def _equal(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    # Bytes: a NaN equals itself, and minus zero is not zero.
+    # As bytes: NaN then equals itself, and minus zero differs from zero.
     ours = np.ascontiguousarray(ours, np.float32)
     return ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
 
@@ -229,7 +229,7 @@ def _different(what: str) -> errors.ModelError:
 
 
 def _compare_logits(folder: Path, params: PyTree, model_config: Wav2Vec2Config) -> float | None:
-    """The largest difference to PyTorch on padded noise, fp32 on the CPU; None without torch.
+    """The largest difference to PyTorch's logits on noise, fp32 on the CPU; None without torch.
 
     Raises:
         ModelError: it is above the tolerance.
@@ -243,7 +243,7 @@ def _compare_logits(folder: Path, params: PyTree, model_config: Wav2Vec2Config) 
     real = np.arange(ours.shape[1]) < frames[:, None]
     differences = np.abs(ours - theirs)[real]
     difference = float(differences.max())
-    # Logit by logit: one that is far out must not excuse the others. A NaN is no match either.
+    # Each logit has its own tolerance, as one large logit must not excuse the others. NaN fails.
     if not (differences <= TOLERANCE * np.maximum(1.0, np.abs(theirs[real]))).all():
         raise errors.ModelError(
             f"the exported folder is not kept: its logits in PyTorch differ by {difference:.2e}."

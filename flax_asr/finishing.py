@@ -1,4 +1,4 @@
-"""The end of a run: its best checkpoint, and what is made of it for others."""
+"""The end of a run: its best checkpoint, and the export, curves and card made from it."""
 
 import logging
 from pathlib import Path
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def best(folder: Path, hosts: multihost.Hosts, mirrored: mirror.Mirrored) -> checkpoint.SavedModel:
-    """The best checkpoint, as the first host sees it."""
+    """The best checkpoint, which the first host chooses."""
     if hosts.is_first:
         saved = checkpoint.load_model(folder)
         if hosts.count > 1:
@@ -25,7 +25,7 @@ def best(folder: Path, hosts: multihost.Hosts, mirrored: mirror.Mirrored) -> che
 
 
 def write(folder: Path, saved: checkpoint.SavedModel, cfg: config.Config, updates: int) -> None:
-    """The export, the curves and the card; then the run is finished after so many updates.
+    """Writes export, curves and card, and marks the run as finished.
 
     Raises:
         CheckpointError: they cannot be written.

@@ -1,4 +1,4 @@
-"""The hyperparameters of a run, in the words of the Trainer's cards."""
+"""The hyperparameters of a run, under the names in the Trainer's cards."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which checkpoints a run folder holds, which of them are sound, and which is the best."""
+"""The checkpoints of a run folder: which are there, which are sound, which is the best."""
 
 import contextlib
 import json
@@ -24,21 +24,21 @@ UNFINISHED, REPLACED, _DAMAGED = ".unfinished-", ".replaced-", "damaged-"
 
 @dataclass(frozen=True)
 class Meta:
-    """What stands beside the arrays.
+    """The metadata of a checkpoint.
 
     Attributes:
-        step: updates done.
-        run: the configuration, as `config.as_dict` gives it.
+        step: number of updates done.
+        run: the configuration, as `config.as_dict` returns it.
         model_config: `Wav2Vec2Config.to_dict()`.
         vocabulary: `Vocabulary.to_json()`.
         normalization: the resolved steps.
-        do_normalize: whether clips are brought to zero mean and unit variance.
-        use_attention_mask: whether the model is told where clips end.
+        do_normalize: whether clips are normalised to zero mean and unit variance.
+        use_attention_mask: whether the model gets an attention mask.
         group_rows: rows of a batch group over all devices; fixed when the run starts.
-        facts: what the card says about data and origin; `updates` of the whole run.
-        metrics: the scores of this step, empty where it was not scored.
+        facts: data and origin for the card, and the number of `updates` of the run.
+        metrics: the scores of this step, empty if it was not scored.
         window: figures since the last line of the log.
-        log_events: how many events the log had.
+        log_events: number of events in the log.
     """
 
     step: int
@@ -56,16 +56,16 @@ class Meta:
 
 
 def unfinished(run: Path, step: int) -> Path:
-    """Where a checkpoint is until it is whole; what a kill leaves there is swept away."""
+    """The temporary path of a checkpoint; `run_folder.sweep` removes what a kill leaves there."""
     return run / FOLDER / f"{UNFINISHED}{step}"
 
 
 @contextlib.contextmanager
 def reachable(folder: Path) -> Iterator[Path]:
-    """The folder by a path that orbax and tensorstore take, a link where it has to be.
+    """The folder under a path that orbax and tensorstore accept, if need be a symbolic link.
 
-    orbax looks for its parts by a pattern that begins with the whole path, and finds none in a
-    folder `[a]`; tensorstore refuses a backslash.
+    orbax searches with a pattern that contains the whole path, and so finds nothing in a folder
+    `[a]`; tensorstore refuses backslashes.
     """
     path = folder.absolute()
     if not re.search(r"[*?\[\\]", str(path)):
@@ -78,7 +78,7 @@ def reachable(folder: Path) -> Iterator[Path]:
 
 
 def steps(run: Path) -> list[int]:
-    """The steps that were saved, newest first, sound or not."""
+    """All saved steps, newest first, sound or not."""
     folder = run / FOLDER
     if not folder.is_dir():
         return []
@@ -86,7 +86,7 @@ def steps(run: Path) -> list[int]:
 
 
 def newest_sound(run: Path) -> int | None:
-    """The newest step whose seal holds; None where nothing was saved.
+    """The newest step whose checkpoint is sound; None if nothing was saved.
 
     Raises:
         CheckpointError: there are checkpoints, and none is sound.
@@ -95,7 +95,7 @@ def newest_sound(run: Path) -> int | None:
 
 
 def set_aside(run: Path, newer_than: int) -> None:
-    """Moves newer, unsound checkpoints out of the way: the run will write these steps again."""
+    """Moves newer, unsound checkpoints aside, as the run will write these steps again."""
     for step in steps(run):
         if step > newer_than:
             damaged = run / FOLDER / f"{_DAMAGED}{step}"
@@ -110,10 +110,10 @@ def is_run(folder: Path) -> bool:
 
 
 def read_meta(run: Path, step: int) -> Meta:
-    """What stands beside the arrays of a step.
+    """The metadata of a step's checkpoint.
 
     Raises:
-        CheckpointError: it is damaged, of another version of this program, or of another step.
+        CheckpointError: it is damaged, or from another version of this package or another step.
     """
     folder = run / FOLDER / str(step)
     seals.verify(folder, META)
@@ -134,7 +134,7 @@ def meta_config(meta: Meta) -> config.Config:
 
 
 def check_vocabulary(meta: Meta, ours: vocabularies.Vocabulary) -> None:
-    """Raises `CheckpointError` where a checkpoint writes other symbols than `ours`."""
+    """Raises `CheckpointError` if a checkpoint has other symbols than `ours`."""
     theirs = vocabularies.Vocabulary.from_json(meta.vocabulary)
     if theirs != ours:
         only_there = "".join(sorted(set(theirs.characters) - set(ours.characters)))
@@ -148,7 +148,7 @@ def check_vocabulary(meta: Meta, ours: vocabularies.Vocabulary) -> None:
 
 
 def is_sound(run: Path, step: int) -> bool:
-    """Whether the seal of a checkpoint holds."""
+    """Whether a checkpoint matches its seal."""
     try:
         seals.verify(run / FOLDER / str(step))
     except errors.CheckpointError:
@@ -157,7 +157,7 @@ def is_sound(run: Path, step: int) -> bool:
 
 
 def first_sound(run: Path, candidates: list[int]) -> int:
-    """The first of these steps whose checkpoint is whole and readable.
+    """The first of these steps whose checkpoint is sound.
 
     Raises:
         CheckpointError: there are some, and none is.
@@ -181,7 +181,7 @@ def first_sound(run: Path, candidates: list[int]) -> int:
 
 
 def score(meta: Meta) -> float | None:
-    """What the best checkpoint is chosen by; None where the step was not scored."""
+    """The score that chooses the best checkpoint; None if the step was not scored."""
     name = f"eval_{meta.run['train']['metric_for_best_model']}"
     if name in meta.metrics and math.isfinite(meta.metrics[name]):
         return meta.metrics[name]
@@ -189,7 +189,7 @@ def score(meta: Meta) -> float | None:
 
 
 def scores(run: Path) -> dict[int, float | None]:
-    """The score of every step that says it undamaged."""
+    """The score of every step whose metadata can be read."""
     found = {}
     for step in steps(run):
         with contextlib.suppress(errors.CheckpointError):
@@ -198,7 +198,7 @@ def scores(run: Path) -> dict[int, float | None]:
 
 
 def by_merit(scores: Mapping[int, float | None]) -> list[int]:
-    """Scored steps, best first, the earliest of equals; then the others, newest first."""
+    """Scored steps, best first, of equal ones the earliest; then the others, newest first."""
     scored = sorted((value, step) for step, value in scores.items() if value is not None)
     others = sorted((step for step, value in scores.items() if value is None), reverse=True)
     return [step for _, step in scored] + others

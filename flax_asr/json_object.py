@@ -1,5 +1,5 @@
-"""JSON objects: read from files of strangers (settings of a model, its symbols, its history), and
-as any program can read them."""
+"""JSON objects: read from untrusted files (settings, symbols and history of a model), and written
+so that any program can read them."""
 
 import json
 import math
@@ -13,10 +13,10 @@ _MOST_BYTES = 64 * 2**20
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """An object of UTF-8 text, in which every name stands once.
+    """The object in UTF-8 text; a name that occurs twice is an error.
 
     Raises:
-        ValueError: says what it is instead.
+        ValueError: it is something else, or has a name twice.
     """
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
@@ -35,10 +35,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What a small file holds; None where there is no such file.
+    """The object in a small file; None if there is no such file.
 
     Raises:
-        ModelError: it cannot be read, is larger than 64 MiB, or holds no JSON object.
+        ModelError: it cannot be read, is larger than 64 MiB, or is not a JSON object.
     """
     if not path.is_file():
         return None
@@ -52,7 +52,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def readable(value: Any) -> Any:
-    """The same with null for NaN and infinity: Python writes words that other readers refuse."""
+    """The value with None for NaN and infinity, for which Python writes words that are not JSON."""
     if isinstance(value, Mapping):
         return {key: readable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

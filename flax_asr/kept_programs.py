@@ -1,7 +1,8 @@
-"""Compiled programs, kept for the next start: JAX's persistent cache, without what is damaged.
+"""JAX's persistent compilation cache, without damaged entries.
 
-JAX writes an entry in place, and never again while its file is there. So one that was cut short by
-a kill or a full disk, or has changed since, would be warned of and compiled anew at every start.
+JAX writes an entry in place, and never again while its file exists. So an entry that was truncated
+by a kill or a full disk, or has changed since, would cause a warning and a compilation at every
+start.
 """
 
 import concurrent.futures
@@ -23,9 +24,9 @@ _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 @contextlib.contextmanager
 def kept(folder: Path) -> Iterator[None]:
-    """What is compiled meanwhile is kept in a folder, so that a resumed run takes it from there.
+    """Programs compiled in this context are kept in a folder, for a resumed run.
 
-    Afterwards JAX keeps programs where it did before, or nowhere.
+    Afterwards JAX's cache is where it was before.
     """
     _discard_damaged(folder)
     before = jax.config.jax_compilation_cache_dir
@@ -37,16 +38,16 @@ def kept(folder: Path) -> Iterator[None]:
 
 
 def _tell_jax(folder: str | None) -> None:
-    # JAX looks for its folder once a process: without this it would go on with the one before.
+    # JAX reads the setting once in a process: without this it would keep the earlier folder.
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _discard_damaged(folder: Path) -> None:
-    """Removes the entries of a folder that cannot be unpacked, and says how many.
+    """Removes the entries of a folder that cannot be unpacked, and logs how many.
 
-    Entries are packed by zlib, whose checksum tells; those that JAX packs by Zstandard, where that
-    is installed, are left as they are.
+    zlib's checksum detects damage. Entries that JAX packs with Zstandard, if that is installed, are
+    not checked.
     """
     entries = sorted(folder.glob(_ENTRIES))
     with concurrent.futures.ThreadPoolExecutor() as threads:

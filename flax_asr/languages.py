@@ -1,6 +1,6 @@
-"""How the transcripts of each language are written: the steps that normalise them.
+"""Normalisation rules for the transcripts of each language.
 
-The steps themselves are in text.py. A language without a line here gets the default.
+The steps are implemented in text.py. A language that is not listed here gets the default.
 """
 
 from collections.abc import Mapping
@@ -15,39 +15,39 @@ _UNSPACED = frozenset(
 
 _THAI_TONES = "\u0e48\u0e49\u0e4a\u0e4b"
 _NIKHAHIT, _SARA_AA, _SARA_AM = "\u0e4d", "\u0e32", "\u0e33"
-# The same syllable is typed in three orders, and the vowel "ae" as two times "e".
+# The same syllable is typed in three orders, and the vowel "ae" as "e" twice.
 _THAI_SPELLING = {
     _NIKHAHIT + _SARA_AA: _SARA_AM,
     **{_NIKHAHIT + tone + _SARA_AA: tone + _SARA_AM for tone in _THAI_TONES},
     "\u0e40\u0e40": "\u0e41",
 }
-# Vowel signs and the elongation mark are written or left out as the writer likes; the signs of
-# honour and of reading are those of religious texts, some of which Common Voice has.
+# Vowel signs and the elongation mark are optional in writing; honorific and recitation signs occur
+# in religious texts, some of which are in Common Voice.
 _ARABIC_OPTIONAL = "\u0640\u064b\u064c\u064d\u064e\u064f\u0650\u0651\u0652\u0653\u0670" + "".join(
     map(chr, [*range(0x0610, 0x061B), *range(0x0656, 0x0660), *range(0x06D6, 0x06EE)])
 )
 _ALEF_WASLA, _ALEF = "\u0671", "\u0627"
-# Persian letters as they come from an Arabic keyboard.
+# Persian letters as typed on an Arabic keyboard.
 _PERSIAN_LETTERS = {"\u064a": "\u06cc", "\u0649": "\u06cc", "\u0643": "\u06a9"}
-# Vowel points and signs of cantillation, which hardly anyone writes.
+# Vowel points and cantillation marks, which are rarely written.
 _HEBREW_OPTIONAL = "".join(
     map(chr, [*range(0x0591, 0x05BE), 0x05BF, 0x05C1, 0x05C2, 0x05C4, 0x05C5, 0x05C7])
 )
-# They stand inside of abbreviations and foreign words, and are mostly typed as quotation marks.
+# They occur inside abbreviations and foreign words, and are mostly typed as quotation marks.
 _HEBREW_MARKS = {"\u05f3": "'", "\u05f4": '"'}
-# In Devanagari joiners change how a cluster is drawn, never how it sounds.
+# In Devanagari, joiners change how a cluster is drawn, not how it sounds.
 _JOINERS: Step = {"remove": "\u200c\u200d"}
-# Of Malayalam's vowelless letters there is an older spelling of three characters.
+# Malayalam's vowelless letters have an older spelling of three characters.
 _MALAYALAM_CHILLU = {
     consonant + "\u0d4d\u200d": chillu
     for consonant, chillu in zip(
         "\u0d23\u0d28\u0d30\u0d32\u0d33\u0d15", "\u0d7a\u0d7b\u0d7c\u0d7d\u0d7e\u0d7f", strict=True
     )
 }
-# The marks of a question or a stress stand inside the Armenian word. (NFKC takes the letter yev
-# apart; in the western spelling there are two letters.)
+# Armenian question and stress marks are inside the word. (NFKC splits the letter yev; the western
+# spelling has two letters.)
 _ARMENIAN_STRESS: Step = {"remove": "՛՜՞"}
-# Accents as they are typed without their keys, where no other word is meant ("po'" is another).
+# Accents typed as apostrophes, in words that cannot be another word (as "po'" could).
 _ITALIAN_ACCENTS = {
     "e'": "è",
     "cioe'": "cioè",
@@ -62,16 +62,16 @@ _ITALIAN_ACCENTS = {
     "universita'": "università",
     "verita'": "verità",
 }
-# Where an apostrophe is part of the spelling of a word's end, this letter stands for it.
+# Replaces an apostrophe that is part of a word's spelling at its end.
 _LETTER_APOSTROPHE = "\u02bc"
-# A letter with two code points, because keyboards or fonts lacked the right one. These are the
-# pairs of which the language has only the second.
+# Letters typed with another code point because keyboards or fonts lacked the right one: the
+# language has only the second of each pair.
 # Source: the tables of ftyers/commonvoice-utils; for vi, az and ckb the languages' own alphabets.
 _LOOKALIKES = {
     "az": {"\u04d9": "\u0259", "\u01dd": "\u0259"},
     "ba": {"h": "\u04bb"},
     "be": {"i": "\u0456"},
-    # The older ae is a heh that a joiner keeps apart.
+    # The older ae is a heh followed by a joiner.
     "ckb": {"\u0647\u200c": "\u06d5", **_PERSIAN_LETTERS},
     "cv": {"ă": "\u04d1", "ĕ": "\u04d7", "ç": "\u04ab", "ÿ": "\u04f3", "\u04f1": "\u04f3"},
     "kab": {"\u03b3": "\u0263", "ğ": "ǧ"}
@@ -87,7 +87,7 @@ _LOOKALIKES = {
 }
 # The middle dot of "col·lecció" as it is typed without its key.
 _CATALAN_DOTS = {f"l{dot}l": "l·l" for dot in ".\u2022\u2027\u2219\u22c5"}
-# NFKC would make letters of it, and Latin ones in a Cyrillic text.
+# NFKC would turn it into letters, Latin ones in a Cyrillic text.
 _NUMERO: Step = {"replace": {"№": " "}}
 
 
@@ -110,7 +110,7 @@ _JOINED: tuple[Step, ...] = (
     "spaces",
 )
 
-# Tibetan cannot be read without the mark between syllables; a stroke ends one as well.
+# Tibetan cannot be read without the mark between syllables; a stroke ends a syllable too.
 _TSHEG, _TIBETAN_STROKES = "\u0f0b", "\u0f0d\u0f0e\u0f0f\u0f11"
 _TIBETAN: tuple[Step, ...] = (
     "nfkc",
@@ -124,7 +124,7 @@ _TIBETAN: tuple[Step, ...] = (
     "spaces",
 )
 
-# NFKC would take Thai and Lao "am" apart, so these two get the width rule alone.
+# NFKC would split Thai and Lao "am", so these two get only the width step.
 _THAI: tuple[Step, ...] = (
     "plain_marks",
     "nfc",
@@ -212,17 +212,17 @@ RULES: dict[str, tuple[Step, ...]] = {
 
 
 def base(language: str) -> str:
-    """The language of a code without region or script: "zh-HK" -> "zh"."""
+    """The code without region and script: "zh-HK" -> "zh"."""
     return language.replace("_", "-").lower().split("-")[0]
 
 
 def has_rule(language: str) -> bool:
-    """Whether the table has a line for this language, so that it does not get the default."""
+    """Whether this language has its own rules rather than the default ones."""
     return language.replace("_", "-").lower() in RULES or base(language) in RULES
 
 
 def rule(language: str) -> tuple[Step, ...]:
-    """The steps for a language: its own line, that of its base language, or the default."""
+    """The steps for a language: its own, those of its base language, or the default ones."""
     code = language.replace("_", "-").lower()
     if code in RULES:
         return RULES[code]
@@ -234,5 +234,5 @@ def rule(language: str) -> tuple[Step, ...]:
 
 
 def writes_without_spaces(language: str) -> bool:
-    """Whether words are not separated in writing, so that a word error rate means nothing."""
+    """Whether words are not separated in writing, so that a word error rate has no meaning."""
     return base(language) in _UNSPACED

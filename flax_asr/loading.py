@@ -1,4 +1,4 @@
-"""What `--model` names -> a model that can be run, and what it knows about itself."""
+"""Loads what `--model` names: a model that can be run, and the facts stored with it."""
 
 import os
 from collections.abc import Sequence
@@ -30,17 +30,17 @@ class LoadedModel:
     """A model with its head, on the host.
 
     Attributes:
-        config: of the architecture.
+        config: the model's configuration.
         params: nested numpy arrays.
-        vocabulary: what the head writes.
-        do_normalize: whether clips are brought to zero mean and unit variance.
-        use_attention_mask: whether the model is told where clips end.
-        settings: nested values of the configuration, as far as the model knows them.
-        facts: data and origin, as far as they are known; for reports.
-        name: as the user gave it.
+        vocabulary: the symbols of the head.
+        do_normalize: whether clips are normalised to zero mean and unit variance.
+        use_attention_mask: whether the model gets an attention mask.
+        settings: options of its run, nested, as far as they are stored with the model.
+        facts: data and origin for reports, as far as they are known.
+        name: the name that the user gave.
         revision: the commit of a hub model.
-        run: the run folder that it comes from, if any on this machine.
-        step: the checkpoint of the run, where one was named instead of the best one.
+        run: the run folder that it comes from, if that is on this machine.
+        step: the step of the checkpoint, if one was named instead of the best one.
     """
 
     config: Wav2Vec2Config
@@ -57,15 +57,15 @@ class LoadedModel:
 
     @property
     def ignores_padding(self) -> bool:
-        """Whether padded samples leave the logits of real frames as they are.
+        """Whether padding does not change the logits of real frames.
 
-        Group normalisation takes its statistics over the padding too, and without an attention
-        mask every frame attends to it.
+        Group norm includes padding in its statistics, and without an attention mask every frame
+        attends to padding.
         """
         return self.use_attention_mask and self.config.feat_extract_norm == "layer"
 
     def writes_by(self, normalizer: text.Normalizer) -> bool:
-        """Whether it was trained on transcripts of this rule, as far as it says."""
+        """Whether it was trained on transcripts normalised like this, as far as is known."""
         own = self.settings.get("text", {}).get("normalization")
         return own is not None and text.normalizer(own).steps == normalizer.steps
 
@@ -102,10 +102,10 @@ def load(model: str) -> LoadedModel:
 
 
 def configure(loaded: LoadedModel, overrides: Sequence[str]) -> config.Config:
-    """What the model knows, and what the user says on top of it.
+    """The configuration stored with the model, with the user's options on top.
 
     Raises:
-        ConfigError: an option that does not exist, or a wrong value.
+        ConfigError: an option does not exist, or its value is wrong.
     """
     return config.build(loaded.settings, overrides)
 
@@ -157,11 +157,11 @@ def _from_hugging_face(model: str, place: str) -> LoadedModel:
     facts = _read_facts(origin.folder)
     settings: dict[str, Any] = {
         "output_dir": str(_place(place, origin.folder)),
-        # What PyTorch computes in unless told otherwise.
+        # PyTorch's default.
         "train": {"mixed_precision": "fp32"},
     }
     if facts:
-        # The loss that its run minimised; a run, like others' models, has the mean by default.
+        # The loss that its run minimised; the default is the mean.
         stored = configuration.read(origin.folder).ctc_loss_reduction
         origin.model_config.ctc_loss_reduction = stored
         settings["data"] = {"language": facts["language"]}
@@ -180,7 +180,7 @@ def _from_hugging_face(model: str, place: str) -> LoadedModel:
 
 
 def _place(model: str, folder: Path) -> Path:
-    """Whose neighbour the prepared data is: the run, the folder, or (hub) the current folder."""
+    """The path beside which data is prepared: run, model folder, or (hub) current folder."""
     if not os.path.isdir(os.path.expanduser(model)):
         return Path(model.replace("/", "--"))
     whole = folder.absolute()

@@ -1,4 +1,4 @@
-"""Word and character error rates as (errors, units), added up and divided once."""
+"""Word and character error rates as counts of errors and units, summed first and divided once."""
 
 import dataclasses
 
@@ -9,12 +9,12 @@ from jaxtyping import Int
 
 @dataclasses.dataclass(frozen=True)
 class ErrorCounts:
-    """Edits between references and hypotheses, and the references' units; add them up, then divide.
+    """Edits between references and hypotheses, and units of the references; sum them, then divide.
 
     Attributes:
         errors: substitutions, deletions and insertions.
-        units: words or characters of the references. An empty reference has none: all that is
-            said there counts as insertions.
+        units: words or characters of the references. An empty reference has none: any output
+            for it counts as insertions.
     """
 
     errors: int = 0
@@ -25,23 +25,23 @@ class ErrorCounts:
 
     @property
     def rate(self) -> float:
-        """Errors for each unit: 0 without either, infinite with errors in nothing."""
+        """Errors per unit: 0 if there are neither, infinite if there are only errors."""
         return float(_rates(np.array(self.errors), np.array(self.units)))
 
 
 def word_errors(reference: str, hypothesis: str) -> ErrorCounts:
-    """Edits between words, which are what white space separates."""
+    """Edits between words, separated by white space."""
     # jiwer splits at single spaces only.
     counts = jiwer.process_words(" ".join(reference.split()), " ".join(hypothesis.split()))
     return _counts(counts)
 
 
 def character_errors(reference: str, hypothesis: str, count_spaces: bool = True) -> ErrorCounts:
-    """Edits between code points, those beyond the basic plane too.
+    """Edits between code points.
 
     Args:
-        reference, hypothesis: normalised texts; spaces at their ends count for nothing.
-        count_spaces: a space is a character like any other; False: all are taken out first.
+        reference, hypothesis: normalised texts; spaces at their ends are ignored.
+        count_spaces: whether spaces count as characters; else all are removed first.
     """
     between = " " if count_spaces else ""
     counts = jiwer.process_characters(
@@ -51,7 +51,7 @@ def character_errors(reference: str, hypothesis: str, count_spaces: bool = True)
 
 
 def written_errors(reference: str, hypothesis: str) -> ErrorCounts:
-    """Edits between code points as they stand, every space of a row of spaces counted."""
+    """Edits between code points of the texts as they are, counting every space."""
     return _counts(jiwer.process_characters(reference, hypothesis))
 
 
@@ -88,6 +88,6 @@ def bootstrap_interval(
     for draw in range(resamples):
         sums[:, draw] = pairs[:, generator.integers(len(errors), size=len(errors))].sum(axis=1)
     tail = (1 - level) / 2
-    # An infinite rate must not meet another one in an interpolation: inf - inf.
+    # Interpolation between two infinite rates would give NaN.
     low, high = np.quantile(_rates(*sums), [tail, 1 - tail], method="closest_observation")
     return float(low), float(high)

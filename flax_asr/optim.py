@@ -1,7 +1,7 @@
 """AdamW, its schedules, and which parameters are trained.
 
-Everything numeric is optax's; what is here is the choice and the composition. Parameters are flat
-dictionaries by their path, `wav2vec2/encoder/layers/0/attention/q_proj/kernel`.
+Composes optax's transformations. Parameters are flat dictionaries by path, for example
+`wav2vec2/encoder/layers/0/attention/q_proj/kernel`.
 """
 
 import functools
@@ -20,7 +20,7 @@ LARGEST_LOSS_SCALE = 2.0**24
 SMALLEST_LOSS_SCALE = 1.0
 GROWTH_INTERVAL = 2000
 TRI_STAGE_START, TRI_STAGE_END = 0.01, 0.05
-"""Of the peak rate, where its first and its last stage begin and end.
+"""Start and end of `tri_stage`, as fractions of the peak rate.
 
 Source: fairseq's TriStageLRScheduleConfig (init_lr_scale), and the final_lr_scale of its
 wav2vec 2.0 fine-tuning recipes.
@@ -65,14 +65,14 @@ def adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping to a global norm, then AdamW; weights decay, biases and LayerNorm scales do not.
 
-    With a `head_learning_rate` the head's moves are scaled by its ratio to the other rate, which
-    is another rate: an AdamW move, decay included, is proportional to it.
+    With `head_learning_rate` the head's update is scaled by the ratio of the two rates, which is
+    the same as another rate: an AdamW update, decay included, is proportional to its rate.
 
-    In the first `freeze_encoder_steps` updates nothing but the head moves; the encoder's moments
-    begin after them, with a count of their own, so that their bias is corrected as at a start.
+    In the first `freeze_encoder_steps` updates only the head is trained. The encoder's moments
+    start after them, with their own count, so that their bias is corrected from there.
 
-    Its `update` takes by these names the `norm` of the gradients, as it may be given slices of
-    them, and the run's `step`, skipped updates included.
+    Its `update` takes two keyword arguments: `norm`, the norm of the whole gradients, as it may be
+    given slices of them, and `step`, the run's step with skipped updates.
     """
     adam = functools.partial(
         optax.adamw,
@@ -89,7 +89,7 @@ def adamw(
             forward_extra_args=True,
         )
         moves = optax.partition({True: adam(1.0), False: late}, in_head)
-        # The schedule runs on while the encoder waits.
+        # The schedule advances while the encoder is frozen.
         parts = [moves, optax.scale_by_schedule(learning_rate)]
     else:
         parts = [adam(learning_rate)]
@@ -102,12 +102,12 @@ def adamw(
 
 
 def in_head(params: Mapping[str, Any]) -> dict[str, bool]:
-    """Which of these parameters are the CTC head's."""
+    """Which of these parameters belong to the CTC head."""
     return {path: path.startswith(HEAD) for path in params}
 
 
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """As `optax.clip_by_global_norm`, with a norm that is known."""
+    """Like `optax.clip_by_global_norm`, with a norm that is given."""
 
     def update(gradients, state, params=None, *, norm, **others):
         del params, others
@@ -127,9 +127,9 @@ def trainable(model: config.ModelConfig, model_config: Any) -> Callable[[str], b
     """Which parameters get a gradient and an optimiser state.
 
     Args:
-        model: `freeze_feature_encoder` stops at the convolutions, `trainable_layers` = N leaves
-            only the head, the top N of the encoder's layers, and the encoder's own LayerNorm where
-            it comes after them.
+        model: with `freeze_feature_encoder` the convolutions get none; with `trainable_layers` = N
+            only the head, the top N layers of the encoder, and the encoder's own LayerNorm if it
+            comes after them.
         model_config: a transformers.Wav2Vec2Config. Without `do_stable_layer_norm` the encoder's
             LayerNorm comes before its layers.
     """
@@ -152,16 +152,16 @@ def trainable(model: config.ModelConfig, model_config: Any) -> Callable[[str], b
 
 
 def first_trained_layer(model: config.ModelConfig, layers: int) -> int:
-    """The lowest of the encoder's layers that `trainable_layers` trains; `layers` for none."""
+    """The lowest encoder layer that is trained with `trainable_layers`; `layers` if none is."""
     return max(0, layers - model.trainable_layers)
 
 
 @flax.struct.dataclass
 class LossScale:
-    """What fp16 gradients are multiplied by so that they do not underflow; 1 in other precisions.
+    """The factor for fp16 gradients that prevents underflow; 1 in other precisions.
 
-    It doubles after `GROWTH_INTERVAL` finite updates and halves after one that is not, between
-    `SMALLEST_LOSS_SCALE` and `LARGEST_LOSS_SCALE`; judged once an update.
+    It doubles after `GROWTH_INTERVAL` finite updates and halves after a non-finite one, between
+    `SMALLEST_LOSS_SCALE` and `LARGEST_LOSS_SCALE`; checked once an update.
 
     Source: torch.amp.GradScaler's rule and constants, with bounds.
     """
@@ -178,7 +178,7 @@ class LossScale:
 
     @property
     def is_smallest(self) -> Bool[Array, ""]:
-        """Whether a smaller scale cannot mend an update that is not finite."""
+        """Whether a non-finite update can no longer be helped by a smaller scale."""
         return self.value <= SMALLEST_LOSS_SCALE
 
     def after(self, finite: Bool[Array, ""]) -> "LossScale":
@@ -195,5 +195,5 @@ class LossScale:
 
 
 def select(finite: Bool[Array, ""], new, old):
-    """`new` where the update was finite, `old` where it was not, leaf by leaf."""
+    """`new` if the update was finite, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

@@ -1,6 +1,6 @@
-"""How options are read: `--section.key value`, values of their types, and the nearest right name.
+"""Parsing of options: `--section.key value`, typed values, and the nearest name for unknown ones.
 
-What options there are is config.py's part; here they are dotted names with their types.
+The options are defined in config.py; here they are dotted names with types.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from flax_asr import errors, trainer_names, yaml_file
 
 
 def sections(cls: type, within: str = "") -> dict[str, type]:
-    """Sections by their dotted names, those inside of others after them."""
+    """Sections by their dotted names, nested ones after their parents."""
     found: dict[str, type] = {}
     for key, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
@@ -36,7 +36,7 @@ def kinds(cls: type) -> dict[str, Any]:
 
 
 def construct(cls: type, values: Mapping[str, Any], within: str = "") -> Any:
-    """A section, with the sections inside of it, from values by their dotted names."""
+    """A section with its nested sections, from values by their dotted names."""
     given: dict[str, Any] = {}
     for key, kind in typing.get_type_hints(cls).items():
         name = f"{within}.{key}" if within else key
@@ -55,11 +55,11 @@ def flatten(
     Args:
         values: sections of keys, as a file has them.
         kinds: every option's type by its dotted name.
-        where: what an error's message begins with.
-        section: the dotted name of what the values are in.
+        where: prefix of error messages.
+        section: the dotted name of the section that holds the values.
 
     Raises:
-        ConfigError: a key that does not exist, or no keys where a section is.
+        ConfigError: a key does not exist, or a section is not a mapping.
     """
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -79,7 +79,7 @@ def flatten(
 
 
 def unknown_name(name: str, kinds: Mapping[str, Any]) -> str:
-    """The message for a name that is not an option, with the nearest one that is."""
+    """The message for an unknown option, with the nearest known name."""
     last = name.rpartition(".")[2].replace("-", "_")
     names = list(kinds)
     same = [known for known in names if known.rpartition(".")[2] == last]
@@ -102,14 +102,14 @@ def parse(arguments: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
     """`--section.key value` or `--section.key=value` -> dotted names and YAML 1.2 values.
 
     Raises:
-        ConfigError: an option that does not exist, lacks its value or is given twice.
+        ConfigError: an option does not exist, lacks its value or is given twice.
     """
     names = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
     unknown = [
         n for n in dict.fromkeys(names) if n not in kinds and not _is_inside_mapping(n, kinds)
     ]
     if unknown:
-        # All at once: a command line of another program has many.
+        # Reports all at once, as a command line for another program has many.
         raise errors.ConfigError("\n".join(unknown_name(name, kinds) for name in unknown))
     found: dict[str, Any] = {}
     rest = list(arguments)
@@ -138,17 +138,17 @@ def parse(arguments: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
 def merged(
     values: Mapping[str, Any], given: Mapping[str, Any], kinds: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a file says, and what options say on top; both by dotted names.
+    """Values of a file overridden by options; both by dotted names.
 
     A single key of a mapping, such as `model.config.layerdrop`, leaves its other keys as they are.
     """
     found = {**values, **{name: value for name, value in given.items() if name in kinds}}
-    for name in given:  # in their order, which a set of them would not keep
+    for name in given:  # keeps their order, unlike a set
         if name in kinds:
             continue
         parent, _, key = name.rpartition(".")
         before = {} if parent not in found or found[parent] is None else found[parent]
-        if isinstance(before, Mapping):  # else `typed` has something to say about it
+        if isinstance(before, Mapping):  # else `typed` raises an error
             found[parent] = {**before, key: given[name]}
     return found
 
@@ -178,10 +178,10 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the option's type: integers serve as floats, `a,b` as a list of texts.
+    """`value` as the option's type: integers are accepted as floats, `a,b` as a list of strings.
 
     Raises:
-        ConfigError: another type, a number that is not finite, or a text with NUL.
+        ConfigError: the type is wrong, a number is not finite, or a string contains NUL.
     """
     import msgspec
 
@@ -200,7 +200,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def _wanted(kind: Any) -> str:
-    """What an option of this type may be, where it is a list or these are few; else nothing."""
+    """A hint at the values of this type, if it is a list or has few values; else ""."""
     if any(typing.get_args(member) == (str, ...) for member in _members(kind)):
         return "write a list such as [train,dev], or [] for none"
     found = ("true", "false") if bool in _members(kind) else choices(kind)
@@ -208,11 +208,11 @@ def _wanted(kind: Any) -> str:
 
 
 def choices(kind: Any) -> tuple[str, ...]:
-    """The texts that an option of this type may be; none where it may be any."""
+    """The values that an option of this type is limited to; empty if it is not."""
     named = (m for m in _members(kind) if typing.get_origin(m) is Literal)
     return tuple(choice for member in named for choice in typing.get_args(member))
 
 
 def spelt(value: Any) -> str:
-    """A value as it is given on a command line."""
+    """A value as written on a command line."""
     return "null" if value is None else json.dumps(value).replace('"', "")

@@ -1,4 +1,4 @@
-"""Where a model's weights come from, and what that place says about them."""
+"""The origin of a model's weights, and what is stored with them."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from flax_asr.record import lineage
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model's weights come from.
+    """The origin of a model's weights.
 
     Attributes:
-        model_config: its configuration, with this run's overrides.
-        folder: where the weights are, None for random ones.
-        vocabulary: what its head writes, None where it has no head.
-        do_normalize: whether clips are brought to zero mean and unit variance.
-        use_attention_mask: whether the model is told where clips end.
-        facts: for the card.
+        model_config: the model's configuration, with this run's overrides.
+        folder: the folder of the weights, None for random ones.
+        vocabulary: the symbols of its head, None if it has no head.
+        do_normalize: whether clips are normalised to zero mean and unit variance.
+        use_attention_mask: whether the model gets an attention mask.
+        facts: facts for the card.
     """
 
     model_config: Wav2Vec2Config
@@ -35,24 +35,24 @@ class Origin:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether the run goes on from a checkpoint, which holds the weights and all the rest."""
+        """Whether the run resumes from a checkpoint, which holds the whole state."""
         return self.folder is None and self.vocabulary is not None
 
     def sized(self, symbols: vocabulary.Vocabulary) -> "Origin":
-        """The same, its head for these symbols."""
+        """The origin with a head for these symbols."""
         sizes = {"vocab_size": symbols.size, "pad_token_id": symbols.blank}
         wanted = Wav2Vec2Config(**(self.model_config.to_dict() | sizes))
         return dataclasses.replace(self, model_config=wanted)
 
 
 def read(model: config.ModelConfig) -> Origin:
-    """Reads what a pretrained folder, run or hub model says about itself.
+    """Reads configuration, vocabulary and settings of a pretrained folder, run or hub model.
 
-    With `reset_head` its vocabulary may be one that cannot be read, such as one of phonemes.
+    With `reset_head` the vocabulary need not be readable; it may be one of phonemes, for example.
 
     Raises:
-        ConfigError: an override is not a field of its configuration.
-        ModelError: it cannot be read, or is for another sampling rate.
+        ConfigError: an override is not a field of the model's configuration.
+        ModelError: the model cannot be read, or has another sampling rate.
     """
     if model.pretrained is None:
         model_config = Wav2Vec2Config()
@@ -126,7 +126,7 @@ def _pretrained_folder(name: str, with_weights: bool = True) -> tuple[Path, str 
 
 
 def resumed(meta: inventory.Meta) -> Origin:
-    """What a checkpoint says about its own model."""
+    """The origin that is stored in a checkpoint."""
     return Origin(
         model_config=Wav2Vec2Config(**meta.model_config),
         folder=None,
@@ -170,12 +170,12 @@ def _described(
 
 
 def preprocessor(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The settings of a folder's feature extractor, as far as there are any, and their file.
+    """The settings of a folder's feature extractor, if any, and their file.
 
-    Where both files are there, the newer form counts. Source: transformers 5,
+    If both files exist, the newer form counts. Source: transformers 5,
     FeatureExtractionMixin.get_feature_extractor_dict.
     """
-    # What a processor of transformers 5 writes, instead of the other file.
+    # transformers 5 writes this file instead of the other.
     file = folder / "processor_config.json"
     nested = (json_object.read(file) or {}).get("feature_extractor")
     if isinstance(nested, dict):

@@ -1,7 +1,8 @@
-"""Devices: where arrays live, and the steps over all of them. The only file that names pmap.
+"""Placement of arrays on devices, and the steps over all of them. The only file that names pmap.
 
-The state is an ordinary tree, replicated by its sharding; a batch has the rows of this host, which
-are split over its devices, and in time where a group is larger than the devices take at once.
+The state is an ordinary tree, replicated by its sharding. A batch has the rows of this host, which
+are split among its devices, and into several micro-batches if a group is larger than the devices
+take at once.
 """
 
 import functools
@@ -28,12 +29,12 @@ class Devices:
         count: devices over all hosts.
         platform: "tpu", "gpu" or "cpu".
         local_count: devices of this host.
-        host_index: which host this is; host 0 writes the files.
-        host_count: how many there are.
+        host_index: the number of this host; host 0 writes the files.
+        host_count: number of hosts.
     """
 
     def __init__(self, devices: Sequence[Any] | None = None):
-        # Host by host, so that the rows of a host are one piece of the group.
+        # Host by host, so that the rows of a host are contiguous in the group.
         self.devices = sorted(
             cluster.devices() if devices is None else devices,
             key=lambda device: device.process_index,
@@ -49,15 +50,15 @@ class Devices:
         self._split = self._along(0)
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """Puts the same numpy arrays on every device."""
+        """Places numpy arrays, replicated on every device."""
         return jax.tree.map(lambda leaf: self._put(leaf, None), tree)
 
     def place(self, tree: PyTree, axes: PyTree) -> PyTree:
-        """Puts numpy arrays on the devices: slices along these axes, or all where it is None."""
+        """Places numpy arrays: sliced along these axes, or replicated where the axis is None."""
         return jax.tree.map(self._put, tree, axes)
 
     def split(self, tree: PyTree) -> PyTree:
-        """Puts numpy arrays [local devices, ...] on this host's devices, one slice each."""
+        """Places numpy arrays [local devices, ...] on this host's devices, one slice on each."""
         return jax.tree.map(
             lambda leaf: jax.make_array_from_process_local_data(self._split, leaf), tree
         )
@@ -65,7 +66,7 @@ class Devices:
     def micro_batches(
         self, batch: PyTree, per_device: int
     ) -> Iterator[criterion.Batch | criterion.CachedBatch]:
-        """This host's rows of a group, in device-sized pieces, placed."""
+        """This host's rows of a group, placed, as micro-batches that the devices take at once."""
         kind = criterion.CachedBatch if isinstance(batch, loader.CachedBatch) else criterion.Batch
         at_once = self.local_count * per_device
         rows = len(batch.weights)
@@ -81,7 +82,7 @@ class Devices:
             )
 
     def zero_sums(self, trainable: step.Parameters) -> step.Sums:
-        """Empty sums, one a device."""
+        """Empty sums on every device."""
         shapes = jax.eval_shape(step.Sums.zeros, trainable)
         return self.split(
             jax.tree.map(lambda s: np.zeros((self.local_count, *s.shape), s.dtype), shapes)
@@ -124,7 +125,7 @@ class Devices:
     def train_batch_shapes(
         self, objective: criterion.Objective, per_device: int, samples: int, tokens: int
     ) -> criterion.Batch | criterion.CachedBatch:
-        """The same as training takes it: audio, or the lower layers' output."""
+        """Shapes of a placed training micro-batch: of audio, or of the lower layers' output."""
         batch = self.batch_shapes(per_device, samples, tokens)
         if objective.lower_layers is None:
             return batch
@@ -136,7 +137,7 @@ class Devices:
         )
 
     def _along(self, axis: int | None) -> NamedSharding:
-        """One slice a device along an axis, or everything everywhere."""
+        """A sharding along an axis, or a replicated one for None."""
         spec = () if axis is None else (*[None] * axis, partition.AXIS)
         return NamedSharding(self._mesh, PartitionSpec(*spec))
 
@@ -202,7 +203,7 @@ def evaluate(
     devices: Devices,
     layout: partition.Layout = partition.REPLICATED,
 ) -> compilation.Compilable:
-    """`step.evaluate(params, batch) -> (losses, symbols, frames)` of the whole group."""
+    """`step.evaluate(params, batch) -> (losses, symbols, frames)` for the whole group."""
     return _over(
         devices,
         functools.partial(step.evaluate, objective.on(devices.platform), layout.scored),
@@ -213,7 +214,7 @@ def evaluate(
 
 
 def lower(objective: criterion.Objective, devices: Devices) -> compilation.Compilable:
-    """`criterion.lower(params, batch) -> hidden states` of every device's rows."""
+    """`criterion.lower(params, batch) -> hidden states` for every device's rows."""
     return _over(
         devices,
         functools.partial(criterion.lower, objective.on(devices.platform)),
@@ -224,7 +225,7 @@ def lower(objective: criterion.Objective, devices: Devices) -> compilation.Compi
 
 
 def gather(devices: Devices, axis: int) -> compilation.Compilable:
-    """An array that is cut along the axis -> all of it, everywhere."""
+    """Gathers an array that is sliced along the axis to every device."""
     return _over(
         devices,
         lambda own: jax.lax.all_gather(own, partition.AXIS, axis=axis, tiled=True),
@@ -236,7 +237,7 @@ def gather(devices: Devices, axis: int) -> compilation.Compilable:
 def _over(
     devices: Devices, function: Callable, *, forward_only: bool = False, **axes: Any
 ) -> compilation.Compilable:
-    """The function on every device, each with its slices along the axes, as `jax.pmap` has them."""
+    """`jax.pmap` of the function, with these axes."""
     mapped = jax.pmap(function, axis_name=partition.AXIS, devices=devices.devices, **axes)
     return compilation.Compilable(
         mapped, compilation.options(devices.devices[0], forward_only=forward_only)
@@ -244,7 +245,7 @@ def _over(
 
 
 def gather_jobs(state: step.TrainState, devices: Devices) -> dict[Any, compilation.Job]:
-    """What `whole` needs compiled: nothing on one host, which has every slice."""
+    """The compilation jobs for `whole`; none on one host, which has every slice."""
     if devices.host_count == 1:
         return {}
     return {
@@ -260,10 +261,10 @@ def whole(
     layout: partition.Layout,
     devices: Devices,
 ) -> step.TrainState:
-    """The state for a checkpoint: what was cut as numpy arrays in the shape of the parameters.
+    """The state for a checkpoint: sliced arrays as numpy arrays in the shape of the parameters.
 
-    Slices of other hosts come array by array: there is no room for all of them on a device. Every
-    host is to call this at the same time.
+    Slices of other hosts are fetched array by array, as a device has no room for all of them. Every
+    host must call this at the same time.
     """
 
     def one(leaf, axis):
@@ -282,7 +283,7 @@ def whole(
 def forward(
     programs: dict[Any, Callable], params: step.Parameters, devices: Devices, per_device: int
 ) -> Callable[[Any], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Scores this host's rows of a group; gives (losses, symbols, frames) of the whole group.
+    """Scores this host's rows of a group; returns (losses, symbols, frames) of the whole group.
 
     Args:
         programs: compiled; the one for ("evaluate", padded samples) is called.

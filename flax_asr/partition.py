@@ -1,9 +1,9 @@
-"""ZeRO stage 1: the optimiser's moments and the moving average, cut over the devices.
+"""ZeRO stage 1: the optimiser's moments and the moving average, divided among the devices.
 
-A matrix is cut along one axis. Its moments and its average lie on the devices with that axis as
-two, devices and slice, so that pmap can take it apart there; merging the two is a reshape that
-moves nothing. A device moves its own slice: gradients are reduce-scattered to the slices, the new
-parameters gathered from them, which is the same bytes as one all-reduce.
+A matrix is cut along one axis. In its moments and its average that axis becomes two, devices and
+slice, so that pmap can split it; merging the two is a reshape without a copy. A device updates its
+own slice: gradients are reduce-scattered to the slices, and the new parameters gathered from them,
+which moves the same bytes as one all-reduce.
 
 Source: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
 Models", section 5.1.
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 AXIS = "devices"
-"""The name of the axis of devices: gradients are averaged over it and moments cut along it."""
+"""Name of the axis of devices, over which gradients are averaged and moments are divided."""
 
 Axes = Mapping[str, int]
-"""Along which axis a parameter is cut, by path; one that is not there stays whole."""
+"""The axis along which each parameter is cut, by path; parameters not listed stay whole."""
 
 Arrays = dict[str, Array]
 
@@ -32,8 +32,8 @@ class Layout(NamedTuple):
     """Which arrays of a state are cut, and along which axis.
 
     Attributes:
-        axes: of the trainable parameters.
-        state: of every array of the state, None for one that is whole.
+        axes: the axes of the trainable parameters.
+        state: the axis of every array of the state, None if it is not cut.
     """
 
     axes: Axes
@@ -41,29 +41,29 @@ class Layout(NamedTuple):
 
     @property
     def mapped(self) -> PyTree:
-        """The axes of a state as pmap takes them: a None for all of it where nothing is cut."""
+        """The axes of a state for pmap: a single None if nothing is cut."""
         return self.state if self.axes else None
 
     @property
     def scored(self) -> Axes:
-        """Of the parameters that evaluation looks at: an average is cut, the others are whole."""
+        """The axes of the parameters that are scored: an average is cut, others are not."""
         average = self.state.average if self.axes else {}
         return {path: axis for path, axis in average.items() if axis is not None}
 
 
 REPLICATED = Layout({}, None)
-"""Every device has all of the state."""
+"""The layout in which every device has the whole state."""
 
 
 def axes(parameters: Mapping[str, Any], devices: int) -> Axes:
-    """Along which axis each parameter is cut: the first one that the devices divide.
+    """The axis along which each parameter is cut: the first that the number of devices divides.
 
-    The first axis is the one whose slices lie together. Vectors stay whole: they are a thousandth
-    of a model, and each would cost a collective of its own.
+    Slices along the first axis are contiguous. Vectors stay whole: they are a thousandth of a
+    model, and each would need its own collective.
 
     Args:
         parameters: arrays or shapes by path.
-        devices: over how many; one cuts nothing.
+        devices: number of devices; with one, nothing is cut.
     """
     if devices == 1:
         return {}
@@ -76,7 +76,7 @@ def axes(parameters: Mapping[str, Any], devices: int) -> Axes:
 
 
 def layout(state: PyTree, devices: int) -> Layout:
-    """The layout of a `step.TrainState`, of arrays or shapes, cut over so many devices."""
+    """The layout of a `step.TrainState` (of arrays or shapes) on so many devices."""
     found = axes(state.trainable, devices)
     whole = jax.tree.map(lambda leaf: None, state)
     mirrors = {name: _mirrored(getattr(state, name), found) for name in ("optimiser", "average")}
@@ -84,7 +84,7 @@ def layout(state: PyTree, devices: int) -> Layout:
 
 
 def _mirrored(tree: PyTree, axes: Axes) -> PyTree:
-    """The axes of arrays that are filed by the paths of parameters, at whatever depth."""
+    """The axes of arrays that are stored by the paths of parameters, at any depth."""
 
     def axis(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -94,12 +94,12 @@ def _mirrored(tree: PyTree, axes: Axes) -> PyTree:
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """What a tree of arrays or shapes has, all of it together."""
+    """Bytes of a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def device_bytes(tree: PyTree, axes: PyTree, devices: int) -> int:
-    """What a device has of a tree of arrays or shapes whose axes are those of a `Layout.state`."""
+    """Bytes on a device of a tree of arrays or shapes with the axes of a `Layout.state`."""
     sizes = jax.tree.map(
         lambda leaf, axis: (
             math.prod(leaf.shape) * leaf.dtype.itemsize // (1 if axis is None else devices)
@@ -111,7 +111,7 @@ def device_bytes(tree: PyTree, axes: PyTree, devices: int) -> int:
 
 
 def cut(shape: tuple[int, ...], axis: int | None, devices: int) -> tuple[int, ...]:
-    """The shape with its axis as two: devices, and what each of them has."""
+    """The shape with its axis split into two: devices, and the slice of each."""
     if axis is None:
         return tuple(shape)
     return (*shape[:axis], devices, shape[axis] // devices, *shape[axis + 1 :])
@@ -123,14 +123,14 @@ def merged(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def axis_of(sharding: jax.sharding.NamedSharding) -> int | None:
-    """Along which axis an array that lies so is cut."""
+    """The axis along which an array with this sharding is cut."""
     spec = tuple(sharding.spec)
     return spec.index(AXIS) if AXIS in spec else None
 
 
 def summed(sums: PyTree, axes: Axes) -> PyTree:
-    """A `step.Sums` added over the devices; of gradients that are cut, this device's slice."""
-    # With one device there is nothing to add, and XLA on a CPU would copy it all the same.
+    """A `step.Sums` summed over the devices; gradients that are cut become this device's slices."""
+    # With one device there is nothing to sum, but XLA on a CPU would copy it.
     if jax.lax.axis_size(AXIS) == 1:
         return sums
     total = jax.lax.psum(sums.replace(gradients=_without(sums.gradients, axes)), AXIS)
@@ -142,7 +142,7 @@ def summed(sums: PyTree, axes: Axes) -> PyTree:
 
 
 def slices(parameters: Arrays, axes: Axes) -> Arrays:
-    """Of what is cut, this device's slice."""
+    """The parameters, those that are cut as this device's slices."""
 
     def own(parameter, axis):
         size = parameter.shape[axis] // jax.lax.axis_size(AXIS)
@@ -153,7 +153,7 @@ def slices(parameters: Arrays, axes: Axes) -> Arrays:
 
 
 def gathered(own: Arrays, axes: Axes) -> Arrays:
-    """The whole arrays of everybody's `slices`, the same on every device."""
+    """The whole arrays, gathered from the `slices` of all devices."""
     return own | {
         path: jax.lax.all_gather(own[path], AXIS, axis=axis, tiled=True)
         for path, axis in axes.items()
@@ -163,9 +163,9 @@ def gathered(own: Arrays, axes: Axes) -> Arrays:
 def norm(own: Arrays, axes: Axes, fresh: bool = False) -> Float[Array, ""]:
     """The norm of the whole arrays, from `slices`.
 
-    With `fresh` the arrays are computed in the same program: if this is the only device, each
-    matrix is squared where it is computed, and need not be read for it. A vector is too short for
-    a pass of its own.
+    `fresh` means that the arrays are computed in the same program: on a single device, each matrix
+    is then squared where it is computed, and need not be read again. A vector is too short for a
+    separate pass.
     """
     if fresh and jax.lax.axis_size(AXIS) == 1:
         vectors = {path: array for path, array in own.items() if array.ndim < 2}
@@ -179,9 +179,10 @@ def norm(own: Arrays, axes: Axes, fresh: bool = False) -> Float[Array, ""]:
 
 
 def _squares(arrays: Arrays) -> Float[Array, ""]:
-    """The sum of all squares; several arrays of a shape at once, as a TPU reads one too slowly.
+    """The sum of all squares.
 
-    Of vectors all, as each takes less time than it takes to start a pass.
+    Arrays of the same shape are squared together, as a TPU reads a single one too slowly; and so
+    are all vectors, as each takes less time than starting a pass.
     """
     by_shape: dict[tuple[int, ...], list[Array]] = {}
     for array in arrays.values():

@@ -1,9 +1,9 @@
-"""`flax-asr plan`: compile the real steps for a TPU that is not here, and say what came of it.
+"""`flax-asr plan`: compiles the real steps for a TPU that is not present, and reports the result.
 
-libtpu compiles for a described slice without one. It says how much memory a program takes and, of
-most operations, how many cycles it expects; nothing runs. Collectives and custom calls have no
-estimate: they are priced here, pessimistically, from their bytes and operations. All of it is an
-estimate, and the text that is printed says so.
+libtpu can compile for a described slice without a TPU. It reports how much memory a program needs
+and how many cycles it expects for most operations; nothing is executed. Collectives and custom
+calls have no estimate: their upper bounds are computed here from their bytes and operations. All of
+it is an estimate, and the printed text says so.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from flax_asr.hosts import cluster
 
 GIB = 2**30
 
-# libtpu asks for a TPU machine's metadata, complains at length without, and lets one process in at
-# a time; nothing of that matters to compilation.
+# libtpu asks for a TPU VM's metadata, complains at length without, and admits one process at a
+# time; none of that matters for compilation.
 _LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -51,14 +51,14 @@ def command(
     """Compiles a run for a described slice and prints what to expect.
 
     Args:
-        cfg: the run. Prepared data are used where they are; without, shapes are guessed and said
-            to be.
-        topology: a chip and the shape of the slice, `v5e:2x4`.
-        json_file: where an object for each compiled function goes, one a line, and one for the run.
+        cfg: the configuration of the run. Without prepared data, shapes are guessed, and the report
+            says so.
+        topology: a chip and the shape of the slice, for example `v5e:2x4`.
+        json_file: file for JSON lines, one object for each compiled function and one for the run.
         every_shape: compile every program of the run, not only those of the largest shapes.
 
     Raises:
-        ConfigError: the slice is unknown, libtpu is not installed, or the configuration is bad.
+        ConfigError: the slice is unknown, libtpu is not installed, or the configuration is wrong.
     """
     described = chips.parse(topology)
     devices = describe(described)
@@ -79,7 +79,7 @@ def command(
 
 
 def describe(described: chips.Slice) -> parallel.Devices:
-    """Devices of a slice that one can compile for.
+    """Devices of a described slice, to compile for.
 
     Raises:
         ConfigError: libtpu is not installed, or it knows no such slice.
@@ -89,7 +89,7 @@ def describe(described: chips.Slice) -> parallel.Devices:
             "plan compiles with libtpu, the TPU compiler, which is not installed:"
             " pip install 'jax[tpu]' (it needs no TPU)."
         )
-    # jax must not take hold of a TPU that may be here and at work.
+    # jax must not seize a TPU of this machine, which may be in use.
     for name, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cluster.spare_threads_for_libtpu()
@@ -111,7 +111,7 @@ def describe(described: chips.Slice) -> parallel.Devices:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be compiled.
+    """A program to compile.
 
     Attributes:
         resident: bytes that are on a device whichever program runs.
@@ -126,7 +126,7 @@ class Job:
     resident: int
 
     def compile(self, described: chips.Slice) -> outlook.Program:
-        """Compiles it for the slice; takes minutes for a large model."""
+        """Compiles the program for the slice, which takes minutes for a large model."""
         program = outlook.Program(self.function, self.rows, self.samples, self.flops)
         started, used = time.monotonic(), time.process_time()
         try:
@@ -161,7 +161,7 @@ class Job:
 
 
 def _wanted_bytes(message: str) -> int:
-    """What the compiler says that it lacked memory for."""
+    """The memory in bytes that the program needs, from the compiler's message."""
     sizes = [
         float(number) * 1024 ** (" KMGT".index(unit))
         for number, unit in re.findall(r"([\d.]+)([KMGT])\b", message)
@@ -228,7 +228,7 @@ def _seconds(samples: Sequence[int]) -> str:
 
 
 def describe_program(program: outlook.Program, described: chips.Slice) -> str:
-    """A few lines for people: cycles, time, share of peak, parts of half a percent and more."""
+    """A description as text: cycles, time, share of peak, and parts of at least half a percent."""
     title = program.function
     if program.rows:
         title += f", {program.rows} x {program.samples / audio.SAMPLE_RATE_HZ:.1f} s a device"

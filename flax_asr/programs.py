@@ -1,4 +1,4 @@
-"""The programs of a run: its pmapped steps, each in every shape that it will meet."""
+"""The programs of a run: its pmapped steps, each in every shape that occurs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,25 +6,25 @@ from typing import NamedTuple
 from flax_asr import compilation, config, criterion, experiment, parallel, partition, step
 
 Key = tuple[str, int]
-"""A function of step.py and the padded samples it takes.
+"""A function of step.py and its padded samples.
 
-Training is ("update_from", n) where an update is one micro-batch. Else it is ("accumulate", n) for
-each micro-batch, or ("accumulate_head", n) during `model.freeze_encoder_steps`, and then
-("update", 0). Scoring is ("evaluate", n).
+Training uses ("update_from", n) if an update is one micro-batch. Otherwise it uses ("accumulate",
+n) for each micro-batch, or ("accumulate_head", n) during `model.freeze_encoder_steps`, and then
+("update", 0). Scoring uses ("evaluate", n).
 """
 
 
 class Steps(NamedTuple):
-    """What the steps of a run are made of.
+    """The parts from which the steps of a run are built.
 
     Attributes:
-        cfg: with its global batch size resolved.
-        objective: the model.
-        rule: how an update moves the parameters.
-        layout: what of the state is cut over the devices.
-        state: its shapes.
-        train_shapes: of training.
-        eval_shapes: of scoring; none, if nothing is scored.
+        cfg: the configuration, with its global batch size resolved.
+        objective: the model and its loss.
+        rule: how an update changes the parameters.
+        layout: which arrays of the state are divided among the devices.
+        state: shapes of the training state.
+        train_shapes: shapes of training batches.
+        eval_shapes: shapes of scored batches; empty if nothing is scored.
     """
 
     cfg: config.Config
@@ -46,12 +46,12 @@ def train_function(cfg: config.Config, device_count: int, update: int) -> str:
 def jobs(
     steps: Steps, devices: parallel.Devices, updates: Sequence[int]
 ) -> dict[Key, compilation.Job]:
-    """(Pmapped function, shapes of its arguments) of every program; largest shapes first.
+    """(Pmapped function, shapes of its arguments) for every program; largest shapes first.
 
     Args:
-        steps: of the run.
-        devices: that it runs on.
-        updates: its first and its last one to come, counted from 0.
+        steps: the parts of the run's steps.
+        devices: the devices to run on.
+        updates: the first and the last update still to do, counted from 0.
     """
     cfg, objective, layout = steps.cfg, steps.objective, steps.layout
     state = devices.placed_shapes(steps.state, layout.state)

@@ -1,8 +1,8 @@
-"""A run folder met again: what is there, whether this configuration may go on with it.
+"""An existing run folder: what it holds, and whether this configuration may resume it.
 
-1. Nothing there: a fresh run.  2. Finished: say so.  3. Unfinished: go on from the newest sound
-checkpoint.  4. Another configuration: go on where the change cannot touch the meaning of what was
-done, else refuse and name the ways out.
+1. Empty: a fresh run.  2. Finished: say so.  3. Unfinished: resume from the newest sound
+checkpoint.  4. Another configuration: resume if the change leaves the finished updates valid, else
+refuse and say what can be done.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ _WRITTEN = frozenset(
     )
 )
 _HALF = (atomic.UNFINISHED, ".old")
-"""Suffixes of hidden names: what was being written, and an export that was being replaced."""
+"""Suffixes of hidden names: unfinished files, and an export that was being replaced."""
 
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Holds the folder against a second run; the system lets go of it when the process ends.
+    """Locks the folder against a second run; the lock ends with the process.
 
     Raises:
         CheckpointError: another run holds it, or the folder cannot be written.
@@ -61,9 +61,9 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def resume_point(folder: Path, asked: config.Config, restart: bool) -> inventory.Meta | None:
-    """Where to go on, or None for a fresh run.
+    """The checkpoint to resume from, or None for a fresh run.
 
-    Before the first checkpoint nothing is done that another configuration could spoil.
+    Before the first checkpoint any configuration is accepted, as there is nothing to lose.
 
     Args:
         folder: the run folder.
@@ -97,7 +97,7 @@ def _holds_a_run(folder: Path) -> bool:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether config.yaml there is one that a run wrote: complete, and without a comment."""
+    """Whether config.yaml was written by a run: complete, and without comments."""
     try:
         return (folder / CONFIG).read_bytes() == config.dump(config.load(folder / CONFIG)).encode()
     except (OSError, errors.ConfigError):
@@ -105,7 +105,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
-    """Before the first checkpoint a run has written a configuration and a log, and no result."""
+    """Refuses a folder with results but no checkpoint, which a run would overwrite."""
     at_risk = [name for name in (CARD, EXPORT, CONFIG) if (folder / name).exists()]
     if at_risk == [CONFIG] and _is_ours(folder):
         return
@@ -126,21 +126,21 @@ def put_aside(folder: Path, which: Callable[[str], bool] = lambda name: True) ->
     """Moves an old run into a dated folder beside it, the configuration last.
 
     Args:
-        folder: its folder.
-        which: the names that are moved; by default all but the lock's.
+        folder: the run folder.
+        which: selects the names to move; by default all but the lock.
 
     Raises:
-        CheckpointError: nothing can be made beside the folder, or nothing moved there.
+        CheckpointError: the dated folder cannot be created or written.
     """
     old = [path for path in folder.iterdir() if path.name != LOCK and which(path.name)]
     if not old:
         return
-    # Beside the folder itself: a link to it may lie on another disk.
+    # Beside the folder itself, as a link to it may be on another disk.
     there = folder.resolve()
     target = there.parent / dated(there.name)
     try:
         target.mkdir()
-        # A kill in between must not leave checkpoints that look like those of the new run.
+        # Checkpoints go first: after a kill they must not pass for those of the new run.
         for path in sorted(old, key=lambda p: (p.name == CONFIG, p.name != inventory.FOLDER)):
             path.rename(target / path.name)
     except OSError as error:
@@ -162,12 +162,12 @@ def _is_written_by_a_run(name: str) -> bool:
 
 
 def dated(name: str) -> str:
-    """The name under which an old run is kept."""
+    """The dated name for an old run."""
     return f"{name}-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S-%f')}"
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a kill left half written."""
+    """Removes unfinished files of a killed run."""
     for path in folder.glob(".*"):
         if path.suffix in _HALF:
             if path.is_dir():
@@ -177,7 +177,7 @@ def sweep(folder: Path) -> None:
 
 
 def record(folder: Path, cfg: config.Config) -> None:
-    """Writes config.yaml, whole or not at all."""
+    """Writes config.yaml, atomically."""
     try:
         with atomic.replacing(folder / CONFIG) as unfinished:
             config.save(cfg, unfinished)
@@ -188,13 +188,13 @@ def record(folder: Path, cfg: config.Config) -> None:
 
 
 def mark_finished(folder: Path, step: int) -> None:
-    """Notes that test scores, card and export belong to the run as it is after `step`."""
+    """Marks test scores, card and export as those of the run after `step`."""
     with atomic.replacing(folder / FINISHED) as unfinished:
         unfinished.write_text(f"{step}\n", encoding="utf-8")
 
 
 def is_finished(folder: Path, past: inventory.Meta, asked: config.Config) -> bool:
-    """Whether nothing is left to do: no update, and card and export are those of the last one."""
+    """Whether nothing is left to do: all updates are done, and card and export are up to date."""
     before, after = config.flat(inventory.meta_config(past)), config.flat(asked)
     longer = any(before[name] != after[name] for name in differences.LENGTHS)
     unfinished = longer or past.step < past.facts["updates"]

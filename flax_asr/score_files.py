@@ -1,8 +1,8 @@
-"""What the files of a score are called: by what was scored, so that none takes another's place.
+"""Names of prediction files, by what was scored, so that none overwrites another.
 
-In the folder of a run `predictions-SPLIT.jsonl` is of the run's own clips, scored as its own
-configuration has it. Whatever is otherwise is added to the name: the checkpoint, where one was
-named; release and hash of other clips; another normalisation; another precision.
+In a run folder, `predictions-SPLIT.jsonl` is for the run's own clips, scored with its own
+configuration. Differences are added to the name: a named checkpoint; release and hash of other
+clips; another normalisation; another precision.
 """
 
 import os
@@ -13,7 +13,7 @@ from flax_asr import config, loading, text
 from flax_asr.data import examples
 from flax_asr.hosts import multihost
 
-# Bytes of names that may have any length, where that of a file may have 255.
+# Bytes kept of names of any length, as a file name may have 255.
 _MODEL, _RELEASE = slice(-100, None), slice(50)
 
 
@@ -29,17 +29,17 @@ def predictions(
     split: str,
     data: examples.Examples,
 ) -> Path | None:
-    """In the run's folder; of other models, which are then named too, in the present one.
+    """The path of a prediction file: in the run folder, or for other models in the current folder.
 
     Args:
         loaded: the model that is scored.
-        cfg: how it is scored.
-        normalize: makes the references.
-        split: what the source calls the clips.
+        cfg: the configuration of the score.
+        normalize: normalises the references.
+        split: the name of the split in the source.
         data: the clips.
 
     Returns:
-        None where neither folder can be written.
+        None if neither folder can be written.
     """
     manner = _manner(loaded, cfg, normalize)
     if loaded.run is not None and os.access(loaded.run, os.W_OK):
@@ -53,9 +53,9 @@ def predictions(
 
 
 def _is_own(loaded: loading.LoadedModel, split: str, data: examples.Examples) -> bool:
-    """Whether a run has scored these clips itself: it recorded them as `eval` or `test`.
+    """Whether the run itself scores these clips, as `eval` or `test`.
 
-    Its own files are called so, and no other split's of such a name may take their place.
+    Files with these names are its own, which no other split of such a name may overwrite.
     """
     own = {which: recorded["hash"] for which, recorded in loaded.facts["splits"].items()}
     return data.hash in own.values() and own.get(split, data.hash) == data.hash
@@ -68,7 +68,7 @@ def _clips(data: examples.Examples) -> list[str]:
 def _manner(
     loaded: loading.LoadedModel, cfg: config.Config, normalize: text.Normalizer
 ) -> list[str]:
-    """How the score is taken, as far as that is not as the model has it."""
+    """Parts of the name for settings that differ from the model's own."""
     usual = loaded.writes_by(normalize) or cfg.text.normalization is None
     rule = "" if usual else f"rule-{multihost.digest(repr(normalize.spec))[:8]}"
     precision = cfg.train.mixed_precision
@@ -77,6 +77,6 @@ def _manner(
 
 
 def _plain(name: str, part: slice) -> str:
-    """What of a name any file's name may have."""
+    """The characters of a name that are safe in a file name."""
     found = re.sub(r"[^\w.+-]+", "-", name).strip("-.")
     return found.encode()[part].decode(errors="ignore")

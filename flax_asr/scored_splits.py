@@ -1,4 +1,4 @@
-"""What `flax-asr evaluate` scores: which splits, of which source, and their examples."""
+"""The splits that `flax-asr evaluate` scores: their names, source and examples."""
 
 import contextlib
 import dataclasses
@@ -15,14 +15,14 @@ from flax_asr.models import wav2vec2
 def configure(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.Config:
     """The configuration with the splits that are scored, and no others.
 
-    The `data.prepared_dir` of the model's run is kept only where it holds what is scored.
+    The `data.prepared_dir` of the model's run is used only if it holds what is scored.
 
     Args:
         loaded: the model.
         overrides: options of the configuration.
 
     Raises:
-        ConfigError: language, source or splits are not known.
+        ConfigError: language, source or splits are not given.
     """
     cfg = loading.configure(loaded, overrides)
     if cfg.data.language is None:
@@ -44,7 +44,7 @@ def configure(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.C
     own = config.build(loaded.settings)
     if prepare.content(cfg) == prepare.content(own) or prepare.fits(scored):
         return scored
-    # The run's own splits are there, and would be taken for others that have their names.
+    # It holds the run's own splits, which would be mistaken for others of the same name.
     return dataclasses.replace(cfg, data=dataclasses.replace(data, prepared_dir=None))
 
 
@@ -54,13 +54,13 @@ def prepared(
     normalize: text.Normalizer,
     hosts: multihost.Hosts,
 ) -> dict[str, examples.Examples]:
-    """The splits to be scored by their names, prepared where they were not.
+    """The examples of the splits to score, by name; splits are prepared if needed.
 
     Args:
         loaded: the model, whose vocabulary encodes the references.
-        cfg: as `configure` gives it.
-        normalize: makes the references.
-        hosts: those that score together; each disk is prepared once.
+        cfg: the result of `configure`.
+        normalize: normalises the references.
+        hosts: the hosts that score together; each disk is prepared once.
 
     Raises:
         DataError: the source cannot be read, or a split has no clip that can be scored.
@@ -87,7 +87,7 @@ def prepared(
 
 @contextlib.contextmanager
 def _telling_whose_source(loaded: loading.LoadedModel, cfg: config.Config) -> Iterator[None]:
-    """Where nothing is at `data.source`: whether the user gave it, or the model's run has it so."""
+    """Adds to an error about `data.source` that it comes from the model's run, if so."""
     source = cfg.data.source
     try:
         yield

@@ -1,6 +1,6 @@
-"""What a model does on a set of clips: loss, WER and CER, with their uncertainty and their rule.
+"""Scores of a model on a set of clips: loss, WER and CER, with their uncertainty and scoring rule.
 
-Of a clip only a few numbers are kept, so that a split of any size fits.
+Only a few numbers are kept for each clip, so that a split of any size fits in memory.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from flax_asr import metrics
 from flax_asr.data import examples
 
 FACTS = ("gender", "age", "accent")
-"""What Common Voice may know about a speaker; scores are grouped by each."""
+"""Facts about speakers that scores are grouped by."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Errors for each unit, with the bounds of its 95 % interval over clips."""
+    """An error rate, with the bounds of its 95 % interval over clips."""
 
     counts: metrics.ErrorCounts
     low: float
@@ -27,13 +27,13 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """Errors for each unit of the references."""
+        """Errors per unit of the references."""
         return self.counts.rate
 
 
 @dataclass(frozen=True)
 class PaddedScores:
-    """What the scripts of 2022 gave for the same outputs; they read the padding too.
+    """Error rates of the same outputs with padding decoded too, as the scripts of 2022 did.
 
     Those are transformers' run_speech_recognition_ctc.py of that time and its like: docs/compat.md.
     """
@@ -44,7 +44,7 @@ class PaddedScores:
 
 @dataclass(frozen=True)
 class GroupScores:
-    """The clips of which a fact has this value."""
+    """Scores of the clips for which a fact has this value."""
 
     fact: str
     value: str
@@ -55,19 +55,19 @@ class GroupScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model does on a set of clips.
+    """Scores of a model on a set of clips.
 
     Attributes:
         loss: mean over the clips that have an alignment, in the unit that training minimises.
-        wer, cer: of all clips together.
-        clips: how many were scored.
-        infeasible: how many of them have no alignment, and so an infinite loss.
-        blank_fraction: share of the real frames where nothing is written.
-        groups: the same by gender, age and accent, where that is known.
+        wer, cer: error rates over all clips.
+        clips: number of scored clips.
+        infeasible: number of clips without an alignment, whose loss is infinite.
+        blank_fraction: fraction of real frames whose most likely symbol is the blank.
+        groups: scores by gender, age and accent, where known.
         spaced: whether the language separates words, so that spaces count and WER has a meaning.
         release, hash: of the clips, as in `examples.Examples`.
-        rule: how the error rates came about.
-        padded: scored as the scripts of 2022 did, where that was asked for.
+        rule: how the error rates were computed.
+        padded: error rates with padding, if asked for.
     """
 
     loss: float
@@ -84,10 +84,10 @@ class Scores:
     padded: PaddedScores | None = None
 
     def as_metrics(self, prefix: str) -> dict[str, float | str]:
-        """The figures as the log spells them: `PREFIX_loss`, `PREFIX_wer`, `PREFIX_cer`, ...
+        """The scores under their names in the log: `PREFIX_loss`, `PREFIX_wer`, `PREFIX_cer`, ...
 
-        Where padded ones were asked for, these are the error rates, and those over real frames
-        stand beside them as `PREFIX_real_wer` and `PREFIX_real_cer`.
+        If there are padded error rates, they have these names, and those over real frames are
+        `PREFIX_real_wer` and `PREFIX_real_cer`.
         """
         chosen = self if self.padded is None else self.padded
         wer, cer = chosen.wer, chosen.cer
@@ -111,7 +111,7 @@ class Scores:
         return {f"{prefix}_{name}": value for name, value in figures.items()}
 
     def describe(self, name: str) -> str:
-        """A line for people, and one that says what was scored and how."""
+        """Two lines of text: the scores, and what was scored and how."""
         parts = [
             f"{name} CER {self.cer.value:.4f} (95 %: {self.cer.low:.4f} to {self.cer.high:.4f})",
             f"WER {self.wer.value:.4f}" + ("" if self.spaced else " (says little: no spaces)"),
@@ -129,7 +129,7 @@ class Scores:
         return f"{', '.join(parts)}\n  {self.release}, {self.hash[:16]}; {self.rule}"
 
     def table(self) -> str:
-        """Groups of speakers, one a line; "" where nothing is known about them."""
+        """Scores of groups of speakers, one per line; "" if nothing is known about speakers."""
         return "\n".join(
             f"  {g.fact:<7} {g.value[:40]:<40} {g.clips:>6} clips  CER {g.cer:.4f}  WER {g.wer:.4f}"
             for g in self.groups
@@ -138,7 +138,7 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """Of each row; written by row, so that no row can count twice."""
+    """Counts for each row, stored by row, so that no row can count twice."""
 
     losses: Float[np.ndarray, " rows"]
     characters: Int[np.ndarray, "rows 2"]
@@ -149,7 +149,7 @@ class Counts:
 
     @classmethod
     def empty(cls, rows: int) -> "Counts":
-        """Of rows that are not scored yet: NaN and -1."""
+        """Counts of rows that are not scored yet: NaN and -1."""
         return cls(
             np.full(rows, np.nan),
             *(np.full((rows, 2), -1, np.int32) for _ in range(5)),
@@ -157,7 +157,7 @@ class Counts:
 
 
 def rule(normalization: Any, spaced: bool, padded: bool = False, rewritten: bool = False) -> str:
-    """How a score came about, in one line: two scores with the same line can be compared."""
+    """How a score was computed, in one line; scores with equal lines can be compared."""
     steps = ", ".join(
         step if isinstance(step, str) else ": ".join(map(str, next(iter(step.items()))))
         for step in normalization
@@ -177,13 +177,13 @@ def rule(normalization: Any, spaced: bool, padded: bool = False, rewritten: bool
 def summary(
     counts: Counts, data: examples.Examples, spaced: bool, padded: bool, rule: str, seed: int
 ) -> Scores:
-    """The figures of all clips from the counts of each.
+    """The scores of all clips from the counts of each.
 
     Args:
         counts: one row for each clip of `data`.
-        data: what was scored.
-        spaced, padded, rule: as in `Scores`; `padded` says whether to score so as well.
-        seed: of the bootstrap.
+        data: the scored clips.
+        spaced, padded, rule: as in `Scores`; `padded` says whether to score padding as well.
+        seed: the seed of the bootstrap.
     """
     aligned = ~np.isposinf(counts.losses)
     return Scores(
@@ -216,7 +216,7 @@ def _rate(pairs: Int[np.ndarray, "rows 2"], seed: int) -> Rate:
 
 
 def _groups(counts: Counts, data: examples.Examples) -> Iterator[GroupScores]:
-    """Facts that are known of some clip; the largest groups first, unknown ones as such."""
+    """Groups for each fact that is known of some clip, the largest first; also one for unknown."""
     rows_of: dict[str, dict[str, list[int]]] = {fact: {} for fact in FACTS}
     for row in range(len(data)):
         known = data.facts(row)

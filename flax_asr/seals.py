@@ -1,4 +1,4 @@
-"""Seals: the size and the sha256 of every file of a folder, so that damage to any of them shows."""
+"""Seals: size and sha256 of every file in a folder, to detect damage."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ def sha256(path: Path) -> str:
 
 
 def write(folder: Path) -> None:
-    """Seals a folder, once its files are safe on the disk."""
+    """Seals a folder after syncing its files to disk."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != FILE):
         name = path.relative_to(folder).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        # A machine that is taken away takes what the system has not yet written.
+        # A lost machine loses what the system has not yet written.
         atomic.sync(path)
     (folder / FILE).write_text(json.dumps(files, indent=1), encoding="utf-8")
     atomic.sync(folder / FILE)
@@ -32,7 +32,7 @@ def verify(folder: Path, *names: str) -> None:
     """Compares files with the seal: all of them, or only those named.
 
     Raises:
-        CheckpointError: names the first file that is not as it was sealed.
+        CheckpointError: a file differs from the seal; names the first.
     """
     sealed = _read(folder / FILE)
     for name in names or sealed:

@@ -1,9 +1,9 @@
 """One update, as pure functions over one named axis of devices.
 
 `accumulate` adds the gradients of one micro-batch to sums that stay on their device; `update`
-averages the sums over all clips of all devices, once, and moves the parameters; `update_from` does
-both where one micro-batch is all of an update; `evaluate` scores. Nothing here knows how many
-devices there are or how it is compiled: parallel.py does.
+averages the sums over all clips of all devices and updates the parameters; `update_from` does both
+if an update is one micro-batch; `evaluate` scores. The number of devices and the compilation are
+parallel.py's concern.
 """
 
 from typing import Any, NamedTuple
@@ -19,24 +19,24 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from flax_asr import criterion, optim, partition
 
 Parameters = dict[str, Array | np.ndarray | jax.ShapeDtypeStruct]
-"""Arrays by path, on devices or the host, or only their shapes."""
+"""Parameters by path: arrays on devices or the host, or only shapes."""
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a resumed run needs, but the loader's position, which is `step`.
+    """The state of a run. The loader's position is `step`, so a resume needs nothing else.
 
     Attributes:
-        step: updates done, skipped ones included.
+        step: number of updates done, including skipped ones.
         trainable: parameters with a gradient.
-        frozen: the others.
-        optimiser: optax's state, of the trainable parameters only.
-        loss_scale: of fp16.
-        key: raw key that every random number of the run derives from.
-        skipped: updates that were not finite and left everything as it was.
-        bad_in_a_row: how many updates in a row, up to the last one, were skipped. In fp16 they
-            count only once the loss scale is at its smallest: a smaller one could mend the others.
-        average: the moving average of the trainable parameters; empty where none is kept.
+        frozen: all other parameters.
+        optimiser: optax's state, for the trainable parameters only.
+        loss_scale: the loss scale of fp16.
+        key: raw key from which every random number of the run is derived.
+        skipped: number of non-finite updates, which changed nothing.
+        bad_in_a_row: number of skipped updates in a row up to the last one. In fp16 they count only
+            at the smallest loss scale, as otherwise a smaller one could help.
+        average: the moving average of the trainable parameters; empty if there is none.
     """
 
     step: Int[Array, ""]
@@ -51,20 +51,20 @@ class TrainState:
 
     @property
     def scored(self) -> dict[str, Any]:
-        """The parameters that are scored and exported: the average where one is kept.
+        """The parameters that are scored and exported: the average if there is one.
 
-        Of a `partition.Layout.state`, whose leaves are axes instead of arrays, their axes.
+        For a `partition.Layout.state`, whose leaves are axes instead of arrays, their axes.
         """
         return {**self.trainable, **self.frozen, **self.average}
 
 
 @flax.struct.dataclass
 class Sums:
-    """What the micro-batches of one update add up to, on one device.
+    """Sums over the micro-batches of one update on one device.
 
-    `loss` is the sum of the clips' losses, `gradients` of that sum times the loss scale. Clips
-    without an alignment are in `infeasible` and nowhere else. With no `micro_batches`, whatever
-    stands in `gradients` counts for nothing: writing zeros there took a fifth of an update on TPU.
+    `loss` is the sum of the clips' losses, and `gradients` the gradients of that sum times the loss
+    scale. Clips without an alignment are counted in `infeasible` only. If `micro_batches` is 0,
+    `gradients` are meaningless: writing zeros there took a fifth of an update on TPU.
     """
 
     gradients: Parameters
@@ -77,7 +77,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, trainable: Parameters) -> "Sums":
-        """Those of no micro-batch; `trainable` may be shapes under `jax.eval_shape`."""
+        """Sums over no micro-batch; `trainable` may be shapes under `jax.eval_shape`."""
         zero = jnp.float32(0)
         gradients = {path: jnp.zeros(p.shape, jnp.float32) for path, p in trainable.items()}
         return cls(gradients, zero, zero, zero, zero, zero, jnp.int32(0))
@@ -86,7 +86,7 @@ class Sums:
 class Metrics(NamedTuple):
     """Figures of one update over all devices; `loss` is the mean over its clips.
 
-    `learning_rate` is what it moved with, `next_learning_rate` what the schedule has come to.
+    `learning_rate` is that of this update, `next_learning_rate` that of the next one.
     """
 
     loss: Float[Array, ""]
@@ -103,14 +103,13 @@ class Metrics(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How updates move the parameters; the same for all of them.
+    """How updates change the parameters; constant during a run.
 
     Attributes:
-        optimiser: as `optim.adamw` gives it.
+        optimiser: the result of `optim.adamw`.
         learning_rate: its schedule, for the figures.
-        ema_decay: the moving average becomes so much of itself and the rest of the new parameters;
-            None: there is none.
-        clips_an_update: what sums over clips are divided by; None: by the clips that counted.
+        ema_decay: decay of the moving average; None for no average.
+        clips_an_update: divisor of sums over clips; None: the number of clips that counted.
     """
 
     optimiser: optax.GradientTransformationExtraArgs
@@ -120,19 +119,19 @@ class Rule(NamedTuple):
 
 
 def flat(params: PyTree) -> Parameters:
-    """A nested tree by path."""
+    """A nested tree as a dictionary by path."""
     return flax.traverse_util.flatten_dict(params, sep="/")
 
 
 def split(params: PyTree, is_trained) -> tuple[Parameters, Parameters]:
-    """A nested tree -> (trainable, frozen), flat."""
+    """Splits a nested tree into (trainable, frozen), each by path."""
     every = flat(params)
     trained = {path: leaf for path, leaf in every.items() if is_trained(path)}
     return trained, {path: leaf for path, leaf in every.items() if path not in trained}
 
 
 def merge(trainable: Parameters, frozen: Parameters) -> PyTree:
-    """The nested tree of `split`."""
+    """The inverse of `split`."""
     return flax.traverse_util.unflatten_dict({**trainable, **frozen}, sep="/")
 
 
@@ -143,9 +142,9 @@ def accumulate(
     sums: Sums,
     batch: criterion.Batch | criterion.CachedBatch,
 ) -> Sums:
-    """Adds one micro-batch of this device to the sums; with `head_only` the head's gradient only.
+    """Adds one micro-batch of this device to the sums; with `head_only` only the head's gradient.
 
-    What is not differentiated costs no backward pass, and its gradient stays what it is: zero.
+    Parameters that are not differentiated cost no backward pass, and their gradient stays zero.
     """
     found = _micro_batch_sums(objective, head_only, state, sums.micro_batches, batch)
     is_first = sums.micro_batches == 0
@@ -162,7 +161,7 @@ def _micro_batch_sums(
     micro_batch: Int[Array, ""] | int,
     batch: criterion.Batch | criterion.CachedBatch,
 ) -> Sums:
-    """The sums of one micro-batch alone; gradients only of what is differentiated."""
+    """The sums of one micro-batch; gradients only of the parameters that are differentiated."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     key = jax.random.fold_in(key, micro_batch)
     key = jax.random.fold_in(key, jax.lax.axis_index(partition.AXIS))
@@ -201,12 +200,12 @@ def _micro_batch_sums(
 def update(
     rule: Rule, axes: partition.Axes, state: TrainState, sums: Sums, *, fresh: bool = False
 ) -> tuple[TrainState, Sums, Metrics]:
-    """Moves the parameters by the mean gradient over the clips of all devices.
+    """Updates the parameters with the mean gradient over the clips of all devices.
 
-    An update whose gradient is not finite changes the step number, the loss scale and the
-    counters, and nothing else. The average starts as the parameters before the first update. Where
-    parameters are cut along `axes`, a device holds moments and average of its slices only and moves
-    these. With `fresh` the sums are computed in the same program, and squared there for their norm.
+    An update with a non-finite gradient changes only the step number, the loss scale and the
+    counters. The average starts as the parameters before the first update. If parameters are cut
+    along `axes`, a device holds moments and average of its slices only, and updates these. `fresh`
+    means that the sums are computed in the same program, where they are squared for their norm.
     """
     total = partition.summed(sums, axes)
     clips = rule.clips_an_update
@@ -238,7 +237,7 @@ def update(
     metrics = Metrics(
         loss=total.loss / clips,
         learning_rate=jnp.asarray(rule.learning_rate(done), jnp.float32),
-        # At the end of a schedule rounding may leave it a little below zero.
+        # At the end of a schedule, rounding may make it slightly negative.
         next_learning_rate=jnp.maximum(jnp.float32(rule.learning_rate(then_done)), 0.0),
         grad_norm=norm,
         finite=finite,
@@ -260,9 +259,9 @@ def update_from(
     state: TrainState,
     batch: criterion.Batch | criterion.CachedBatch,
 ) -> tuple[TrainState, Metrics]:
-    """`accumulate` and `update` of the only micro-batch of an update.
+    """`accumulate` and `update` for an update of one micro-batch.
 
-    No sums cross the memory between the two.
+    The sums are not written to memory between the two.
     """
     sums = _micro_batch_sums(objective, False, state, 0, batch)
     new, _, metrics = update(rule, axes, state, sums, fresh=True)
@@ -274,7 +273,7 @@ def evaluate(
 ) -> tuple[Float[Array, " rows"], Int[Array, "rows frames"], Int[Array, " rows"]]:
     """(Loss, most likely symbol of each frame, real frames) of every row of the group.
 
-    Every device gets the rows of all of them.
+    Every device gets the results of all devices.
     """
     whole = partition.gathered(params, axes)
     losses, logits, frame_lengths = criterion.forward(objective, merge(whole, {}), batch, None)

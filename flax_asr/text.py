@@ -1,18 +1,19 @@
 """Transcripts: normalisation by named steps.
 
-A rule is a list of steps. A step is a name, or a mapping of a name to its argument:
+A rule is a list of steps. A step is a name, or a mapping from a name to its argument:
 
     nfkc, nfc                       Unicode normal forms
     lower, {lower: tr}              lower case, with the dotless i of Turkish and Azerbaijani
     halfwidth                       full-width marks and letters, the ideographic space
     plain_marks                     typographic apostrophes and hyphens become ' and -
-    strip_punctuation               every mark, symbol and control character goes
-    {strip_punctuation: "'-"}       the same, but these stay where they join two letters
+    strip_punctuation               removes marks, symbols and control characters
+    {strip_punctuation: "'-"}       the same, but keeps these between two letters
     join_unspaced                   no spaces beside Chinese, Japanese, Thai, ... characters
-    remove_spaces, spaces           all spaces go; runs of spaces become one, none at the ends
-    {remove: "abc"}                 these characters go
-    {replace: {"ё": "е"}}           each of these strings becomes another, in one pass
-    {replace_words: {"e'": "è"}}    the same where no letter or digit stands beside them
+    remove_spaces                   removes all spaces
+    spaces                          makes runs of spaces one, and removes those at the ends
+    {remove: "abc"}                 removes these characters
+    {replace: {"ё": "е"}}           replaces each of these strings, in one pass
+    {replace_words: {"e'": "è"}}    the same where no letter or digit is beside them
     end_with_space                  a space at the end, so that the target ends with "|"
     hf-4.17                         what the speech recognition example of transformers 4.17 did
 """
@@ -40,19 +41,19 @@ _UNSPACED_SCRIPTS = (
 _BESIDE_UNSPACED = re.compile(rf"(?<=[{_UNSPACED_SCRIPTS}])\s+|\s+(?=[{_UNSPACED_SCRIPTS}])")
 _SPACES = re.compile(r"\s+")
 # Source: the worked example of the Robust Speech Event (Hugging Face, January 2022) passes
-# , ? . ! - ; : " “ % ‘ ” � — ’ … – as a class of a regular expression. Nothing escapes the hyphen
-# there, so "!-;" is a range: digits, apostrophes and most of ASCII's marks go as well.
+# , ? . ! - ; : " “ % ‘ ” � — ’ … – as a class of a regular expression. The hyphen is not escaped
+# there, so "!-;" is a range, which removes digits, apostrophes and most ASCII marks too.
 _HF_4_17 = re.compile('[,?.!-;:"“%‘”\ufffd—’…–]')
 _JOINERS = "\u200c\u200d"
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 _DEFAULT = "default"
-"""What a list calls the steps of a language that has no rule of its own."""
+"""The name in a list for the steps of languages without their own rule."""
 
 
 def _lower(text: str, language: str | None) -> str:
     if language is not None and languages.base(language) in ("tr", "az"):
         text = text.replace("\u0130", "i").replace("I", "\u0131")
-    # str.lower leaves a combining dot behind the i, as many a text has it already.
+    # str.lower leaves a combining dot after the i, as some texts have already.
     return text.lower().replace("i\u0307", "i")
 
 
@@ -68,7 +69,7 @@ def _kind(character: str) -> str:
         return "invisible"
     if category[0] in "PS":
         return "mark"
-    # Unassigned code points count as letters: a newer Unicode may know them.
+    # Unassigned code points count as letters, as a newer Unicode may define them.
     return "digit" if category[0] == "N" else "letter"
 
 
@@ -84,7 +85,7 @@ def _strip_punctuation(text: str, keep: str | None) -> str:
     while start < len(text):
         if _kind(text[start]) not in ("mark", "invisible"):
             combines = unicodedata.category(text[start]) in ("Mn", "Me")
-            # A joiner that stands here joins a letter to this mark: Bengali "r" with a "y" below.
+            # A joiner here joins a letter to this mark: Bengali "r" with a "y" below.
             if not combines or (result and _takes_a_mark(result[-1])):
                 result.append(text[start])
             start += 1
@@ -121,7 +122,7 @@ def _removal(characters: str) -> dict[int, None]:
 
 
 _Argument = str | tuple[tuple[str, str], ...] | None
-# What a step does, and what its argument must be: nothing, a string, a mapping.
+# Each step's function and the type of its argument: nothing, a string, a mapping.
 _STEPS: dict[str, tuple[Callable[[str, _Argument], str], tuple[type, ...]]] = {
     "nfkc": (lambda text, _: unicodedata.normalize("NFKC", text), (type(None),)),
     "nfc": (lambda text, _: unicodedata.normalize("NFC", text), (type(None),)),
@@ -142,7 +143,7 @@ _STEPS: dict[str, tuple[Callable[[str, _Argument], str], tuple[type, ...]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One change of a text: `argument` is None, a string, or the pairs of a replacement."""
+    """One step of a rule; `argument` is None, a string, or the pairs of a replacement."""
 
     name: str
     argument: _Argument = None
@@ -152,14 +153,14 @@ class Step:
 
     @property
     def spec(self) -> str | dict[str, object]:
-        """The step as it stands in a configuration file."""
+        """The step as written in a configuration file."""
         if self.argument is None:
             return self.name
         is_mapping = isinstance(self.argument, tuple)
         return {self.name: dict(self.argument) if is_mapping else self.argument}
 
     def changes(self, before: str, after: str) -> Iterator[tuple[str, str]]:
-        """What became what between a text and this step's result, one pair for each place."""
+        """(before, after) for each place where this step changed a text."""
         if self.name in ("nfc", "nfkc"):
             for piece in _composed(before, self):
                 if self(piece) != piece:
@@ -176,7 +177,7 @@ class Step:
 
 
 def _composed(text: str, form: Callable[[str], str]) -> Iterator[str]:
-    """The pieces that a normal form treats alone: a character with all that it combines with."""
+    """The pieces that a normal form treats separately: a character with its combining marks."""
     piece = ""
     for character in text:
         alone = form(piece + character) == form(piece) + form(character)
@@ -189,7 +190,7 @@ def _composed(text: str, form: Callable[[str], str]) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A step turned `before` into `after` (nothing, where it is empty) in `count` places."""
+    """A step turned `before` into `after` ("" if removed) in `count` places."""
 
     step: str
     before: str
@@ -197,7 +198,7 @@ class Change:
     count: int
 
     def describe(self) -> str:
-        """One line for people; characters that cannot be seen are written as escapes."""
+        """A description as one line, with invisible characters as escapes."""
         what = f"became {_visible(self.after)}" if self.after else "removed"
         name = unicodedata.name(self.before, "") if len(self.before) == 1 else ""
         return f"{_visible(self.before)} {name} {what}: {self.count} ({self.step})".replace(
@@ -206,7 +207,7 @@ class Change:
 
 
 def shown(characters: Iterable[str]) -> str:
-    """The first twenty characters for people, those that cannot be seen as escapes."""
+    """The first twenty characters as text, with invisible ones as escapes."""
     visible = [_visible(character) for character in characters]
     return " ".join(visible[:20]) + (" ..." if len(visible) > 20 else "")
 
@@ -221,7 +222,7 @@ class Normalizer:
 
     Attributes:
         steps: the steps, resolved.
-        is_default: no rule was written for the language that was asked for.
+        is_default: whether the language has no rule of its own.
     """
 
     steps: tuple[Step, ...]
@@ -238,7 +239,7 @@ class Normalizer:
         return [step.spec for step in self.steps]
 
     def report(self, texts: Iterable[str]) -> tuple[Change, ...]:
-        """Every character that these texts lose or change, and how often, commonest first."""
+        """Every change that the steps make to these texts, with its count, most frequent first."""
         counts: Counter[tuple[str, str, str]] = Counter()
         for text in texts:
             for step in self.steps:
@@ -254,9 +255,9 @@ class Normalizer:
 def normalizer(spec: str | Sequence[str | Mapping]) -> Normalizer:
     """The normaliser for a language code, a step's name, or a list of steps.
 
-    A list may begin with (or hold) the code of a language that has a rule, and so extend it:
-    `[zh-HK, {remove: "々"}]`; `default` are the steps of those that have none. An empty list
-    changes nothing.
+    A list may contain the code of a language that has a rule, to extend it:
+    `[zh-HK, {remove: "々"}]`; `default` stands for the steps of languages without one. An empty
+    list changes nothing.
 
     Raises:
         errors.ConfigError: an unknown step or a wrong argument.

@@ -1,6 +1,6 @@
-"""`python -m flax_asr.torch_logits FOLDER INPUT.npz OUTPUT.npy`: what PyTorch makes of an export.
+"""`python -m flax_asr.torch_logits FOLDER INPUT.npz OUTPUT.npy`: PyTorch's logits of an export.
 
-A process of its own: training needs no torch, and the two would fight over cores and memory.
+A separate process, as training needs no torch, and the two would compete for cores and memory.
 """
 
 import os
@@ -22,7 +22,7 @@ def of(
     """Logits of transformers' Wav2Vec2ForCTC in fp32 on the CPU; torch must be installed.
 
     Raises:
-        ModelError: PyTorch cannot load or run the folder; the message has its own last words.
+        ModelError: PyTorch cannot load or run the folder; the message has its last line.
     """
     root = str(Path(flax_asr.__file__).parent.parent)
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

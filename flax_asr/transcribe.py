@@ -1,7 +1,7 @@
-"""Audio files of any length -> text.
+"""`flax-asr transcribe`: text of audio files of any length.
 
-A long recording is heard in overlapping windows. Frames of neighbouring windows lie exactly on one
-another, so each window gives its middle, and the symbols are collapsed once, over the whole file.
+A long recording is split into overlapping windows. Frames of neighbouring windows coincide exactly,
+so each window contributes its middle, and symbols are collapsed once, over the whole file.
 """
 
 import itertools
@@ -21,16 +21,16 @@ from flax_asr.hosts import cluster
 from flax_asr.models import wav2vec2
 
 WINDOW_SECONDS = 30.0
-"""Shorter recordings are heard as a whole."""
+"""Length of a window; shorter recordings are not split."""
 OVERLAP_SECONDS = 10.0
-"""Of two neighbouring windows; half of it is dropped on either side."""
+"""Overlap of neighbouring windows; each drops half of it."""
 SHAPE_SECONDS = (2.0, 4.0, 8.0, 16.0)
-"""Recordings are padded to one of these, or to a window: few programs for any number of files."""
+"""Recordings are padded to one of these lengths or a window, so that there are few programs."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Samples heard at once, and which of the frames they give are kept: [first, last)."""
+    """A window of samples, and which of its frames are kept: [first, last)."""
 
     start_sample: int
     end_sample: int
@@ -52,14 +52,14 @@ def command(
     """`flax-asr transcribe`: prints the text of each file; returns the exit status.
 
     Args:
-        model: what `loading.load` takes.
+        model: as for `loading.load`.
         files: recordings in any format that libsndfile reads.
-        json_file: one object a file, one a line; "-" is standard output.
+        json_file: file for JSON lines, one object per recording; "-" is standard output.
         overrides: options of the configuration: batch size and precision.
 
     Raises:
-        ModelError, CheckpointError, ConfigError: the model cannot be loaded or set up so, or an
-            option changes nothing.
+        ModelError, CheckpointError, ConfigError: the model cannot be loaded or used with these
+            options, or an option has no effect.
     """
     model_options.check("transcribe", overrides)
     cluster.devices()
@@ -95,8 +95,8 @@ class Recogniser:
 
     Args:
         loaded: the model.
-        mixed_precision: of its products: fp32, bf16 or fp16.
-        rows: windows at once, where there are so many of one shape.
+        mixed_precision: fp32, bf16 or fp16.
+        rows: windows computed at once, if there are so many of one shape.
     """
 
     def __init__(self, loaded: loading.LoadedModel, mixed_precision: str, rows: int):
@@ -108,7 +108,7 @@ class Recogniser:
         self._shapes = tuple(self._samples(seconds) for seconds in (*SHAPE_SECONDS, WINDOW_SECONDS))
 
     def texts(self, files: Sequence[str]) -> Iterator[tuple[str, str | errors.AudioError]]:
-        """Path and text, or what is wrong with it, in the order of the files."""
+        """(Path, text or error) of each file, in order."""
         waiting: list[_Heard] = []
         for path in files:
             waiting.append(self._hear(path))
@@ -122,7 +122,7 @@ class Recogniser:
             samples = audio.decode(path)
             return _Heard(path, samples, self.windows(len(samples)), None)
         except errors.AudioError as error:
-            # Nothing is said in silence: that is a text too.
+            # Silence has a text: the empty one.
             failure = None if error.reason == "silent" else error
             return _Heard(path, np.zeros(0, np.float32), [], failure)
 
@@ -152,7 +152,7 @@ class Recogniser:
         return errors.AudioError("overflow", f"the scores in {self._precision} are NaN: {why}")
 
     def windows(self, samples: int) -> list[Window]:
-        """How a recording is cut.
+        """The windows of a recording.
 
         Raises:
             AudioError: it is shorter than a frame.
@@ -167,7 +167,7 @@ class Recogniser:
         stride = math.prod(config.conv_stride)
         frames = int(wav2vec2.frame_lengths(config, size))
         hop = frames - round(OVERLAP_SECONDS * audio.SAMPLE_RATE_HZ / stride)
-        # The last window ends with the recording, and so is as long as the others.
+        # The last window ends with the recording and is as long as the others.
         starts = [*range(0, total - frames, hop), total - frames]
         cuts = [(left + frames + right) // 2 for left, right in itertools.pairwise(starts)]
         return [
@@ -176,7 +176,7 @@ class Recogniser:
         ]
 
     def _samples(self, seconds: float) -> int:
-        """The fewest samples that give a multiple of 16 frames and last so long."""
+        """The fewest samples of at least this duration that give a multiple of 16 frames."""
         config = self._model.config
         frames = seconds * audio.SAMPLE_RATE_HZ / math.prod(config.conv_stride)
         rounded = math.ceil(frames / buckets.FRAME_MULTIPLE) * buckets.FRAME_MULTIPLE
@@ -185,14 +185,14 @@ class Recogniser:
     def _symbols(
         self, pieces: Sequence[Float32[np.ndarray, " _"]]
     ) -> list[Int[np.ndarray, " _"] | None]:
-        """The most likely symbol of each real frame of each piece; None where scores are NaN."""
+        """The most likely symbol of each real frame of each piece; None for a piece with NaN."""
         by_shape: dict[int, list[int]] = {}
         for place, piece in enumerate(pieces):
             by_shape.setdefault(self._padded(len(piece)), []).append(place)
         found: list[np.ndarray | None] = [None] * len(pieces)
         for shape, places in by_shape.items():
             while places:
-                # Whole batches, then one by one: two programs a shape, and no row for nothing.
+                # Full batches, then one by one: two programs for each shape, and no filler rows.
                 rows = self._rows if len(places) >= self._rows else 1
                 taken, places = places[:rows], places[rows:]
                 batch = _batch([pieces[place] for place in taken], shape)
@@ -205,7 +205,7 @@ class Recogniser:
         return found
 
     def _program(self, key: tuple[int, int], placed: criterion.Batch) -> Callable:
-        """The compiled program for so many rows of so many samples, such as `placed`."""
+        """The compiled program for `key`, (rows, samples), the shape of `placed`."""
         if key not in self._programs:
             job = self._evaluate, (self._params, placed)
             self._programs |= compilation.compile_all({key: job})
@@ -213,7 +213,7 @@ class Recogniser:
 
     def _padded(self, samples: int) -> int:
         if not self._model.ignores_padding:
-            # The text must not depend on how much silence we add: a program for each length.
+            # The text must not depend on padding, so there is a program for each length.
             return samples
         return next((shape for shape in self._shapes if shape >= samples), samples)
 

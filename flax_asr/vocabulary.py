@@ -14,26 +14,26 @@ from jaxtyping import Int32
 
 from flax_asr import errors, json_object
 
-# What Wav2Vec2CTCTokenizer assumes where a folder says nothing, in its order.
+# Wav2Vec2CTCTokenizer's defaults for a folder without settings, in its order.
 _ASSUMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
-# What loses its spaces where a tokenizer cleans up, in transformers' order.
+# Strings that lose a space if a tokenizer cleans up, in transformers' order.
 _SPACED_MARKS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Tokens and their ids; code points are the characters, beyond the BMP too.
+    """Tokens and their ids; characters are code points, also beyond the BMP.
 
     Attributes:
-        tokens: the place of a token is its id, the column of the logits.
+        tokens: the index of a token is its id, and its column in the logits.
         blank: the id of the blank, which is Hugging Face's padding token.
-        unknown: the id for what has no token; None: such text is refused.
-        delimiter: the token that stands for a space; None where no transcript has one.
-        bos, eos: two tokens that old tokenizers carry and no CTC model uses.
-        lower_case: the model writes capitals that are meant as small letters.
-        cleans_up: marks and English endings join the word before them, as in transformers'
-            clean_up_tokenization_spaces, which folders of its version 4 may ask for.
+        unknown: the id for unknown characters; None: such text is refused.
+        delimiter: the token for a space; None if no transcript has one.
+        bos, eos: two tokens that old tokenizers have and no CTC model uses.
+        lower_case: whether the model's capitals are read as lower case.
+        cleans_up: whether marks and English endings are joined to the word before them, as in
+            transformers' clean_up_tokenization_spaces, which folders of its version 4 may set.
     """
 
     tokens: tuple[str, ...]
@@ -66,7 +66,7 @@ class Vocabulary:
 
         Args:
             texts: normalised transcripts. A literal "|" counts as the delimiter.
-            min_count: rarer characters get no token, and so become the unknown one.
+            min_count: rarer characters get no token, and become the unknown token.
             layout: "blank-first": [PAD] (the blank), [UNK], "|" if there is a space, characters
                 by code point. "hf-4.17": characters by code point with "|" in the space's place,
                 [UNK], [PAD] (the blank), <s>, </s>.
@@ -96,12 +96,12 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """How many tokens there are: the width of the logits."""
+        """Number of tokens, which is the width of the logits."""
         return len(self.tokens)
 
     @property
     def characters(self) -> frozenset[str]:
-        """What it can write: tokens that are neither special nor the delimiter."""
+        """Tokens that are neither special nor the delimiter."""
         return frozenset(self._ids) - {self.delimiter}
 
     @functools.cached_property
@@ -120,12 +120,12 @@ class Vocabulary:
 
     @functools.cached_property
     def only_capitals(self) -> bool:
-        """Whether it can write capital letters and no small ones."""
+        """Whether it has capital letters but no lower-case ones."""
         letters = [token for token in self._ids if len(token) == 1 and token.isalpha()]
         return any(c.isupper() for c in letters) and not any(c.islower() for c in letters)
 
     def _split(self, text: str) -> list[str]:
-        """Tokens of a normalised transcript, and characters that are none."""
+        """A normalised transcript split into tokens, and characters without a token."""
         if self.only_capitals:
             text = text.upper()
         if self.delimiter is not None:
@@ -133,7 +133,7 @@ class Vocabulary:
         return self._pieces.findall(text)
 
     def lacks(self, texts: Iterable[str]) -> Counter[str]:
-        """Characters of normalised transcripts that have no token, and how often each comes."""
+        """Characters of normalised transcripts without a token, with their counts."""
         pieces = Counter(piece for text in texts for piece in self._split(text))
         return Counter({piece: n for piece, n in pieces.items() if piece not in self._ids})
 
@@ -163,8 +163,8 @@ class Vocabulary:
         """Text of labels that are collapsed already; the blank is dropped.
 
         Args:
-            ids: what the model says, a label each.
-            special: what stands for the unknown token and the old ones; by default their names,
+            ids: collapsed labels.
+            special: text for the unknown token and the old ones; by default their names, such as
                 "[UNK]", as in transformers.
         """
 
@@ -182,20 +182,20 @@ class Vocabulary:
         return text
 
     def to_json(self) -> str:
-        """All of it as one JSON object."""
+        """The vocabulary as one JSON object."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Vocabulary":
-        """What `to_json` wrote."""
+        """The inverse of `to_json`."""
         fields = json.loads(text)
         return cls(**(fields | {"tokens": tuple(fields["tokens"])}))
 
     def write(self, folder: str | os.PathLike) -> None:
         """Writes vocab.json and tokenizer_config.json, for transformers' AutoTokenizer.
 
-        Tokens that do not exist are null: left out, they would get the class's own and lengthen
-        the tokenizer past the logits.
+        Tokens that do not exist are written as null: if they were left out, the tokenizer would
+        add the class's defaults and be longer than the logits.
         """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,10 +224,10 @@ class Vocabulary:
         """The vocabulary of a Hugging Face wav2vec2-CTC folder, or of a single vocab.json.
 
         Args:
-            folder: holds vocab.json, and where they exist tokenizer_config.json,
-                special_tokens_map.json and added_tokens.json. The old tokens that the head of its
-                config.json has no place for are left out. Of a vocabulary for several languages
-                (MMS) it is the one whose target_lang tokenizer_config.json names.
+            folder: holds vocab.json and, optionally, tokenizer_config.json,
+                special_tokens_map.json and added_tokens.json. Old tokens that are not in the head
+                by its config.json are left out. Of a vocabulary for several languages (MMS), the
+                target_lang of tokenizer_config.json is read.
 
         Raises:
             errors.ModelError: a file is missing or does not hold a character vocabulary.
@@ -244,7 +244,7 @@ class Vocabulary:
             special = json_object.read(folder / "special_tokens_map.json") or {}
             added = json_object.read(folder / "added_tokens.json") or {}
         kind = str(settings.get("tokenizer_class", "Wav2Vec2CTCTokenizer"))
-        # The second is what the first versions called it.
+        # The second name is that of the first versions.
         if not kind.startswith(("Wav2Vec2CTC", "Wav2Vec2Tokenizer")):
             raise errors.ModelError(
                 f"{folder}: its tokenizer is a {kind}; only Wav2Vec2CTCTokenizer writes characters"
@@ -283,7 +283,7 @@ class Vocabulary:
 
 
 def _numbered(settings: dict, folder: pathlib.Path) -> list[tuple[int, object]]:
-    """The tokens that tokenizer_config.json adds, with their ids."""
+    """(Id, token) for the tokens that tokenizer_config.json adds."""
     added = settings.get("added_tokens_decoder", {})
     if not isinstance(added, dict) or not all(re.fullmatch(r"\d{1,9}", key) for key in added):
         raise errors.ModelError(
@@ -312,10 +312,10 @@ def _one_language(nested: dict, language: str | None, file: pathlib.Path) -> dic
 def _leave_out_headless(
     names: dict[str, str | None], places: dict[str, int], head_size: object
 ) -> None:
-    """Takes out the two old tokens where they have no column of the logits.
+    """Removes the two old tokens if they have no column in the logits.
 
-    Tokenizers get them when they are read, also of models that were made without them (before
-    transformers 4.10, mostly).
+    transformers adds them to every tokenizer that it reads, also for models made without them
+    (mostly before version 4.10).
     """
     if type(head_size) is not int:
         return
@@ -329,7 +329,7 @@ def _leave_out_headless(
 
 def _special_names(settings: dict, special: dict, places: dict) -> dict[str, str | None]:
     """Names of the special tokens, in the order in which transformers adds missing ones."""
-    # Before added_tokens_decoder existed, special_tokens_map.json had the last word.
+    # Before added_tokens_decoder existed, special_tokens_map.json took precedence.
     if "added_tokens_decoder" not in settings:
         settings = settings | special
     names = {}
@@ -339,7 +339,7 @@ def _special_names(settings: dict, special: dict, places: dict) -> dict[str, str
         elif settings:
             names[key] = assumed
         else:
-            # A bare vocab.json: whatever of the two usual spellings it holds.
+            # A bare vocab.json: whichever of the two usual spellings it has.
             usual = (assumed, f"[{assumed.strip('<>').upper()}]")
             names[key] = next((name for name in usual if name in places), None)
     return names

@@ -1,4 +1,4 @@
-"""Strict YAML 1.2, read and written: `no` is a text, a key twice is an error, a file is small."""
+"""Strict YAML 1.2: `no` is a string, a duplicate key is an error, files are small."""
 
 import io
 import os
@@ -13,10 +13,10 @@ _DEEPEST = 32
 
 
 def read(path: str | os.PathLike) -> Mapping[str, Any]:
-    """The mapping in a YAML 1.2 file; an empty file is an empty one.
+    """The mapping in a YAML 1.2 file; an empty file gives an empty mapping.
 
     Raises:
-        ConfigError: unreadable, not YAML, a key twice, or no mapping.
+        ConfigError: the file is unreadable, not YAML or not a mapping, or has a duplicate key.
     """
     from ruamel.yaml.error import YAMLError
 
@@ -41,11 +41,11 @@ def read(path: str | os.PathLike) -> Mapping[str, Any]:
 
 
 def scalar(option: str, text: str) -> Any:
-    """The value of a text, such as a number, a list or null.
+    """The value of an option, parsed from one line: a number, a list, null, ...
 
     Args:
-        option: whose value it is, for the message.
-        text: on one line.
+        option: the name of the option, for messages.
+        text: its value, on one line.
 
     Raises:
         ConfigError: it is not YAML.
@@ -64,7 +64,7 @@ def dump(values: Mapping[str, Any]) -> str:
     yaml = _yaml()
 
     class Representer(yaml.Representer):
-        """Writes characters that cannot be seen as escapes: U+0085 would be read as a space."""
+        """Writes invisible characters as escapes: U+0085 would be read as a space."""
 
         def represent_text(self, text: str):
             style = None if text.isprintable() else '"'
@@ -77,7 +77,7 @@ def dump(values: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The same with lists in place of tuples, as YAML and JSON have it."""
+    """The value with tuples replaced by lists, as in YAML and JSON."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -86,7 +86,7 @@ def plain(value: Any) -> Any:
 
 
 def kind(value: Any) -> str:
-    """What a value is, for a message that expected another kind."""
+    """The kind of a value, for a message that expected another."""
     return {list: "a list", str: f"the text {value!r}"}.get(type(value), repr(value))
 
 
@@ -101,7 +101,7 @@ def _yaml():
 
 
 def _check_form(path: str | os.PathLike, text: str) -> None:
-    """Refuses what a few lines could take all memory or days with: a stranger's run has a file."""
+    """Refuses constructs with which a few lines could take all memory, or days, to read."""
     from ruamel.yaml import tokens
 
     if len(text) > _MOST_CHARACTERS:

@@ -1,4 +1,4 @@
-"""Keeps a library out of the process that others import wherever they find it."""
+"""Hides an installed library from this process, so that other libraries do not import it."""
 
 import sys
 from typing import Any
@@ -19,10 +19,10 @@ class _Without:
 
 
 def hide(name: str) -> None:
-    """From here on `name` is as if it were not installed, unless it is loaded already.
+    """Makes `name` look as if it were not installed, unless it is loaded already.
 
-    None in its place among the loaded modules would not do: `datasets` looks whether the name is
-    there, and imports it if so.
+    Setting sys.modules[name] to None would not do: `datasets` checks whether the name is there, and
+    then imports it.
     """
     if name not in sys.modules:
         sys.meta_path[:] = [_Without(finder, name) for finder in sys.meta_path]

@@ -1,4 +1,4 @@
-"""The options of the configuration that the commands for a finished model take."""
+"""Options of the configuration that `evaluate` and `transcribe` take."""
 
 import logging
 from collections.abc import Sequence
@@ -18,28 +18,28 @@ _OF_TRAINING = (
 
 
 def takes(command: str, name: str) -> bool:
-    """Whether the option of this name changes something in `evaluate` or `transcribe`."""
+    """Whether an option has an effect in `evaluate` or `transcribe`."""
     of_data = _may_stand(name) and not name.startswith(_OF_TRAINING)
     return name in _OF_BOTH or (of_data and command == "evaluate")
 
 
 def _may_stand(name: str) -> bool:
-    """Whether both take it, so that one set of options serves both."""
+    """Whether both commands accept the option, so that one set of options serves both."""
     of_data = name.startswith(_OF_DATA) and not name.startswith("data.augment.")
     return name in _OF_BOTH or of_data
 
 
 def check(command: str, words: Sequence[str]) -> None:
-    """Looks for options that change nothing in `evaluate` or `transcribe`.
+    """Checks for options that have no effect in `evaluate` or `transcribe`.
 
-    Those of data and text that the other command has a use for are warned of.
+    Warns of options of data and text that have an effect in the other command only.
 
     Args:
-        command: which of the two.
+        command: "evaluate" or "transcribe".
         words: `--section.key value`, as on a command line.
 
     Raises:
-        ConfigError: names all that have no meaning for a finished model.
+        ConfigError: options have no meaning for a finished model; names all of them.
     """
     known = config.option_types()
     names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]

@@ -1,4 +1,4 @@
-"""The options of the configuration as `--help` lists them, from the docstrings of its sections."""
+"""The options of the configuration for `--help`, from the docstrings of its sections."""
 
 import inspect
 from collections.abc import Callable
@@ -10,8 +10,8 @@ def listing(shows: Callable[[str], bool] = lambda name: True, *notes: str) -> st
     """One line for every option that is shown: its name, meaning, choices and default.
 
     Args:
-        shows: tells by its name whether an option is shown.
-        notes: what is to be said of all of them, before the first.
+        shows: whether the option of a name is shown.
+        notes: lines about all options, before the first.
     """
     lines = ["options of the configuration, each as --section.key VALUE:", *notes]
     defaults, kinds = config.flat(config.Config()), config.option_types()

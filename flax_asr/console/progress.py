@@ -13,7 +13,7 @@ _shown = True
 
 
 def hide() -> None:
-    """Nothing of it from this process any more: another host shows it."""
+    """Shows no progress in this process from now on, as another host shows it."""
     global _shown
     _shown = False
 
@@ -22,12 +22,12 @@ class Progress:
     """Counts towards a total; use it in a `with` statement.
 
     Args:
-        total: how many units there will be; None if nobody knows.
-        description: what is going on, one or two words.
-        unit: the name of what is counted.
-        initial: how many were done before this run.
+        total: number of units; None if unknown.
+        description: what is being done, in one or two words.
+        unit: name of the units.
+        initial: number of units done before.
         stream: where to write; standard error by default.
-        line_seconds: time between two lines where the stream is not a terminal.
+        line_seconds: time between two lines if the stream is not a terminal.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Progress:
             self._write_line()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
-        """Counts `n` more; `facts` are shown beside the count until others replace them."""
+        """Counts `n` more units; `facts` are shown beside the count until replaced."""
         self.done += n
         self._facts |= facts
         if self._bar is not None:
@@ -83,7 +83,7 @@ class Progress:
             self._write_line()
 
     def write(self, line: str) -> None:
-        """A line of text that does not break the bar."""
+        """Writes a line of text without breaking the bar."""
         if self._bar is None:
             terminal.tell(line, self._stream)
             return

@@ -16,9 +16,9 @@ Write = Callable[[Mapping[str, Any]], None]
 
 @contextlib.contextmanager
 def writer(json_file: str | None) -> Iterator[Write]:
-    """What `--json FILE` asks for: "-" is standard output, None is nowhere.
+    """A function that writes results to `--json FILE`: "-" is standard output, None is nowhere.
 
-    Each object is written at once: what is done stays if a long job is stopped.
+    Each object is written immediately, so that results are kept if a long job is stopped.
 
     Raises:
         ConfigError: the file cannot be written; `write` raises it too.
@@ -40,7 +40,7 @@ def writer(json_file: str | None) -> Iterator[Write]:
             try:
                 put(_line(result, encoding))
             except BrokenPipeError:
-                raise  # whoever reads has gone
+                raise  # the reader is gone
             except OSError as error:
                 raise _unwritable(json_file, error) from error
 
@@ -57,16 +57,16 @@ def _print(line: str) -> None:
 
 
 def _append(file: io.FileIO, line: str) -> None:
-    """Without a buffer: closing one that a full disk did not take would fail once more."""
+    """Writes without a buffer, which on a full disk would fail again when closed."""
     left = line.encode("utf-8")
     while left:
         left = left[file.write(left) :]
 
 
 def _line(result: Mapping[str, Any], encoding: str) -> str:
-    """The object on a line; with escapes where the encoding lacks a character of it.
+    """The object as a line; with escapes if the encoding lacks one of its characters.
 
-    So it is with standard output in an old locale, and with file names that are no UTF-8.
+    That happens with standard output in an old locale, and with file names that are not UTF-8.
     """
     result = json_object.readable(result)
     line = json.dumps(result, ensure_ascii=False) + "\n"
@@ -78,5 +78,5 @@ def _line(result: Mapping[str, Any], encoding: str) -> str:
 
 
 def people(json_file: str | None) -> io.TextIOBase:
-    """Where text for people goes: standard error where standard output is for programs."""
+    """The stream for text: standard error if standard output is used for `--json`."""
     return sys.stderr if json_file == "-" else sys.stdout

@@ -1,8 +1,8 @@
-"""Text for people, harmless on a terminal whatever is in it.
+"""Text output that is safe on a terminal, whatever it contains.
 
-Transcripts, clip names, speakers' accents and a foreign model's symbols come from strangers. On a
-terminal, control characters among them could delete what was written, change the title or answer
-for the user, and directional overrides could show a line in another order than it has.
+Transcripts, clip names, speakers' accents and a foreign model's symbols are untrusted. On a
+terminal their control characters could delete text, change the title or send input for the user,
+and directional overrides could show a line in another order.
 """
 
 import contextlib
@@ -29,29 +29,31 @@ def plain(text: str) -> str:
 
 
 def write_what_can_be_written(*streams: Any) -> None:
-    """Makes escapes of characters that a stream's encoding lacks, where it would raise an error."""
+    """Makes streams escape characters that their encoding lacks, instead of raising an error."""
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")
 
 
 def open_what_was_closed() -> None:
-    """Standard streams that the process began without (`2>&-`, some daemons) lead nowhere.
+    """Opens /dev/null for standard streams that were closed at start (`2>&-`, some daemons).
 
-    Python has none then, and the next file that is opened would get the number that other
-    libraries write their messages to.
+    Python sets them to None, and the next file to be opened would get their number, to which other
+    libraries write messages.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number is this
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # gets the lowest free number, this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def is_unread(stream: Any) -> bool:
-    """Whether what reads the stream has gone; what is still written then is lost in silence."""
+    """Whether the reader of the stream is gone; if so, later output is discarded silently."""
     try:
         stream.flush()
     except BrokenPipeError:
@@ -61,7 +63,7 @@ def is_unread(stream: Any) -> bool:
 
 
 def leave(stream: Any) -> None:
-    """Before the process ends: what the stream still cannot take is lost in silence."""
+    """Flushes a stream before the process ends; output that cannot be written is discarded."""
     try:
         stream.flush()
     except OSError:
@@ -69,28 +71,28 @@ def leave(stream: Any) -> None:
 
 
 def _silence(stream: Any) -> None:
-    """What is left goes nowhere, or the interpreter's last flush would complain."""
+    """Discards what is left, about which the interpreter's last flush would complain."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def tell(text: str, stream: io.TextIOBase) -> None:
-    """Shows what the work does not depend on.
+    """Writes text whose loss does not matter.
 
-    A closed terminal, a pipe that nobody reads any more (Ctrl-C ends `| tee` too) and a full disk
-    under a log cost the text, not the run.
+    A closed terminal, a pipe without a reader (Ctrl-C ends `| tee` too) or a full disk costs the
+    text, not the run.
     """
     with contextlib.suppress(OSError):
         print(plain(text), file=stream, flush=True)
 
 
 def show(text: str, file: io.TextIOBase | None = None) -> None:
-    """Prints a text, by default to standard output, at once.
+    """Prints a text immediately, by default to standard output.
 
     Raises:
-        ConfigError: it cannot be written, as on a full disk.
-        BrokenPipeError: whoever reads has gone.
+        ConfigError: it cannot be written, for example on a full disk.
+        BrokenPipeError: the reader is gone.
     """
     try:
         print(plain(text), file=file, flush=True)
@@ -103,7 +105,7 @@ def show(text: str, file: io.TextIOBase | None = None) -> None:
 
 
 class Formatter(logging.Formatter):
-    """Log lines as `plain` has them."""
+    """Formats log lines, with harmful characters escaped by `plain`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return plain(super().format(record))

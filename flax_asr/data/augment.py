@@ -1,12 +1,11 @@
-"""Augmentation of training clips that leaves their labels right.
+"""Augmentation of training clips that keeps their labels valid.
 
-What happens to a clip is a function of seed, epoch and the clip's id, and of nothing else: it does
-not depend on the order of the clips, on batches or hosts, and is the same after a resume.
+The augmentation of a clip is a function of seed, epoch and the clip's id only: it does not depend
+on the order of clips, on batches or hosts, and is the same after a resume.
 
-Speed changes lengths. They are known before anything is computed, so that the batch plan of an
-epoch is made for the lengths of that epoch; and they are bounded: no clip becomes longer than the
-largest batch shape, or too short for its label. A clip that is close to such a bound draws its
-speed from the part of the range that is left to it.
+Speed changes lengths. They are known in advance, so that the batch plan of an epoch uses the
+lengths of that epoch, and they are bounded: no clip becomes longer than the largest batch shape, or
+too short for its label. A clip close to such a bound draws its speed from the rest of the range.
 """
 
 import concurrent.futures
@@ -26,15 +25,15 @@ Clip = tuple[Int16[np.ndarray, " _"], float]
 
 
 class Augmentation:
-    """What is done to the clips of one run.
+    """The augmentation of the clips of one run.
 
     Args:
         settings: the ranges.
         data: the clips.
-        seed: of the run.
+        seed: the run's seed.
         longest: samples that no clip may exceed.
-        smallest_samples: the fewest samples from which the model makes so many frames.
-        workers: clips that are computed at the same time; by default one for each core.
+        smallest_samples: gives the fewest samples for a number of frames.
+        workers: clips computed at the same time; by default one for each core.
     """
 
     def __init__(
@@ -61,13 +60,13 @@ class Augmentation:
         return self._lengths(epoch, np.arange(len(self._data)))
 
     def clips(self, epoch: int, rows: Iterable[int]) -> list[Clip]:
-        """These rows as they are heard in this epoch."""
-        # Threads of a batch: they take little beside its clips, and none outlives the run.
+        """These rows with their augmentation in this epoch."""
+        # New threads for each batch: cheap compared with its clips, and none outlives the run.
         with concurrent.futures.ThreadPoolExecutor(self._workers, "augment") as threads:
             return list(threads.map(lambda row: self.clip(epoch, row), rows))
 
     def clip(self, epoch: int, row: int) -> Clip:
-        """One row as it is heard in this epoch; `lengths` says how long it is."""
+        """One row with its augmentation in this epoch; its length is that of `lengths`."""
         settings, rows = self._settings, np.array([row])
         stored, gain = self._data.audio(row), float(self._data.gains[row])
         if settings.gain_db is not None:
@@ -109,7 +108,7 @@ class Augmentation:
     def _uniform(
         self, epoch: int, purpose: int, rows: Int[np.ndarray, " n"]
     ) -> Float64[np.ndarray, " n"]:
-        """In [0, 1), one for each of these rows."""
+        """Uniform numbers in [0, 1), one for each of these rows."""
         key = np.random.SeedSequence([self._seed, epoch, purpose]).generate_state(1, np.uint64)
         return (_mixed(self._clip_keys[rows] ^ key) >> np.uint64(11)) * 2.0**-53
 
@@ -120,7 +119,7 @@ def _clip_key(clip_id: str) -> int:
 
 
 def _mixed(words: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """Every bit depends on every bit.
+    """Mixes words so that every bit of the result depends on every bit of the word.
 
     Source: Steele, Lea and Flood 2014, splitmix64's finaliser.
     """

@@ -1,9 +1,9 @@
-"""The batch plan, pure: which rows form which group, in which static shape, at which update.
+"""The batch plan: which rows form which group, in which static shape, at which update. Pure.
 
-A *group* is `group_rows` rows that share one padded length; it is the unit that the devices see.
-Rows of one bucket are chunked into groups; what is left over of a bucket moves up into the first
-group of the next larger one, so that an epoch has `ceil(clips / group_rows)` groups and every row
-is in exactly one of them. Several random groups make an update.
+A *group* is `group_rows` rows that share one padded length; it is the batch that the devices get.
+Rows of one bucket are chunked into groups; rows left over move up into the first group of the next
+larger bucket, so that an epoch has `ceil(clips / group_rows)` groups and every row is in exactly
+one of them. Several random groups make an update.
 
 Everything here is a function of lengths, seed and step: nothing is stored, nothing depends on the
 number of hosts or devices.
@@ -28,7 +28,7 @@ class Group(NamedTuple):
 
     shape: int
     rows: Int32[np.ndarray, " group_rows"]
-    """Row numbers of the examples; -1 is a filler that counts for nothing."""
+    """Row numbers of the examples; -1 is a filler row, which is ignored."""
     epoch: int = 0
     """The pass over the examples that the group belongs to."""
 
@@ -38,7 +38,7 @@ def smallest_samples(
     kernels: Sequence[int] = (10, 3, 3, 3, 3, 2, 2),
     strides: Sequence[int] = (5, 2, 2, 2, 2, 2, 2),
 ) -> int:
-    """The fewest samples from which unpadded convolutions make `frames` frames.
+    """The fewest samples that give `frames` frames in unpadded convolutions.
 
     The defaults are those of wav2vec 2.0: 320 * frames + 80.
 
@@ -56,17 +56,17 @@ def choose_shapes(
     *,
     frame_samples: Callable[[int], int] = smallest_samples,
 ) -> tuple[int, ...]:
-    """Padded lengths that pad clips least, ascending, at most `num_buckets` of them.
+    """At most `num_buckets` padded lengths, ascending, with the least padding.
 
-    Each is the smallest sample count that gives a multiple of 16 frames; the largest one covers the
-    longest clip. The optimum is exact: a bucket's cost depends on its own two edges only, so that
-    dynamic programming over edges applies. Rows that move up to fill groups are not counted: how
-    many do depends on the devices, and a run keeps its shapes on others.
+    Each is the fewest samples that give a multiple of 16 frames; the largest one covers the longest
+    clip. The optimum is exact: a bucket's cost depends only on its own two edges, so dynamic
+    programming over edges applies. Rows that move up to fill groups are not counted, as their
+    number depends on the devices, and a run keeps its shapes on others.
 
     Args:
         samples: length of every clip.
         num_buckets: the most shapes allowed.
-        frame_samples: the fewest samples that make this many frames.
+        frame_samples: gives the fewest samples for a number of frames.
 
     Raises:
         errors.DataError: there are no clips.
@@ -78,7 +78,7 @@ def choose_shapes(
         np.bincount(np.searchsorted(candidates, samples), minlength=len(candidates))
     )
 
-    # cost[j]: the cheapest way to serve all clips up to candidate j whose last edge is j.
+    # cost[j]: the least cost of all clips up to candidate j, with the last edge at j.
     cost = candidates * clips_up_to
     previous_edges = []
     best = (cost[-1], 0)
@@ -155,24 +155,24 @@ def _padding(
 
 
 class TrainPlan:
-    """Every row once an epoch, in random groups of one bucket, several of them an update.
+    """Every row once an epoch, in random groups of one bucket, several groups to an update.
 
     An epoch has exactly `ceil(rows / (group_rows * groups_per_update))` updates; the last of them
     may have fewer groups, and one group of the epoch may have filler rows. The plan of an epoch is
-    computed when a step in it is asked for, so starting at any step costs the same.
+    computed when a step in it is needed, so starting at any step costs the same.
 
-    With `leaks` it is that of the Hugging Face Trainer 4.17: only whole updates count, the groups
-    left over at the end of an epoch join the first update of the next one, and every group counts
-    the same however many clips it has.
+    With `leaks` the plan is that of the Hugging Face Trainer 4.17: only full updates count, groups
+    left over at the end of an epoch join the first update of the next one, and every group has the
+    same weight however many clips it has.
 
     Args:
         samples: length of every row.
         shapes: padded lengths, ascending, as from `choose_shapes`.
         group_rows: rows in a group: devices times rows on each.
         groups_per_update: groups whose gradients make one update.
-        seed: not negative; the order of every epoch follows from it.
-        leaks: what is left over at the end of an epoch joins the next.
-        lengths: of every row in an epoch, where augmentation changes them.
+        seed: the seed of the order of every epoch; not negative.
+        leaks: whether groups left over at the end of an epoch join the next.
+        lengths: gives the length of every row in an epoch, if augmentation changes it.
 
     Raises:
         errors.DataError: there are no rows, or a row is longer than the largest shape.
@@ -197,13 +197,13 @@ class TrainPlan:
         self.seed = seed
         self.leaks = leaks
         self._row_shape = row_shapes(samples, shapes)
-        # Asked for again at every update, and of a large corpus no trifle.
+        # Needed at every update, and expensive for a large corpus.
         self._lengths = None if lengths is None else functools.lru_cache(maxsize=2)(lengths)
         self._epoch: tuple[int, list[Group]] | None = None
 
     @property
     def updates_per_epoch(self) -> int:
-        """Updates in which every row is seen once; with `leaks`, but for those left over."""
+        """Updates of a pass over all rows; with `leaks`, without those left over."""
         return updates_per_epoch(
             len(self.samples), self.group_rows, self.groups_per_update, self.leaks
         )
@@ -211,8 +211,8 @@ class TrainPlan:
     def epoch(self, step: int) -> float:
         """Passes over the rows after `step` updates.
 
-        With `leaks` an epoch's last update is not its end: what is left over is not counted until
-        the first update of the next epoch is.
+        With `leaks` an epoch does not end with its last update: left-over groups count with the
+        first update of the next epoch.
 
         Source: transformers 4.17, `Trainer.train`, epoch + (i + 1) / micro-batches.
         """
@@ -223,14 +223,14 @@ class TrainPlan:
         return epoch + min((update + 1) * self.groups_per_update, groups) / groups
 
     def row_weight(self, group: Group) -> float:
-        """What each clip of the group counts."""
+        """The weight of each clip in the group."""
         return self.group_rows / int((group.rows >= 0).sum()) if self.leaks else 1.0
 
     @property
     def padding(self) -> float:
-        """Share of an epoch's samples that are padding or filler; the same in every epoch.
+        """Fraction of an epoch's samples that are padding or filler; the same in every epoch.
 
-        That of the rows as they are, where augmentation changes their lengths.
+        It is computed without augmentation.
         """
         order = np.argsort(self._row_shape, kind="stable")
         _, group_shapes = _groups(order, self._row_shape, self.group_rows)
@@ -251,7 +251,7 @@ class TrainPlan:
         return (*left_over, *self._epoch_groups(epoch)[first : first + self.groups_per_update])
 
     def _epoch_groups(self, epoch: int) -> list[Group]:
-        kept = self._epoch  # read once: the loader's thread and its owner may both ask
+        kept = self._epoch  # read once: two threads may call this
         if kept is not None and kept[0] == epoch:
             return kept[1]
         # Ranks of raw bits, because numpy promises to keep a bit generator's stream over versions
@@ -270,7 +270,7 @@ class TrainPlan:
 
 
 class EvalPlan:
-    """Every row once, in order of length; iterating gives the groups, the last filled up with -1.
+    """Every row once, in order of length; iterates over groups, the last one filled with -1.
 
     Args:
         samples: length of every row; may be empty.
@@ -299,15 +299,15 @@ class EvalPlan:
 
     @property
     def padding(self) -> float:
-        """Share of all samples that are padding or filler."""
+        """Fraction of all samples that are padding or filler."""
         return _padding(self.samples, self.shapes, self._group_shapes, self.group_rows)
 
 
 class InOrder:
-    """Every row once, in the order of the corpus: short and long clips share a batch.
+    """Every row once, in the order of the corpus, with short and long clips in one batch.
 
-    So did transformers' run_speech_recognition_ctc.py in 2022; `evaluate.score(padded=True)` needs
-    it to give the same error rates.
+    transformers' run_speech_recognition_ctc.py of 2022 did the same, so `evaluate.score` with
+    `padded` needs it for the same error rates.
     """
 
     def __init__(

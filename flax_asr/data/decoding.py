@@ -1,4 +1,4 @@
-"""What a preparation process does: one clip -> int16 at 16 kHz with a gain. Light to import."""
+"""The work of a preparation process: decodes one clip to int16 at 16 kHz. Light to import."""
 
 from typing import NamedTuple
 
@@ -13,11 +13,11 @@ class Task(NamedTuple):
     """One clip to decode.
 
     Attributes:
-        id: of the clip.
+        id: the clip's id.
         source: a file's path, or its bytes.
-        min_seconds, max_seconds: bounds, both allowed; the upper one is for the recording as it
-            is, the lower one for what trimming leaves.
-        trim_silence: cut silence from both ends.
+        min_seconds, max_seconds: inclusive bounds; the upper one applies before trimming, the lower
+            one after it.
+        trim_silence: whether to trim silence from both ends.
     """
 
     id: str
@@ -28,7 +28,7 @@ class Task(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Float value = pcm * gain; `digest` is `shards.pcm_digest`."""
+    """A decoded clip: float value = pcm * gain; `digest` is `shards.pcm_digest`."""
 
     pcm: Int16[np.ndarray, " samples"]
     gain: float

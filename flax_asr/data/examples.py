@@ -1,7 +1,7 @@
-"""Prepared splits with their labels: what the loader batches and evaluation scores.
+"""Examples: prepared splits joined with labels, for the loader and for scoring.
 
-Text is normalised and encoded here, on every start: the audio of a prepared split serves any
-vocabulary. Whatever cannot be learnt from is left out and named.
+Text is normalised and encoded at every start, so that prepared audio can be used with any
+vocabulary. Clips that cannot be learnt from are left out and listed.
 """
 
 import hashlib
@@ -20,11 +20,10 @@ FrameLengths = Callable[[Int[np.ndarray, " rows"]], Int[np.ndarray, " rows"]]
 
 @runtime_checkable
 class Split(Protocol):
-    """What examples are built from: a `shards.PreparedSplit`, or a split that was only looked at.
+    """The source of examples: a `shards.PreparedSplit`, or `survey.Split` for estimates.
 
-    One that was only looked at serves estimates: it has no audio, and its `maps` are empty. Of a
-    prepared split further members are used: `shards` and `offsets` where there are `maps`, `hash`
-    and the facts of speakers where rows are scored.
+    A surveyed split has no audio, and its `maps` are empty. Of a prepared split more members are
+    used: `shards` and `offsets` with its `maps`, and `hash` and facts of speakers for scoring.
     """
 
     split: str
@@ -42,14 +41,14 @@ class Examples:
     """Rows to train on or to score; several splits may be joined.
 
     Attributes:
-        splits: where the audio is.
+        splits: the splits that hold the audio.
         samples: length of each row at 16 kHz.
         gains: float value = int16 value * gain.
-        label_lengths: tokens of each row.
-        ids: of the clips, unique.
+        label_lengths: tokens in each row.
+        ids: unique clip ids.
         references: the normalised transcripts.
-        left_out: clips of the splits that are not here, and why.
-        clips_available: how many rows there were before `max_clips` took a part of them.
+        left_out: clips of the splits that were left out, and why.
+        clips_available: number of rows before `max_clips` was applied.
     """
 
     splits: tuple[Split, ...]
@@ -73,20 +72,20 @@ class Examples:
 
     @property
     def seconds(self) -> float:
-        """Audio in all rows."""
+        """Seconds of audio in all rows."""
         return int(self.samples.sum(dtype=np.int64)) / audio.SAMPLE_RATE_HZ
 
     @property
     def release(self) -> str:
-        """Of the splits; several different ones are joined by " + "."""
+        """The release of the splits; different ones are joined by " + "."""
         return " + ".join(dict.fromkeys(split.release for split in self.splits))
 
     @property
     def hash(self) -> str:
-        """Of audio, raw text and choice of rows: two equal hashes score the same clips.
+        """Hash of audio, raw text and the selected rows: equal hashes mean the same clips.
 
-        Of their order too, on which training depends: a release's archive has another hash than
-        its folder.
+        It includes their order, on which training depends, so an archive of a release has another
+        hash than its folder.
         """
         content = [split.hash for split in self.splits] + self.ids
         return hashlib.sha256("\n".join(content).encode("utf-8", "surrogatepass")).hexdigest()
@@ -96,7 +95,7 @@ class Examples:
         return self.recordings(np.array([row]))[0]
 
     def recordings(self, rows: Int[np.ndarray, " rows"]) -> list[Int16[np.ndarray, " _"]]:
-        """The samples of several rows."""
+        """The samples of each of these rows."""
         starts = self._start[rows]
         ends = starts + self.samples[rows]
         places = zip(self._map_of[rows].tolist(), starts.tolist(), ends.tolist(), strict=True)
@@ -133,7 +132,7 @@ class Examples:
         }
 
     def left_out_summary(self) -> str:
-        """For example "2 empty_transcript, 1 label_too_long"; "" if nothing is left out."""
+        """Reasons with their counts, such as "2 empty_transcript, 1 label_too_long", or ""."""
         return shards.summary(self.left_out)
 
 
@@ -159,14 +158,14 @@ def build(
     `too_long`).
 
     Args:
-        splits: to be joined, in this order.
-        normalize: from a raw sentence to what is learnt.
+        splits: the splits to join, in this order.
+        normalize: normalises a raw sentence.
         vocabulary: encodes the normalised sentence.
-        frame_lengths: from samples to frames of the model.
+        frame_lengths: converts samples to frames of the model.
         exclude: splits that are scored and must not be trained on.
-        between: bounds in seconds that a clip must not even touch.
-        max_clips: keep only so many rows, drawn once from `seed`, in their order.
-        seed: of that draw.
+        between: exclusive bounds of the length, in seconds.
+        max_clips: keep only so many rows, drawn from `seed`, in their order.
+        seed: the seed of that draw.
 
     Raises:
         errors.DataError: nothing is left.
@@ -203,7 +202,7 @@ def build(
         raise errors.DataError(f"No clip of {names} can be used: {why}.")
     available = len(rows)
     if max_clips is not None and max_clips < available:
-        # Ranks of raw bits: numpy keeps a bit generator's stream over its versions.
+        # Ranks of raw bits, as numpy keeps the stream of a bit generator stable over versions.
         drawn = np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(available))
         rows = [rows[row] for row in sorted(drawn[:max_clips])]
     return _collect(splits, rows, left_out, available)
@@ -222,7 +221,7 @@ def _collect(
     map_of, start = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int64)
     for number, split in enumerate(splits):
         own = split_of == number
-        if split.maps:  # else the corpus was only looked at
+        if split.maps:  # else the corpus was only surveyed
             map_of[own] = len(maps) + split.shards[clip_of[own]]
             start[own] = split.offsets[clip_of[own]]
         maps += split.maps

@@ -1,4 +1,4 @@
-"""The frozen layers' output for each training clip, kept on the disk and read in memory maps.
+"""The frozen layers' output for each training clip, stored on disk and read by memory maps.
 
 A finished folder holds
 
@@ -6,9 +6,8 @@ A finished folder holds
     about.json           what it was made from, for people
     seal.json            size and sha256 of every file; written last
 
-The clips come in order of their length and are cut into parts of a few dozen megabytes. A part has
-its name only once all of it is safe on the disk: what was computed before an interruption is kept,
-but for the part that was at work.
+The clips are sorted by length and divided into parts of a few dozen megabytes. A part gets its name
+when it is complete on disk, so an interruption loses only the part in progress.
 """
 
 import errno
@@ -32,17 +31,17 @@ PART_BYTES = 64 * 2**20
 
 
 class Features:
-    """The kept frames of every row of some examples.
+    """The cached frames of every row of some examples.
 
     Args:
-        folder: where they are or will be; its name is to tell all that they depend on.
-        samples: of each row.
-        frame_lengths: how many frames come of so many samples.
+        folder: the folder, whose name must identify everything that the frames depend on.
+        samples: length of each row at 16 kHz.
+        frame_lengths: converts samples to frames.
         width: numbers in a frame.
-        dtype: of the numbers; also bfloat16, which numpy has from ml_dtypes.
+        dtype: type of the numbers; may be ml_dtypes' bfloat16.
 
     Attributes:
-        bytes: on the disk.
+        bytes: size on disk.
         parts: the rows of each part.
     """
 
@@ -71,9 +70,9 @@ class Features:
         self._maps: list[np.ndarray] = []
 
     def is_finished(self) -> bool:
-        """Whether everything is there, as it was written; all of it is read.
+        """Whether everything is there and undamaged; reads all of it.
 
-        What is damaged is named in the log, and removed.
+        Damaged parts are logged and removed.
         """
         if not (self.folder / seals.FILE).is_file():
             return False
@@ -81,20 +80,20 @@ class Features:
             seals.verify(self.folder)
         except errors.CheckpointError as error:
             logger.warning("warning: %s: the kept features are computed again", error)
-            # Not the folder itself, which whoever computes holds a lock on.
+            # Not the folder itself, which the computing process has locked.
             for path in self.folder.iterdir():
                 path.unlink()
             return False
         return True
 
     def missing(self) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
-        """Number and rows of every part that is not there."""
+        """(Number, rows) of every missing part."""
         for number, rows in enumerate(self.parts):
             if not self._path(number).is_file():
                 yield number, rows
 
     def write(self, number: int, frames: Sequence[Shaped[np.ndarray, "_ width"]]) -> None:
-        """Writes a part, the frames of each of its rows.
+        """Writes a part: the frames of each of its rows.
 
         Raises:
             DataError: the disk is full or cannot be written.
@@ -107,7 +106,7 @@ class Features:
             raise self._unwritable(error) from error
 
     def finish(self, about: Mapping[str, Any]) -> None:
-        """Seals the folder, whose parts are all there.
+        """Seals the folder when all parts are there.
 
         Raises:
             DataError: the disk is full or cannot be written.
@@ -120,7 +119,7 @@ class Features:
             raise self._unwritable(error) from error
 
     def others(self) -> dict[Path, int]:
-        """Folders of features beside this one, of other settings, with their bytes."""
+        """Folders of features with other settings beside this one, with their sizes in bytes."""
         found = sorted(self.folder.parent.glob(f"{PREFIX}*"))
         return {
             folder: sum(path.stat().st_size for path in folder.glob("part-*.bin"))
@@ -129,10 +128,10 @@ class Features:
         }
 
     def check_room(self) -> None:
-        """Compares what is to be written with the disk.
+        """Checks that the missing parts fit on the disk.
 
         Raises:
-            DataError: it does not fit.
+            DataError: they do not fit.
         """
         there = sum(path.stat().st_size for path in self.folder.glob("part-*.bin"))
         free = shutil.disk_usage(self.folder).free
@@ -158,18 +157,18 @@ class Features:
         ]
 
     def length(self, row: int) -> int:
-        """How many frames the row has."""
+        """Number of frames in the row."""
         return int(self._frames[row])
 
     def frames(self, row: int) -> Shaped[np.ndarray, "frames width"]:
-        """The row's frames, read only, straight from the memory map."""
+        """The row's frames, a read-only view of the memory map."""
         start = self._start_of[row]
         return self._maps[self._part_of[row]][start : start + self._frames[row]]
 
     def padded(
         self, rows: Int[np.ndarray, " rows"], samples: int
     ) -> Shaped[np.ndarray, "rows frames width"]:
-        """The frames of some rows (-1 = filler), with zeros up to those of so many samples."""
+        """The frames of some rows (-1 = filler), padded with zeros for this many samples."""
         found = np.zeros((len(rows), self._frame_lengths(samples), self._width), self._dtype)
         for place, row in enumerate(rows.tolist()):
             if row >= 0:

@@ -1,4 +1,4 @@
-"""Python values through a socket, to and from a process of our own; arrays are not pickled.
+"""Python values sent through a socket between our own processes; arrays are not pickled.
 
 A message is the number of its parts, their sizes, and the parts: a pickle, then the memory of each
 array in it.
@@ -15,7 +15,7 @@ _SIZE = struct.Struct("<Q")
 
 
 def send(link: socket.socket, value: Any) -> None:
-    """Sends a value that pickles; waits while the other side does not read.
+    """Sends a value that can be pickled; blocks while the other side does not read.
 
     Raises:
         OSError: the other side is gone.
@@ -30,7 +30,7 @@ def send(link: socket.socket, value: Any) -> None:
 
 
 def receive(link: socket.socket) -> Any:
-    """The next value; waits for it.
+    """Waits for the next value, and returns it.
 
     Raises:
         EOFError: the other side is gone.

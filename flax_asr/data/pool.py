@@ -1,4 +1,4 @@
-"""A process pool for work that may kill or hang its process: that costs one task, not the run."""
+"""A process pool for tasks that may kill or hang their process, which then costs only that task."""
 
 import collections
 import contextlib
@@ -32,19 +32,19 @@ def run_ordered(
     limit_seconds: float,
     batch: int = 1,
 ) -> Iterator[tuple[Any, Any]]:
-    """Computes `function(task)` in `workers` processes; gives the results in order.
+    """Computes `function(task)` in `workers` processes; yields the results in order.
 
-    Memory is bounded: at most 8 tasks a worker are between the source and the consumer. Processes
-    start when there is work for them, and end with the iterator, used up or not.
+    Memory is bounded: at most 8 tasks for each worker are in flight. Processes start when there is
+    work for them, and end with the iterator, exhausted or not.
 
     Args:
-        function: of one task; importable by name, and not from `__main__`.
-        tasks: pairs of an item, which stays here, and its task, which must pickle; a task None is
-            not computed, its result is None. May be lazy.
+        function: computes one task; importable by name, and not from `__main__`.
+        tasks: pairs of an item, which stays in this process, and its task, which must pickle; a
+            task None is not computed and gives None. May be lazy.
         workers: the most processes.
-        limit_seconds: after so long with one batch, its process is killed.
-        batch: as many tasks are handed over at once, at most 4, which is cheaper where they are
-            short. The tasks of a batch whose process dies or hangs are tried again one by one.
+        limit_seconds: time limit for a batch, after which its process is killed.
+        batch: number of tasks handed over at once, at most 4, which is cheaper for short tasks. If
+            the process of a batch dies or hangs, its tasks are retried one by one.
 
     Yields:
         Each item with the result of its task, or a `Failure`.
@@ -89,7 +89,7 @@ def run_ordered(
 
 
 class _Ready:
-    """Tasks that wait for a process, with their numbers, and how many go at once."""
+    """Tasks waiting for a process, with their numbers, and how many are handed over at once."""
 
     def __init__(self, batch: int) -> None:
         self._batch = batch
@@ -112,7 +112,7 @@ class _Ready:
         return batch
 
     def give_back(self, batches: Iterable[list[tuple[int, Any]]], *, alone: bool) -> None:
-        """Puts batches back in front, in their order."""
+        """Puts batches back at the front, in order."""
         tasks = [task for batch in batches for task in batch]
         self._tasks.extendleft(reversed(tasks))
         if alone:
@@ -120,7 +120,7 @@ class _Ready:
 
 
 class _Worker:
-    """One process, the batches it was given, and since when it has been at the first of them."""
+    """One process, its batches, and the time since when it has been working on the first."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.process, self.link = worker.start(function)
@@ -132,7 +132,7 @@ class _Worker:
         if self.is_ready and not self.batches:
             self.since = time.monotonic()
         self.batches.append(batch)
-        # If it is dead, the loop finds that out, with the reason, when it reads.
+        # If the process is dead, the loop finds out when it reads from it.
         with contextlib.suppress(OSError):
             messages.send(self.link, [task for _, task in batch])
 
@@ -160,7 +160,7 @@ def _with_room(pool: list[_Worker], workers: int, function: Callable[[Any], Any]
 def _next_results(
     pool: list[_Worker], ready: _Ready, limit_seconds: float
 ) -> Iterator[tuple[int, Any]]:
-    """Waits for results; a worker that died or hangs is removed and its other tasks given back."""
+    """Waits for results; removes a worker that died or hangs, and gives back its other tasks."""
     timeout_seconds = min(process.deadline(limit_seconds) for process in pool) - time.monotonic()
     links = [process.link for process in pool]
     readable = multiprocessing.connection.wait(links, max(timeout_seconds, 0))

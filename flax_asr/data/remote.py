@@ -1,6 +1,6 @@
-"""Prepared splits that lie in a bucket: copied to the local disk once, put there when made here.
+"""Prepared splits in a bucket: downloaded once, and uploaded when prepared here.
 
-The copy is verified by the hashes of its manifest before it has its name.
+A download is verified with the hashes in its manifest before it gets its name.
 """
 
 import json
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def fetch(url: str, folder: Path) -> None:
-    """Makes a local split like that of the store, if there is one and they differ.
+    """Downloads a split if the store has it and the local one differs.
 
     Raises:
-        DataError: what the store has is damaged.
+        DataError: the split in the store is damaged.
         StoreError: the store cannot be read.
     """
     place = store.Store(url)
@@ -41,7 +41,7 @@ def fetch(url: str, folder: Path) -> None:
 
 
 def send(folder: Path, url: str) -> None:
-    """Puts a finished split into the store, its manifest last, where the store has none.
+    """Uploads a finished split, its manifest last, if the store does not have it.
 
     Raises:
         StoreError: the store cannot be written.

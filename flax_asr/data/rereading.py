@@ -1,8 +1,8 @@
-"""Audio read again beside the run: what is on the disk is what was prepared, to the last bit.
+"""Verifies prepared audio during a run, to the last bit.
 
-Opening a prepared split checks all but the audio, which may be hundreds of gigabytes. A thread
-hashes that while the run compiles and begins to train: reading is what costs, and the run is about
-to read the same files.
+Opening a prepared split checks everything but the audio, which may be hundreds of gigabytes. A
+thread hashes that while the run compiles and starts to train. The cost is in reading, and the run
+is about to read the same files.
 """
 
 import threading
@@ -12,14 +12,14 @@ from flax_asr import errors
 from flax_asr.data import shards
 
 PATIENCE_SECONDS = 10.0
-"""For a file: those of prepared audio have up to 256 MiB."""
+"""Time limit for a file; those of prepared audio have up to 256 MiB."""
 
 
 class Rereading:
     """Hashes the audio of prepared splits, in a thread that ends with the process or by `close`.
 
     Args:
-        splits: may name one twice.
+        splits: the splits; duplicates are allowed.
     """
 
     def __init__(self, splits: Iterable[shards.PreparedSplit]) -> None:
@@ -30,21 +30,21 @@ class Rereading:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises `errors.DataError` where a file is known not to be what was written."""
+        """Raises `errors.DataError` if a damaged file has been found."""
         if self._found is not None:
             raise self._found
 
     def wait(self) -> None:
-        """Returns when all of it was read and is sound.
+        """Returns when everything has been read and is undamaged.
 
         Raises:
-            errors.DataError: names the first file that is not what was written.
+            errors.DataError: a file is damaged; names the first.
         """
         self._thread.join()
         self.check()
 
     def close(self) -> None:
-        """Reads no further file; waits for the end of the one at hand, but not for a dead disk."""
+        """Stops after the current file, for which it waits, but not for a dead disk."""
         self._closing.set()
         self._thread.join(PATIENCE_SECONDS)
 

@@ -1,8 +1,8 @@
-"""Writes the prepared form of a split, clip by clip; an interrupted writer goes on where it was.
+"""Writes the prepared form of a split, clip by clip, and can resume after an interruption.
 
-While a split is being prepared, its journal takes the place of the manifest: one line for each
-clip, with the hash of its audio. A writer that opens such a folder keeps what the journal and the
-audio agree on.
+While a split is being prepared, it has a journal instead of the manifest: one line for each clip,
+with the hash of its audio. A writer that opens such a folder keeps the clips for which journal and
+audio agree.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ SHARD_BYTES = 256 * 2**20
 
 
 class ShardWriter:
-    """Writes a split clip by clip; a writer on an unfinished folder goes on where it stopped.
+    """Writes a split clip by clip; a writer on an unfinished folder resumes where that stopped.
 
     Attributes:
         done: id and sentence of the clips that an earlier, interrupted writer recorded (kept or
             left out), in order. The next `add` or `leave_out` is about the clip after them.
-        digests: `shards.pcm_digest` -> id of every clip kept.
-        left_out: every clip that is not kept, and why.
+        digests: `shards.pcm_digest` -> id, for every clip that was kept.
+        left_out: every clip that was left out, and why.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ShardWriter:
         settings: Mapping[str, Any] | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        """Opens the folder; what was begun with other `settings` (JSON values) starts afresh."""
+        """Opens the folder; starts afresh if it was begun with other `settings` (JSON values)."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.done: list[tuple[str, str]] = []
@@ -56,7 +56,7 @@ class ShardWriter:
 
     @property
     def clips(self) -> int:
-        """How many are kept."""
+        """Number of clips kept."""
         return len(self._index["samples"])
 
     @property
@@ -79,18 +79,18 @@ class ShardWriter:
         self._journal.write(_line(line))
 
     def leave_out(self, sentence: str, left_out: shards.LeftOut) -> None:
-        """Records why a clip is not kept."""
+        """Records why a clip is left out."""
         self.left_out.append(left_out)
         self._journal.write(_line({"sentence": sentence, **left_out._asdict()}))
 
     def flush(self) -> None:
-        """Hands what was added to the operating system, audio first."""
+        """Flushes what was added to the operating system, audio first."""
         if self._audio is not None:
             self._audio.flush()
         self._journal.flush()
 
     def finish(self, *, source: str, release: str, split: str) -> None:
-        """Writes index, text and, last and atomically, the manifest."""
+        """Writes index and text, and last, atomically, the manifest."""
         self.close()
         for name, dtype in shards.INDEX.items():
             np.save(self.folder / f"{name}.npy", np.array(self._index[name], dtype))
@@ -133,7 +133,7 @@ class ShardWriter:
         self._journal_path.unlink()
 
     def discard(self) -> None:
-        """Forgets everything: the next writer starts afresh."""
+        """Discards everything: the next writer starts afresh."""
         self.close()
         for path in [self._journal_path, *self.folder.glob("audio-*.bin")]:
             path.unlink(missing_ok=True)
@@ -151,7 +151,7 @@ class ShardWriter:
         self.close()
 
     def _opens_shard(self, clip_bytes: int) -> bool:
-        # A shard is opened for a clip: none is empty, and a long clip has one of its own.
+        # A shard is opened for a clip, so none is empty; a very long clip gets its own.
         return not self._hashes or self._shard_sizes[-1] + clip_bytes > self._shard_bytes
 
     def _next_shard(self) -> None:
@@ -181,7 +181,7 @@ class ShardWriter:
         self.digests.setdefault(digest, clip_id)
 
     def _replay(self) -> None:
-        """Takes over what journal and audio agree on, and cuts both files behind it."""
+        """Keeps clips for which journal and audio agree, and truncates both files after them."""
         header = _line({"format": shards.FORMAT, "settings": self._settings})
         good_bytes = 0
         if self._journal_path.exists():

@@ -3,9 +3,9 @@
 A finished folder holds
 
     audio-00000.bin ...  the clips one after the other, int16 little endian, at 16 kHz
-    samples.npy gains.npy shards.npy offsets.npy   where each clip lies; float value = int16 * gain
+    samples.npy gains.npy shards.npy offsets.npy   place of each clip; float value = int16 * gain
     clips.jsonl          id, sentence (raw), speaker, age, gender, accent of each clip
-    left_out.jsonl       id, reason, detail of each clip that is not there
+    left_out.jsonl       id, reason, detail of each clip that was left out
     manifest.json        what it was made from, and size and sha256 of every file; written last
 """
 
@@ -39,14 +39,14 @@ class LeftOut(NamedTuple):
 
 
 def summary(left_out: Iterable[LeftOut]) -> str:
-    """Reasons with their counts, the commonest first."""
+    """Reasons with their counts, the most frequent first."""
     counts = Counter(entry.reason for entry in left_out)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """What is kept of a clip besides its audio; "" = unknown."""
+    """Text and facts of a clip; "" = unknown."""
 
     id: str
     sentence: str
@@ -60,7 +60,7 @@ FACTS = tuple(field.name for field in dataclasses.fields(ClipFacts))
 
 
 def pcm_digest(pcm: Int16[np.ndarray, " samples"], gain: float) -> str:
-    """Names the decoded audio: equal for clips that sound bit for bit the same."""
+    """A digest of decoded audio, equal for clips that are the same bit for bit."""
     digest = hashlib.sha256(np.ascontiguousarray(pcm, PCM))
     digest.update(repr(gain).encode())
     return digest.hexdigest()
@@ -73,11 +73,11 @@ class PreparedSplit:
         samples: length of each clip at 16 kHz.
         gains: float value of a clip = int16 value * gain.
         maps: the audio of each shard.
-        shards, offsets: in which of them a clip is, and where it begins.
-        ids, sentences, speakers, ages, genders, accents: one string a clip, "" = unknown; sentences
-            are as the source has them.
-        hash: sha256 of the content, whatever the source's place or name.
-        manifest: everything that manifest.json says.
+        shards, offsets: the shard of each clip, and its start there, in samples.
+        ids, sentences, speakers, ages, genders, accents: one string per clip, "" = unknown;
+            sentences are not normalised.
+        hash: sha256 of the content, independent of the source's path.
+        manifest: the content of manifest.json.
     """
 
     samples: Int32[np.ndarray, " clips"]
@@ -99,7 +99,7 @@ class PreparedSplit:
         self.shards = index["shards"]
         self.offsets = index["offsets"]
         self.maps = [
-            # A plain view of the map: slicing np.memmap itself costs ten times as much.
+            # A plain view of the map, as slicing np.memmap itself costs ten times as much.
             np.asarray(np.memmap(folder / name, PCM, mode="r"))
             for name in self.audio_files
         ]
@@ -114,14 +114,14 @@ class PreparedSplit:
 
     @property
     def audio_files(self) -> list[str]:
-        """The names of the files with audio, in the order of the clips."""
+        """Names of the audio files, in the order of the clips."""
         return [name for name in self.manifest["files"] if _is_audio(name)]
 
     def verify(self, name: str) -> None:
         """Reads a file and compares its hash with the manifest's.
 
         Raises:
-            errors.DataError: it is not what was written, or cannot be read.
+            errors.DataError: the file is damaged, or cannot be read.
         """
         _verify(self.folder / name, self.manifest["files"][name]["sha256"])
 
@@ -132,11 +132,12 @@ class PreparedSplit:
         Sizes of all files and hashes of all but the audio are always checked.
 
         Args:
-            folder: written by `shard_writer.ShardWriter`.
-            verify: check the hashes of the audio too (it is read once).
+            folder: a folder written by `shard_writer.ShardWriter`.
+            verify: check the hashes of the audio too, which reads all of it.
 
         Raises:
-            errors.DataError: no such folder, not finished, another format, or a file is damaged.
+            errors.DataError: there is no such folder, it is unfinished or has another format, or
+                a file is damaged.
         """
         folder = Path(folder)
         manifest = _read_manifest(folder)
@@ -154,7 +155,7 @@ class PreparedSplit:
         return len(self.samples)
 
     def audio(self, row: int) -> Int16[np.ndarray, " samples"]:
-        """The clip's samples, read only, straight from the memory map."""
+        """The clip's samples, a read-only view of the memory map."""
         start = self.offsets[row]
         return self.maps[self.shards[row]][start : start + self.samples[row]]
 
@@ -207,18 +208,18 @@ def _damaged(path: Path, what: str) -> errors.DataError:
 
 
 def content_hash(files: Mapping[str, str]) -> str:
-    """Of a split, from the sha256 of its files by name; what was left out does not count."""
+    """Hash of a split's content, from the sha256 of its files by name; ignores left_out.jsonl."""
     content = [f"{name} {digest}" for name, digest in files.items() if name != "left_out.jsonl"]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:
-    """Of everything that a manifest says."""
+    """Checksum of a manifest's content."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines that was written here."""
+    """The objects in a JSON-lines file of this format."""
     with open(path, "rb") as lines:
         for line in lines:
             yield json.loads(line)

@@ -1,7 +1,7 @@
-"""One process of the pool: how it starts, and its life.
+"""A process of the pool: starting it, and its main loop.
 
-It is a Python of its own, never a fork (a fork of a process with jax's threads may deadlock), that
-imports what the function's module imports and not the script that runs here.
+It is a new Python process, never a fork (forking a process with jax's threads may deadlock). It
+imports the function's module, and not the running script.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ _PROGRAM = (
 _ENVIRONMENT = {
     # Threads for linear algebra take longer to start than all the rest of numpy.
     "OPENBLAS_NUM_THREADS": "1",
-    # Of glibc's allocator: memory goes back to the system with every array of a task, and comes
-    # again page by page, unless told to stay.
+    # glibc's allocator returns the memory of every large array to the system, and gets it back page
+    # by page, unless told to keep it.
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**26),
 }
 
 
 class Failure(NamedTuple):
-    """Stands for the result of a task that has none.
+    """The result of a task that failed.
 
     Attributes:
         reason: "crashed" (its process died), "timeout", or "failed" (the function raised).
@@ -49,8 +49,8 @@ def start(
 ) -> tuple[subprocess.Popen, socket.socket]:
     """Starts a process that computes `function` for each task of the batches sent to it.
 
-    Through the socket it says once, with None, that it is ready; then it sends a list of results
-    for every list of tasks, in their order (`messages`). It ends with the connection.
+    Through the socket it first sends None when it is ready, then a list of results for every list
+    of tasks, in order (`messages`). It ends with the connection.
     """
     ours, theirs = socket.socketpair()
     with theirs:  # closed here, so that the end of the process ends the connection
@@ -66,12 +66,12 @@ def start(
 
 
 def live(descriptor: int) -> None:
-    """The life of a process: take tasks, send results, until the connection ends."""
+    """The main loop of a process: takes tasks and sends results until the connection ends."""
     link = socket.socket(fileno=descriptor)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         function = messages.receive(link)
         batches: queue.SimpleQueue = queue.SimpleQueue()
-        # A thread takes tasks in, or both sides could wait for each other with full buffers.
+        # A thread receives tasks, as both sides could otherwise block with full buffers.
         threading.Thread(target=_take_in, args=(link, batches), daemon=True).start()
         messages.send(link, None)
         while True:
@@ -81,7 +81,7 @@ def live(descriptor: int) -> None:
 def _result(function: Callable[[Any], Any], task: Any) -> Any:
     try:
         return function(task)
-    except Exception as error:  # one task's failure is its result, whatever it is
+    except Exception as error:  # any failure of a task is its result
         return Failure("failed", f"{type(error).__name__}: {error}")
 
 

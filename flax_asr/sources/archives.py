@@ -1,7 +1,7 @@
 """A .tar or .tar.gz read from front to end, with nothing written and bounded memory.
 
-Only regular files are handed out. Links and devices are passed over; the standard library's reader
-would keep a record of every member and load a header of any size, so the headers are walked here.
+Only regular files are returned; links and devices are skipped. The standard library's reader would
+keep a record of every member and load headers of any size, so headers are parsed here.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _FREE_BYTES = 64 * 2**20
 
 
 class _Counted:
-    """A decompressed stream that stops when it grows out of proportion to its file."""
+    """A decompressed stream that is refused if it grows out of proportion to its file."""
 
     def __init__(self, stream: gzip.GzipFile | io.BufferedReader, name: str, file_bytes: int):
         self._stream = stream
@@ -61,7 +61,7 @@ class Body:
     """The content of one member, which can be read once.
 
     Attributes:
-        left: bytes that were not read yet.
+        left: bytes that have not been read yet.
     """
 
     def __init__(self, stream: _Counted, size: int):
@@ -75,7 +75,7 @@ class Body:
         return self._stream.exactly(size)
 
     def skip(self, padding: int) -> None:
-        """Passes over what is left, and the padding behind it."""
+        """Skips what is left, and the padding after it."""
         self.left += padding
         while self.left:
             self.read(_PIECE)
@@ -92,7 +92,7 @@ def _pax_path(data: bytes, name: str) -> str | None:
         if key == b"path":
             path = value.decode("utf-8", "surrogateescape")
         if key == b"size":
-            raise errors.DataError(f"{name}: a member of more than 8 GiB; this is no corpus")
+            raise errors.DataError(f"{name}: a member of more than 8 GiB; this is not a corpus")
         data = data[int(digits) :]
     return path
 
@@ -100,10 +100,10 @@ def _pax_path(data: bytes, name: str) -> str | None:
 def members(file: str | os.PathLike) -> Iterator[tuple[str, int, Body]]:
     """Name, size and content of each regular file, in the archive's order.
 
-    A content must be read before the next member is asked for; what is not read is passed over.
+    A content must be read before the next member is requested; unread content is skipped.
 
     Raises:
-        errors.DataError: not a tar archive, damaged, cut short, or out of all proportion.
+        errors.DataError: the file is not a tar archive, damaged, truncated, or out of proportion.
     """
     name = os.fspath(file)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What a corpus is made of, wherever it lies: clips in named splits."""
+"""Clips in named splits, which every kind of corpus is read into."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ _ALIASES = {"dev": "validation", "validation": "dev"}
 
 
 def names_of(split: str) -> tuple[str, ...]:
-    """What a split may be called, first as it was asked for."""
+    """The names that a split may have, the given one first."""
     return (split, _ALIASES[split]) if split in _ALIASES else (split,)
 
 
@@ -30,20 +30,20 @@ FACTS = {
 
 
 MOST_BYTES = 256 * 2**20
-"""Larger contents are no clips: ten minutes of the densest MP3 take 24 MB, of 48 kHz WAV 60 MB."""
+"""The most bytes of a clip: ten minutes of the densest MP3 take 24 MB, of 48 kHz WAV 60 MB."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Clip:
-    """One recording and what is known of it. Unknown facts are empty strings.
+    """One recording and the facts about it; unknown facts are empty strings.
 
     Attributes:
-        id: its file name, or its place in the source: unique and the same in every run.
-        sentence: the transcript as it was written.
-        audio: the audio file; None where the bytes are given.
-        audio_bytes: the audio file's content; None where its path is given.
-        refused: why the clip cannot be used, where the source itself says so; then there is
-            neither path nor content.
+        id: its file name, or its position in the source: unique, and the same in every run.
+        sentence: the transcript as written.
+        audio: the path of the audio file; None if its content is given.
+        audio_bytes: the content of the audio file; None if its path is given.
+        refused: why the clip cannot be used, if the source itself shows it; then there is neither
+            path nor content.
     """
 
     id: str
@@ -58,7 +58,7 @@ class Clip:
 
     @property
     def recording(self) -> str | bytes | None:
-        """What a decoder takes: the audio file's path, or its content."""
+        """The audio file's path or its content, for a decoder."""
         return self.audio if self.audio_bytes is None else self.audio_bytes
 
 
@@ -67,9 +67,9 @@ class Source:
     """A corpus: named splits that can be read any number of times, always in the same order.
 
     Attributes:
-        name: where it lies, for messages and reports.
-        release: which release it is, as far as its names tell.
-        readers: for each split what makes a fresh iterator.
+        name: its place, for messages and reports.
+        release: the name of the release, as far as paths tell.
+        readers: for each split a function that returns a new iterator.
 
     Raises:
         errors.DataError: two splits differ in case only; one would be used, the other not.
@@ -125,7 +125,7 @@ class Source:
 
 
 def from_row(row: Mapping[str, Any], id: str, column: str, **audio: Any) -> Clip:
-    """A record from a row's columns, refused where its sentence is a number or a list, say."""
+    """A clip from a row's columns; refused if its sentence is not a string."""
     sentence = row.get(column)
     facts = {}
     for fact, columns in FACTS.items():
@@ -134,7 +134,7 @@ def from_row(row: Mapping[str, Any], id: str, column: str, **audio: Any) -> Clip
     if tables.EXTRA in row:
         audio = {"refused": str(row[tables.EXTRA])}
     elif not isinstance(sentence, str):
-        # What pandas writes where there is none is a number that does not equal itself.
+        # pandas writes NaN, which does not equal itself, for a missing sentence.
         if sentence is not None and sentence == sentence and not audio.get("refused"):
             kind = type(sentence).__name__
             audio = {
@@ -151,7 +151,7 @@ def is_inside(name: str) -> bool:
 
 
 def release_name(path: pathlib.PurePath) -> str:
-    """The part of a path that names a release, of scripted or spontaneous speech, else its last."""
+    """The part of a path that names a release of Common Voice, else the last part."""
     for part in reversed(path.parts):
         if found := _RELEASE.search(part):
             return found.group()
@@ -159,5 +159,5 @@ def release_name(path: pathlib.PurePath) -> str:
 
 
 def release_number(path: pathlib.PurePath) -> tuple[int, ...]:
-    """Sorts releases by age, the oldest first: 4 comes before 25.0."""
+    """A sort key for releases, the oldest first: 4 comes before 25.0."""
     return tuple(map(int, re.findall(r"\d+", release_name(path))))

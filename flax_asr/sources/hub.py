@@ -1,4 +1,4 @@
-"""Corpora in parquet files, on the Hugging Face hub, or saved by its `datasets` library."""
+"""Corpora in parquet files, on the Hugging Face hub, or saved by the library `datasets`."""
 
 import contextlib
 import dataclasses
@@ -16,10 +16,10 @@ from typing import Any
 from flax_asr import errors
 from flax_asr.sources import clips, tables
 
-# What of a folder is no recording.
+# Suffixes of files that are not recordings.
 _TABLES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 _TAIL_BYTES = 16 * 2**20
-# Before each time that the hub is called on, and for how long.
+# Pauses before the tries to reach the hub, and the time limit of each.
 _PAUSES_SECONDS = (0.0, 1.0, 2.0)
 _PATIENCE_SECONDS = 5.0
 
@@ -33,7 +33,7 @@ def _split_of(file: pathlib.PurePath) -> str:
 
 
 def parquet_files(pattern: str) -> dict[str, list[str]]:
-    """The files that a pattern matches, by the split that each one's name tells."""
+    """The files that match a pattern, by the split in their names."""
     splits: dict[str, list[str]] = {}
     for file in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
         splits.setdefault(_split_of(pathlib.PurePath(file)), []).append(file)
@@ -46,7 +46,7 @@ def parquet(pattern: str, column: str, language: str) -> clips.Source:
     Args:
         pattern: a shell pattern; `**` stands for any folders. Each file's name tells its split.
         column: the column of the transcript.
-        language: of its clips; a column `locale` that says another one is warned of.
+        language: its language; a column `locale` with another one causes a warning.
 
     Raises:
         errors.DataError: nothing matches, or a file is damaged or lacks a column.
@@ -104,9 +104,9 @@ def _rows(file: str, column: str) -> Iterator[dict[str, Any]]:
 
 
 class _Unique:
-    """Gives a clip its number for a name where it has none, or one that an earlier clip has.
+    """Gives a clip a numbered id if it has none, or that of an earlier clip.
 
-    File names in such corpora often stand in different folders that nobody wrote down.
+    File names in such corpora often come from different folders, which are not recorded.
     """
 
     def __init__(self, split: str):
@@ -152,7 +152,7 @@ def dataset(name: str, column: str, language: str) -> clips.Source:
     Args:
         name: NAME or NAME:CONFIG, where NAME may be a local folder.
         column: the column of the transcript.
-        language: of its clips; a column `locale` that says another one is warned of.
+        language: its language; a column `locale` with another one causes a warning.
 
     Raises:
         errors.DataError: it cannot be opened or lacks a column.
@@ -179,7 +179,7 @@ def dataset(name: str, column: str, language: str) -> clips.Source:
                 loaded = builder.as_streaming_dataset()
             called = folder.resolve().name if folder.exists() else name
             release = f"{called}@{builder.hash}" if builder.hash else called
-    # ImportError: what a form of dataset needs beside `datasets` itself.
+    # ImportError: some kinds of dataset need more packages than `datasets`.
     except (
         datasets.exceptions.DatasetsError,
         OSError,
@@ -195,13 +195,13 @@ def dataset(name: str, column: str, language: str) -> clips.Source:
             ) from None
         raise errors.DataError(f"hf:{name}: cannot be opened: {error}") from None
     for split, table in loaded.items():
-        # A stream of CSV or JSON lines has no columns before its first row.
+        # A stream of CSV or JSON lines has no column names before its first row.
         columns = list(table.column_names or next(iter(table), {}))
         tables.need(f"hf:{name}, split {split}", columns, ("audio", column))
     readers = {}
     for split, table in loaded.items():
         if isinstance(table, datasets.IterableDataset):
-            # Rows as they are stored: types would be applied to them, which asks for torchcodec.
+            # Rows as they are stored: casting them to the types would need torchcodec.
             table.info.features = None
         elif isinstance(table.features["audio"], datasets.Audio):
             table = table.cast_column("audio", datasets.Audio(decode=False))
@@ -212,10 +212,10 @@ def dataset(name: str, column: str, language: str) -> clips.Source:
 
 
 def _unreachable(name: str) -> str | None:
-    """Why the hub is not to be reached; None where it can be, whatever it answers.
+    """Why the hub cannot be reached; None if it answers, whatever the answer.
 
-    Without a network `datasets` would knock for 23 seconds, where packets vanish for minutes,
-    before it looks into its cache. What is slow, overloaded or broken off is left to its patience.
+    Without a network `datasets` would try for 23 seconds, or for minutes if packets are dropped,
+    before it uses its cache. A slow, overloaded or interrupted answer is left to its retries.
     """
     import huggingface_hub
     from huggingface_hub import errors as hub
@@ -228,7 +228,7 @@ def _unreachable(name: str) -> str | None:
         except hub.OfflineModeIsEnabled as error:
             return str(error).rstrip(".")
         except (hub.HTTPError, OSError, ValueError) as error:
-            # By its name: the library that it is of has changed with the hub's versions.
+            # By name, as its library has changed between versions of the hub's client.
             if type(error).__name__ not in ("ConnectError", "ConnectTimeout"):
                 return None
             why = str(error) or type(error).__name__
@@ -239,7 +239,7 @@ def _unreachable(name: str) -> str | None:
 
 @contextlib.contextmanager
 def _offline(is_so: bool) -> Iterator[None]:
-    """Whether `datasets` looks into its cache without asking the hub, if it does not anyway."""
+    """Makes `datasets` use its cache without asking the hub, if `is_so`."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
@@ -251,7 +251,7 @@ def _offline(is_so: bool) -> Iterator[None]:
 
 
 def fingerprint(name: str) -> str:
-    """Tells one version of a local dataset from another; of one of the hub it is the name.
+    """Identifies the version of a local dataset; for one on the hub, its name.
 
     Args:
         name: as for `dataset`.
@@ -259,7 +259,7 @@ def fingerprint(name: str) -> str:
     folder = pathlib.Path(os.path.expanduser(name.partition(":")[0]))
     if not folder.is_dir():
         return f"hf:{name}"
-    # No object for every file: there may be a million recordings among them.
+    # Strings instead of Path objects: there may be a million recordings.
     tables_there = sorted(
         os.path.join(place, name)
         for place, _, names in os.walk(folder)
@@ -275,7 +275,7 @@ def fingerprint(name: str) -> str:
 
 
 def _size_and_tail(file: str) -> tuple[int, str]:
-    """Bytes, and a hash of the end: all of a small table, the statistics of a parquet file."""
+    """Size, and a hash of the end: all of a small table, the statistics of a parquet file."""
     with open(file, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - _TAIL_BYTES))

@@ -1,6 +1,6 @@
-"""A table of clips: the columns `path` and `sentence`, and `split` where there are several.
+"""A table of clips with the columns `path` and `sentence`, and `split` if there are several.
 
-Without a column `split` all of it is train.
+Without a column `split`, all clips are in train.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 from flax_asr import errors
 from flax_asr.sources import clips, tables
 
-# Columns that say where in a recording a row begins, or where its own clip was cut from.
+# Columns with the start of a row in its recording, or of the clip in what it was cut from.
 _STARTS = "offset start start_time begin begin_time".split()
 
 
@@ -20,12 +20,12 @@ def source(path: pathlib.Path, column: str, language: str) -> clips.Source:
     """The clips of a table: .csv, .tsv or .jsonl.
 
     Args:
-        path: of the table; relative paths in it start from its folder.
+        path: the table's path; relative paths in it start from its folder.
         column: the column of the transcript.
-        language: of its clips; a column `locale` that says another one is warned of.
+        language: its language; a column `locale` with another one causes a warning.
 
     Raises:
-        errors.DataError: it cannot be read, lacks a column, or has a split in some lines only.
+        errors.DataError: it cannot be read, lacks a column, or has splits in some lines only.
     """
     splits: dict[str | None, None] = {}
     starts: dict[str, object] = {}
@@ -75,7 +75,7 @@ def _clips(
 
 
 def _refusal(row: Mapping[str, Any], cut: Set[str]) -> str:
-    """Why a row is no clip, "" if it is one; `cut` are recordings with rows for several parts."""
+    """Why a row cannot be a clip, or ""; `cut` are recordings with rows for several parts."""
     name = row.get("path")
     if row.get("offset") not in (None, "", 0, "0", "0.0"):
         return f"it begins {row['offset']} s into its recording; cut such clips out first"

@@ -1,6 +1,6 @@
 """A release of Common Voice's spontaneous speech.
 
-It holds one table for all splits, `ss-corpus-LANGUAGE.tsv`, with its recordings in `audios/`.
+It has one table for all splits, `ss-corpus-LANGUAGE.tsv`, and its recordings in `audios/`.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ from flax_asr.sources import clips, tables
 RECORDINGS = "audios"
 TEXT_COLUMN = "transcription"
 _TABLE = re.compile(r"ss-corpus-([A-Za-z][\w-]*)\.tsv")
-# What is not validated yet has no split; scripted speech calls it so.
+# Clips that are not validated yet have no split; this is their split in scripted speech.
 _UNASSIGNED = "other"
 
 
@@ -32,7 +32,7 @@ def tables_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def splits(stream: BinaryIO, name: str, column: str) -> dict[str, None]:
-    """The splits of a table, in the order in which they come.
+    """The splits of a table, in order of appearance.
 
     Raises:
         errors.DataError: the table cannot be read, or has no rows.
@@ -41,7 +41,7 @@ def splits(stream: BinaryIO, name: str, column: str) -> dict[str, None]:
 
 
 def rows(stream: BinaryIO, name: str, column: str, split: str) -> Iterator[tables.Row]:
-    """The rows of a split, with the columns `path` and `sentence`, as scripted speech has them."""
+    """The rows of a split, with the columns `path` and `sentence` of scripted speech."""
     for number, row in _rows(stream, name, column):
         if _split(row) == split:
             yield number, row | {"path": row["audio_file"], "sentence": row.get(column)}

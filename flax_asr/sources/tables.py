@@ -1,8 +1,7 @@
-"""Rows of TSV, CSV and JSON-lines files, read as a stream and named by their line.
+"""Rows of TSV, CSV and JSON-lines files, read as a stream, with their line numbers.
 
-Common Voice writes TSV without quoting: a `"` is a character like any other, and so is "NA" a
-sentence. CSV is quoted as usual. All of it must be UTF-8; a byte order mark and Windows line ends
-are taken off.
+Common Voice writes TSV without quoting: a `"` is an ordinary character, and "NA" is a sentence. CSV
+is quoted as usual. All files must be UTF-8; a byte order mark and Windows line ends are removed.
 """
 
 import csv
@@ -21,7 +20,7 @@ Row = tuple[int, dict[str, object]]
 # A row of Common Voice has a few hundred bytes.
 _MOST_LINE_BYTES = 2**20
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-# What other tools call the column of the audio.
+# Names of the audio column in other tools.
 _AUDIO = frozenset(
     "audio audio_file audio_filepath audio_path file file_name file_path filename filepath path wav"
     " wav_filename Path".split()
@@ -30,7 +29,7 @@ EXTRA = "\0extra"  # the key of a row's fields past the header's columns
 
 
 def opened(path: Path) -> BinaryIO:
-    """The file of a table, to be read.
+    """Opens a table for reading.
 
     Raises:
         DataError: it cannot be opened.
@@ -76,7 +75,7 @@ def _named(columns: list[str], fields: list[str]) -> dict[str, object]:
 def _check_columns(columns: list[str], name: str) -> None:
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice:
-        raise errors.DataError(f"{name}: these columns stand in the header twice: {twice}")
+        raise errors.DataError(f"{name}: these columns are in the header twice: {twice}")
 
 
 def _tsv(stream: BinaryIO, name: str) -> Iterator[Row]:
@@ -145,12 +144,13 @@ def rows(stream: BinaryIO, name: str, suffix: str, needed: tuple[str, ...]) -> I
 
     Args:
         stream: the bytes of the file.
-        name: how messages call the file.
+        name: the file's name, for messages.
         suffix: one of `SUFFIXES`.
-        needed: columns that must be there.
+        needed: required columns.
 
     Raises:
-        errors.DataError: no header, a missing or doubled column, wrong encoding or syntax.
+        errors.DataError: there is no header, a column is missing or doubled, or encoding or syntax
+            are wrong.
     """
     table = _FORMATS[suffix](stream, name)
     _, header = next(table, (0, None))
@@ -163,13 +163,13 @@ def rows(stream: BinaryIO, name: str, suffix: str, needed: tuple[str, ...]) -> I
 class Locales:
     """Warns of the first row whose `locale` is another language.
 
-    That of a region is the language's own: `en-GB` is `en`. A number, such as the hub has for one
-    of several names, says nothing.
+    Regions count as their language: `en-GB` is `en`. Numbers, which datasets on the hub can have
+    instead of names, are ignored.
 
     Args:
-        name: how the message calls the table.
-        language: of its clips.
-        unit: what rows are counted in.
+        name: the table's name, for the message.
+        language: the language of its clips.
+        unit: the unit of row numbers.
     """
 
     def __init__(self, name: str, language: str, unit: str = "line"):
@@ -190,7 +190,7 @@ class Locales:
 
 
 def of_language(rows: Iterable[Row], name: str, language: str) -> Iterator[Row]:
-    """The same rows, whose `Locales` are checked."""
+    """The rows, after checking their `Locales`."""
     locales = Locales(name, language)
     for number, row in rows:
         locales.check(number, row)
@@ -205,12 +205,12 @@ def need(name: str, columns: list[str], needed: tuple[str, ...]) -> None:
     """Refuses a table that lacks a column.
 
     Args:
-        name: how messages call the table.
-        columns: those that it has.
+        name: the table's name, for messages.
+        columns: its columns.
         needed: the column of the audio, then that of the transcript.
 
     Raises:
-        errors.DataError: which column is missing, which there are, and what to do.
+        errors.DataError: a column is missing; lists the existing ones, and says what to do.
     """
     missing = [column for column in needed if column not in columns]
     if not missing:
@@ -220,7 +220,7 @@ def need(name: str, columns: list[str], needed: tuple[str, ...]) -> None:
         there = next((f": rename {column!r}" for column in columns if column in _AUDIO), "")
         mend += f". The column of the audio must have the name {needed[0]!r}{there}"
     if needed[-1] in missing:
-        mend += ". If the transcript stands in another column, name it with data.text_column"
+        mend += ". If the transcript is in another column, name it with data.text_column"
     if len(columns) == 1 and (mark := re.search("[\t;,|]", columns[0])):
         mend = (
             f". Its columns are separated by {mark[0]!r}: a .tsv has tabs between them, a .csv"

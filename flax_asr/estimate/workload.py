@@ -290,7 +290,7 @@ def even_shapes(
 
 
 def labelled(samples: tuple[int, ...]) -> experiment.Shapes:
-    """Shapes of these padded lengths, with `LABELS_PER_SECOND` labels."""
+    """These padded lengths with as many labels as `LABELS_PER_SECOND` says."""
     multiple = loader.LABEL_MULTIPLE
     per_label = audio.SAMPLE_RATE_HZ * multiple
     return experiment.Shapes(

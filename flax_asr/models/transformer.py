@@ -118,11 +118,11 @@ class Encoder(nn.Module):
     """The transformer: from projected features, or from the output of its lower layers.
 
     Attributes:
-        config, dtype, deterministic, remat_policy: as in `Wav2Vec2Module`.
-        attention: the implementation, as `attention.choose` returns it.
-        platform: the platform to compile for.
-        lower_layers: number of layers that the input has passed, so that it is
-            `EncoderOutput.hidden_states[lower_layers]`; None for projected features.
+        config, dtype, deterministic, remat_policy: as of `Wav2Vec2Module`.
+        attention: the form, as `attention.choose` gives it.
+        platform: what it is compiled for.
+        lower_layers: how many layers the input has passed, so that it is that one of
+            `EncoderOutput.hidden_states`; None for projected features.
     """
 
     config: layers.Wav2Vec2Config

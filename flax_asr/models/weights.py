@@ -228,8 +228,8 @@ FILES = tuple(_READERS)
 def read(folder: str | os.PathLike) -> Tensors:
     """A model folder's tensors, with torch's names and layouts, in the type they are stored in.
 
-    The arrays may be read-only views of the file. If the folder has several weight files, the first
-    in `FILES` is read.
+    The arrays may be read-only views of the file. Of several weight files the first of `FILES` is
+    taken.
 
     Raises:
         ModelError: there are no weights, or they are damaged, truncated or would run code.

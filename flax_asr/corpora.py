@@ -74,7 +74,7 @@ def gather(
     start: origins.Origin,
     splits: Mapping[str, _Split],
     *,
-    heeded: Callable[[_Split], Iterable[str]] = lambda split: split.sentences,
+    vocabulary_sentences: Callable[[_Split], Iterable[str]] = lambda split: split.sentences,
     usable: Callable[[_Split], examples.Split] = lambda split: split,
 ) -> Corpus:
     """The corpus of given splits.
@@ -83,7 +83,7 @@ def gather(
         cfg: the configuration of the run.
         start: where its weights come from.
         splits: splits by name, prepared or only surveyed by `doctor`.
-        heeded: gives the sentences of a split from which the vocabulary is made.
+        vocabulary_sentences: gives the sentences of a split from which the vocabulary is made.
         usable: gives the part of a split that has audio; the rest only counts as held out.
 
     Raises:
@@ -95,7 +95,11 @@ def gather(
     normalizer = compat.normalizer(cfg)
 
     def texts(names: Sequence[str]) -> list[str]:
-        return [normalizer(sentence) for name in names for sentence in heeded(splits[name])]
+        return [
+            normalizer(sentence)
+            for name in names
+            for sentence in vocabulary_sentences(splits[name])
+        ]
 
     found = _vocabulary(cfg, start, texts)
     scored_names = dict.fromkeys((*data.eval_splits, *data.test_splits))

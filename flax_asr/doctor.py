@@ -185,11 +185,11 @@ class Examination:
             self.cfg,
             start,
             splits,
-            heeded=survey.Split.heeded_sentences,
+            vocabulary_sentences=survey.Split.vocabulary_sentences,
             usable=survey.Split.judged,
         )
         train = [splits[name] for name in self.cfg.data.train_splits]
-        sentences = [sentence for split in train for sentence in split.heeded_sentences()]
+        sentences = [sentence for split in train for sentence in split.vocabulary_sentences()]
         self._text(corpus, sentences, "".join(map(corpus.normalizer, sentences)))
         return corpus
 

@@ -20,7 +20,7 @@ def _published() -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def _logged(written: str) -> float:
+def _printed_figure(written: str) -> float:
     """A figure that is printed so: "7.6860" had more than four decimals, "5.807" had three."""
     value = float(written)
     return value if str(value) == written else value + 1e-9
@@ -32,17 +32,17 @@ def _history() -> list[dict]:
         place = {"step": int(row["step"]), "epoch": float(row["epoch"])}
         # In between are lines of the log that the table does not show.
         events.append({**place, "step": place["step"] - 100, "loss": 3.0})
-        events.append({**place, "loss": _logged(row["train_loss"]), "learning_rate": 1e-5})
+        events.append({**place, "loss": _printed_figure(row["train_loss"]), "learning_rate": 1e-5})
         scores = {
-            "eval_loss": _logged(row["eval_loss"]),
-            "eval_wer": _logged(row["wer"]),
-            "eval_cer": _logged(row["cer"]),
+            "eval_loss": _printed_figure(row["eval_loss"]),
+            "eval_wer": _printed_figure(row["wer"]),
+            "eval_cer": _printed_figure(row["cer"]),
         }
         events.append({**place, **scores, "eval_clips": 5604})
     return events
 
 
-def _run(language="zh-HK", **data) -> config.Config:
+def _config(language="zh-HK", **data) -> config.Config:
     return config.build(
         {
             "data": {"source": "/home/someone/cv", "language": language, **data},
@@ -54,7 +54,7 @@ def _run(language="zh-HK", **data) -> config.Config:
 
 def _render(run=None, history=None, name="xls-r-300m-zh-hk", facts=None, **metrics) -> str:
     metrics = metrics or {"eval_loss": 1.0450, "eval_wer": 1.8991, "eval_cer": 0.4717}
-    saved = small_saved.saved(run=run or _run(), facts=facts, metrics=metrics)
+    saved = small_saved.saved(run=run or _config(), facts=facts, metrics=metrics)
     tested = {"step": 40, "best_step": 30, "test_loss": 1.1, "test_wer": 1.0, "test_cer": 0.1935}
     return card.render(name, saved, history or [*_history(), tested], has_curves=True)
 
@@ -165,14 +165,14 @@ def test_cer_comes_first_where_words_are_not_separated_and_says_why():
     text = _render()
     assert text.index("- Cer: 0.4717") < text.index("- Wer: 1.8991")
     assert "written without spaces" in text
-    spaced = _render(run=_run("eu"))
+    spaced = _render(run=_config("eu"))
     assert spaced.index("- Wer: ") < spaced.index("- Cer: ")
     assert "written without spaces" not in spaced
     assert "spaces counted" in spaced
 
 
 def test_a_test_split_that_chose_the_checkpoint_is_named():
-    both = _render(run=_run(eval_splits=["test"], test_splits=["test"]))
+    both = _render(run=_config(eval_splits=["test"], test_splits=["test"]))
     assert "The test score is too good" in both
     assert "The test score is too good" not in _render()
 
@@ -235,7 +235,7 @@ def test_scores_whose_loss_was_no_number_are_shown_and_the_loss_is_said_not_to_b
 
 
 def test_a_run_without_any_score_has_a_card():
-    saved = small_saved.saved(run=_run(eval_splits=[], test_splits=[]))
+    saved = small_saved.saved(run=_config(eval_splits=[], test_splits=[]))
     text = card.render("bare", saved, [], has_curves=False)
     assert ModelCard(text).data.language == ["zh-HK"]
     assert "curves.png" not in text
@@ -247,7 +247,7 @@ def test_write_takes_the_log_and_the_picture(tmp_path):
     )
     assert curves.draw(tmp_path) == tmp_path / "curves.png"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    written = card.write(tmp_path, small_saved.saved(run=_run()))
+    written = card.write(tmp_path, small_saved.saved(run=_config()))
     text = written.read_text(encoding="utf-8")
     assert "| 2.1974        | 49.6  | 18500 |" in text
     assert "](curves.png)" in text
@@ -270,7 +270,7 @@ def test_knobs_that_are_turned_are_named_and_others_are_not():
             "ema_decay": 0.999,
         }
     }
-    content = _render(run=config.build(config.as_dict(_run()) | turned))
+    content = _render(run=config.build(config.as_dict(_config()) | turned))
     for line in (
         "head_learning_rate: 0.001",
         "lr_scheduler_type: tri_stage",

@@ -102,14 +102,14 @@ def test_checkpoints_are_restored_cut_replicated_and_on_another_number_of_device
 
 
 def on_four_and_eight(run: str) -> None:
-    """What `test_four_and_eight_devices` runs elsewhere."""
+    """What `test_sharding_over_four_and_eight_devices_changes_nothing` runs elsewhere."""
     compare(4, cuts=3)
     compare(8, cuts=3)
     through_checkpoints(pathlib.Path(run), (4, True), (8, True))
 
 
 @pytest.mark.slow
-def test_four_and_eight_devices(tmp_path):
+def test_sharding_over_four_and_eight_devices_changes_nothing(tmp_path):
     code = f"import test_partition; test_partition.on_four_and_eight({str(tmp_path)!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],

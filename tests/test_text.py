@@ -112,7 +112,7 @@ def test_each_language_is_written_its_own_way(language):
         ("yue", "𡃁仔，３蚊！", "𡃁仔3蚊"),
     ],
 )
-def test_traps_of_each_language(language, before, after):
+def test_what_is_special_in_each_language_is_normalised(language, before, after):
     assert normalizer(language)(before) == after
 
 

@@ -87,12 +87,12 @@ class Split:
         known = self.samples[self.samples != UNKNOWN]
         return float(known.sum(dtype=np.int64)) / audio.SAMPLE_RATE_HZ * self.scale
 
-    def heeded_sentences(self) -> list[str]:
+    def vocabulary_sentences(self) -> list[str]:
         """Transcripts for the vocabulary: those of all clips that are not known to be unusable."""
         gone = {entry.id for entry in self.left_out if entry.reason != "duplicate"}
         pairs = zip(self.ids, self.sentences, strict=True)
-        heeded = [sentence for clip, sentence in pairs if clip not in gone]
-        return list(_spread(heeded, MOST_ROWS))
+        usable = [sentence for clip, sentence in pairs if clip not in gone]
+        return list(_spread(usable, MOST_ROWS))
 
     def left_out_of(self) -> list[tuple[list[shards.LeftOut], int]]:
         """Clips left out, with the number of clips that were checked for their reasons."""

@@ -44,9 +44,10 @@ def group_rows(cfg: config.Config, device_count: int, past: inventory.Meta | Non
         return at_once
     if past.group_rows % at_once:
         raise errors.ConfigError(
-            f"this run was begun with {past.group_rows} clips at once, which {device_count} devices"
-            f" x train.per_device_train_batch_size {cfg.train.per_device_train_batch_size} do not"
-            f" divide: {_fitting(past.group_rows, device_count)}."
+            f"this run was started with {past.group_rows} clips at once, which {device_count}"
+            f" devices x train.per_device_train_batch_size"
+            f" {cfg.train.per_device_train_batch_size} do not divide:"
+            f" {_fitting(past.group_rows, device_count)}."
         )
     return past.group_rows
 

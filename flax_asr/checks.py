@@ -50,6 +50,5 @@ def splits(name: str, names: Sequence[str]) -> None:
     for split in names:
         if not split or split in (".", "..") or "/" in split or "\0" in split:
             raise errors.ConfigError(
-                f"{name}: {split!r} cannot be the name of a folder: call the split otherwise in the"
-                " table."
+                f"{name}: {split!r} cannot be the name of a folder: rename the split in the table."
             )

@@ -102,7 +102,7 @@ class _Refused:
             if name not in self._names:
                 self._names.add(name)
                 logger.warning(
-                    "warning: the compiler does without %s, which this release of it refuses: %s",
+                    "warning: compiling without %s, which this version of the compiler refuses: %s",
                     name,
                     reason,
                 )

@@ -140,7 +140,7 @@ def check_vocabulary(meta: Meta, ours: vocabularies.Vocabulary) -> None:
         only_there = "".join(sorted(set(theirs.characters) - set(ours.characters)))
         only_here = "".join(sorted(set(ours.characters) - set(theirs.characters)))
         raise errors.CheckpointError(
-            f"the checkpoint of step {meta.step} writes another vocabulary ({theirs.size} symbols,"
+            f"the checkpoint of step {meta.step} has another vocabulary ({theirs.size} symbols,"
             f" here {ours.size}; only there: {only_there!r}, only here: {only_here!r}). The data,"
             " their normalisation or the file of text.vocabulary have changed: put the old ones"
             " back, or use another --output_dir, or --restart."

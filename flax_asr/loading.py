@@ -95,7 +95,7 @@ def load(model: str) -> LoadedModel:
         return _from_checkpoint(model, folder.parent.parent, int(folder.name))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise errors.ModelError(
-            f"{model} is no model: it has neither config.json, as a Hugging Face folder has, nor"
+            f"{model} is not a model: it has neither config.json, as a Hugging Face folder has, nor"
             f" config.yaml and {inventory.FOLDER}/, as a run has."
         )
     return _from_hugging_face(model, str(folder) if store.is_remote(model) else model)
@@ -138,7 +138,7 @@ def _from_hugging_face(model: str, place: str) -> LoadedModel:
     tensors = weights.read(origin.folder)
     if not convert.has_head(tensors):
         raise errors.ModelError(
-            f"{model} has no CTC head: it is an encoder that cannot write yet. Train it, with"
+            f"{model} has no CTC head: it is an encoder that outputs no text yet. Train it, with"
             f" --model.pretrained {model}, or name a wav2vec2 model with a CTC head."
         )
     if origin.vocabulary is None:

@@ -192,7 +192,9 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         if isinstance(typed, float) and not math.isfinite(typed):
             raise errors.ConfigError(f"{name} is {value}: it must be finite.")
         if isinstance(typed, str) and "\0" in typed:
-            raise errors.ConfigError(f"{name} is {value!r}: no text may hold the character NUL.")
+            raise errors.ConfigError(
+                f"{name} is {value!r}: a string must not contain the character NUL."
+            )
         return typed
     except msgspec.ValidationError as error:
         wanted = _wanted(kind) or str(error).replace("`", "").rstrip(".")

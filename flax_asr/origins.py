@@ -88,7 +88,7 @@ def _check_sampling_rate(folder: Path) -> None:
     path, settings = preprocessor(folder)
     if settings.get("sampling_rate", audio.SAMPLE_RATE_HZ) != audio.SAMPLE_RATE_HZ:
         raise errors.ModelError(
-            f"{path}: the model listens at {settings['sampling_rate']} Hz; only"
+            f"{path}: the model takes audio at {settings['sampling_rate']} Hz; only"
             f" {audio.SAMPLE_RATE_HZ} Hz is supported."
         )
 

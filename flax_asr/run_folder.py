@@ -72,7 +72,7 @@ def resume_point(folder: Path, asked: config.Config, restart: bool) -> inventory
 
     Raises:
         ConfigError: the old run was made with another configuration.
-        CheckpointError: no checkpoint is sound, or a fresh run would write over something.
+        CheckpointError: no checkpoint is sound, or a fresh run would overwrite something.
     """
     if restart and _holds_a_run(folder):
         put_aside(folder, _is_written_by_a_run)
@@ -118,7 +118,7 @@ def _refuse_to_overwrite(folder: Path) -> None:
     if at_risk:
         raise errors.CheckpointError(
             f"output_dir {folder} holds {' and '.join(at_risk)}, which no run wrote and this one"
-            " would write over: give another --output_dir, or move it."
+            " would overwrite: give another --output_dir, or move it."
         )
 
 

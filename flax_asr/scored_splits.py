@@ -33,7 +33,7 @@ def configure(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.C
     if cfg.data.source is None:
         raise errors.ConfigError(
             f"{loaded.name} does not say what it is scored on: give --data.source, a release for"
-            " example, and --data.test_splits where it is not test."
+            " example, and --data.test_splits if it is not test."
         )
     if not cfg.data.test_splits:
         raise errors.ConfigError("no split is named: give --data.test_splits NAME.")

@@ -48,7 +48,7 @@ class Vocabulary:
     def __post_init__(self):
         if len(set(self.tokens)) != len(self.tokens):
             twice = [token for token, count in Counter(self.tokens).items() if count > 1]
-            raise errors.ModelError(f"vocabulary: these tokens stand in it twice: {twice[:10]}")
+            raise errors.ModelError(f"vocabulary: these tokens occur twice: {twice[:10]}")
         for name in ("blank", "unknown", "bos", "eos"):
             place = getattr(self, name)
             if place is not None and not 0 <= place < len(self.tokens):
@@ -247,7 +247,7 @@ class Vocabulary:
         # The second name is that of the first versions.
         if not kind.startswith(("Wav2Vec2CTC", "Wav2Vec2Tokenizer")):
             raise errors.ModelError(
-                f"{folder}: its tokenizer is a {kind}; only Wav2Vec2CTCTokenizer writes characters"
+                f"{folder}: its tokenizer is a {kind}; only Wav2Vec2CTCTokenizer is supported"
             )
         if any(isinstance(value, dict) for value in places.values()):
             places = _one_language(places, settings.get("target_lang"), file)
@@ -287,7 +287,7 @@ def _numbered(settings: dict, folder: pathlib.Path) -> list[tuple[int, object]]:
     added = settings.get("added_tokens_decoder", {})
     if not isinstance(added, dict) or not all(re.fullmatch(r"\d{1,9}", key) for key in added):
         raise errors.ModelError(
-            f"{folder}: added_tokens_decoder in tokenizer_config.json is no map"
+            f"{folder}: added_tokens_decoder in tokenizer_config.json is not a mapping"
         )
     return [(int(key), token) for key, token in added.items()]
 

@@ -105,7 +105,9 @@ def _check_form(path: str | os.PathLike, text: str) -> None:
     from ruamel.yaml import tokens
 
     if len(text) > _MOST_CHARACTERS:
-        raise errors.ConfigError(f"{path}: {len(text)} characters are no configuration.")
+        raise errors.ConfigError(
+            f"{path}: {len(text)} characters are too many for a configuration."
+        )
     depth = 0
     for token in _yaml().scan(text):
         name = type(token).__name__
@@ -114,7 +116,7 @@ def _check_form(path: str | os.PathLike, text: str) -> None:
             raise errors.ConfigError(f"{path} has aliases (*name): write the values out.")
         if depth > _DEEPEST:
             raise errors.ConfigError(
-                f"{path} is no configuration: its values are nested too deeply."
+                f"{path} is not a configuration: its values are nested too deeply."
             )
 
 

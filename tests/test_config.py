@@ -120,7 +120,7 @@ def test_fields_of_the_model_configuration_are_options_too():
         ("optim: {learning_rate: '1e-4'}", "optim.learning_rate is '1e-4'"),
         ("optim: {learning_rate: -1}", "must be larger than 0"),
         ("optim: {learning_rate: .nan}", "must be finite"),
-        (r'output_dir: "a\0b"', "no text may hold the character NUL"),
+        (r'output_dir: "a\0b"', "a string must not contain the character NUL"),
         ("optim: {warmup_steps: 1, warmup_fraction: 0.1}", "exclude each other"),
         ("optim: {hold_fraction: 0.4}", "only optim.lr_scheduler_type tri_stage"),
         (

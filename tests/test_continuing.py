@@ -128,7 +128,7 @@ def test_a_model_of_another_sampling_rate_is_not_trained(splits, exported, tmp_p
     folder = shutil.copytree(exported, tmp_path / "telephone")
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sampling_rate": 8000}))
-    with pytest.raises(errors.ModelError, match="listens at 8000 Hz; only 16000 Hz"):
+    with pytest.raises(errors.ModelError, match="takes audio at 8000 Hz; only 16000 Hz"):
         _started(splits, folder, "same")
 
 

@@ -79,7 +79,7 @@ class Features:
         try:
             seals.verify(self.folder)
         except errors.CheckpointError as error:
-            logger.warning("warning: %s: the kept features are computed again", error)
+            logger.warning("warning: %s: the cached features are computed again", error)
             # Not the folder itself, which the computing process has locked.
             for path in self.folder.iterdir():
                 path.unlink()
@@ -182,6 +182,6 @@ class Features:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return errors.DataError(
             f"{self.folder} cannot be written ({errors.why(error)}):"
-            f" {'make room' if full else 'mend that'}, name another data.prepared_dir, or set"
+            f" {'make room' if full else 'fix that'}, name another data.prepared_dir, or set"
             " data.cache_features false. What is computed is kept."
         )

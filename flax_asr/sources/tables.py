@@ -115,7 +115,7 @@ def _jsonl(stream: BinaryIO, name: str) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             raise errors.DataError(f"{name}, line {number}: not JSON: {error}") from None
         if _SURROGATE.search(line) and not _is_unicode(row):
-            raise errors.DataError(f"{name}, line {number}: half of a surrogate pair is no text")
+            raise errors.DataError(f"{name}, line {number}: half of a surrogate pair is not text")
         if not isinstance(row, dict):
             raise errors.DataError(
                 f"{name}, line {number}: a {type(row).__name__} where an object is expected, such"

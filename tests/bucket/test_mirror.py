@@ -403,10 +403,10 @@ def test_what_passes_is_tried_again(url, disks, begun, monkeypatch, fault):
 @pytest.mark.parametrize(
     ("fault", "tries", "message"),
     [
-        (503, 3, "503.* try later"),
+        (503, 3, "503.* try again later"),
         (403, 1, "access is denied.*Storage Object User"),
         (404, 1, "no bucket some-bucket.*buckets create"),
-        (TimeoutError(), 3, "TimeoutError.* try later"),
+        (TimeoutError(), 3, "TimeoutError.* try again later"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
     ],
 )
@@ -431,7 +431,7 @@ def test_a_failed_upload_is_told_and_tried_again(url, disks, attach, monkeypatch
             mirrored.check()
         with pytest.raises(errors.StoreError, match="access is denied"):
             mirrored.wait()
-    assert f"What is not in the store is in {folder}" in str(refusal.value)
+    assert f"What was not uploaded is in {folder}" in str(refusal.value)
     mirrored.wait()
     mirrored.check()
     assert sealed(url) == [2, 4]

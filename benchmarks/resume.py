@@ -24,8 +24,9 @@ import numpy as np
 import sidebyside
 import small_training
 
-from flax_asr import __main__, audio, loop
+from flax_asr import __main__, audio
 from flax_asr.data import examples, rereading, shard_writer, shards
+from flax_asr.record import monitor
 
 HEARD_SECONDS = 1800
 
@@ -36,25 +37,24 @@ class Reached(Exception):
 
 def going_on(command: list[str]) -> tuple[float, int]:
     """Processor seconds until the first update of a run that goes on, and clips read for it."""
-    read, count, hear = [], loop.Run._count, examples.Examples.recordings
+    read, count, hear = [], monitor.Monitor.count, examples.Examples.recordings
 
-    def counted(run, update, bar):
-        count(run, update, bar)
-        if update is not None:
-            raise Reached
+    def counted(*update):
+        count(*update)
+        raise Reached
 
     def heard(data, rows):
         read.extend(rows)
         return hear(data, rows)
 
-    loop.Run._count, examples.Examples.recordings = counted, heard
+    monitor.Monitor.count, examples.Examples.recordings = counted, heard
     started = time.process_time()
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Reached):
             __main__.main(command)
         return time.process_time() - started, len(read)
     finally:
-        loop.Run._count, examples.Examples.recordings = count, hear
+        monitor.Monitor.count, examples.Examples.recordings = count, hear
 
 
 def resumes(folder: pathlib.Path, steps: list[int], runs: int) -> list[dict[str, float]]:

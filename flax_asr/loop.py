@@ -2,10 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import jax
 
 from flax_asr import (
     assembly,
@@ -16,21 +14,22 @@ from flax_asr import (
     differences,
     early_stopping,
     errors,
-    evaluate,
+    failed_saves,
     finishing,
     inventory,
     kept_programs,
     parallel,
     resume,
     run_folder,
+    run_scores,
     score_files,
     step,
 )
 from flax_asr.bucket import mirror, store
 from flax_asr.console import progress
-from flax_asr.data import buckets, loader, prepare, rereading
+from flax_asr.data import loader, prepare, rereading
 from flax_asr.hosts import cluster, multihost, stopping
-from flax_asr.record import json_lines, learning, left_out, runlog, window
+from flax_asr.record import json_lines, left_out, monitor, runlog
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +98,12 @@ def _reread(made: assembly.Assembly, hosts: multihost.Hosts) -> rereading.Reread
     return rereading.Rereading(made.corpus.splits() if hosts.is_first or not shared else [])
 
 
-class _EvaluationBrokenOff(Exception):
-    """The process was asked to stop in the middle of an evaluation, which is made up for later."""
-
-
 class Run:
     """One run in its folder.
 
     Attributes:
         step: updates done.
+        state: after them.
     """
 
     def __init__(
@@ -142,16 +138,11 @@ class Run:
             opened.callback(self.checkpoints.close)
             self.log = runlog.RunLog(folder, logged, self.step, writes)
             opened.callback(self.log.close)
-            self.failed_saves = self.log.last("failed_saves", 0)
-            history = self.log.events
-            self.watch = learning.Watch(made.expected, made.fresh_head, made.updates, history)
-            if not history:
-                self._log(self.watch.expectations())
-            self.window = window.Window(
-                {} if past is None else past.window,
-                made.semantics.hides_bad_losses,
-                made.semantics.logs_next_rate,
-            )
+            failed_before = self.log.last("failed_saves", 0)
+            self.failed_saves = failed_saves.FailedSaves(self.cfg.on_save_error, failed_before)
+            self.monitor = monitor.Monitor(made, self.log.events)
+            if not self.log.events:
+                self._log(self.monitor.watch.expectations())
             self._opened = opened.pop_all()
 
     def close(self) -> None:
@@ -174,8 +165,7 @@ class Run:
             self.mirrored.wait()
             raise errors.Interrupted(
                 f"stopped after update {self.step}; everything is saved in"
-                f" {self.made.cfg.output_dir}."
-                " Run the same command to go on."
+                f" {self.made.cfg.output_dir}. Run the same command to go on."
             )
         if self.step < self.made.updates:
             patience = self.cfg.early_stopping_patience
@@ -187,8 +177,16 @@ class Run:
             )
             self._log({"stopped_early_after": patience})
 
-    def _stops_early(self) -> bool:
-        return early_stopping.is_due(self.log.events, self.cfg)
+    def finish(self) -> None:
+        """The best checkpoint: its test scores, the export, the curves and the card."""
+        self.audio.wait()
+        saved = self.made.described(finishing.best(self.folder, self.hosts, self.mirrored))
+        if self.made.scores("test"):
+            self.state = self.made.with_weights(self.state, saved.params)
+            scores = self._score("test") | self.made.weights_scored()
+            self.log.append({"step": self.step, "best_step": saved.step, **scores})
+        if self.hosts.is_first:
+            finishing.write(self.folder, saved, self.made.cfg, self.step)
 
     def _updates(self) -> None:
         at_once = self.made.train_function(self.step) == "update_from"
@@ -203,17 +201,21 @@ class Run:
                 sums, metrics = self._dispatch(number, groups, sums)
                 self.stop.passed()
                 # Read only now that the next update is on its way: the device never waits.
-                self._count(previous, bar)
-                previous = (metrics, groups)
+                if previous is not None:
+                    bar.advance(1, **self.monitor.count(self.step, *previous))
+                previous = metrics, groups
                 self.step = number + 1
                 due = self._due(self.cfg.logging_steps, self.cfg.eval_steps, self.cfg.save_steps)
                 if due or self.stop.asked:
-                    self._count(previous, bar)
+                    bar.advance(1, **self.monitor.count(self.step, *previous))
                     previous = None
                     self.audio.check()
                     self._notice_failed_saves()
                     if self._due(self.cfg.logging_steps):
-                        self._log_window(batches.wait_seconds, compilations.count)
+                        figures = self.monitor.line(self.step, batches.wait_seconds)
+                        figures["compilations"] = compilations.count
+                        figures["failed_saves"] = self.failed_saves.count
+                        self._log(figures)
                     if self._score_and_save() or self.step == self.made.updates:
                         return
 
@@ -236,156 +238,96 @@ class Run:
             self.state, sums, metrics = self.programs["update", 0](self.state, sums)
         return sums, metrics
 
-    def _due(self, *intervals: int) -> bool:
-        return self.step == self.made.updates or any(self.step % n == 0 for n in intervals)
-
-    def _count(
-        self,
-        update: tuple[step.Metrics, Sequence[loader.Planned]] | None,
-        bar: progress.Progress,
-    ) -> None:
-        """Adds an update's figures to the window; stops the run where they are bad for too long."""
-        if update is None:
-            return
-        figures, planned = update
-        metrics = jax.device_get(figures)
-        groups = [group for _, group in planned]
-        data = self.made.corpus.train
-        if metrics.bad_in_a_row >= self.cfg.max_bad_updates:
-            ids = [data.ids[row] for group in groups for row in group.rows if row >= 0]
-            raise self.window.too_many_bad(self.step, int(metrics.bad_in_a_row), ids)
-        plan = self.made.plan
-        self.window.add(self.step, metrics, groups, plan.lengths, plan.shapes)
-        bar.advance(1, **self.window.facts(), **self.watch.facts())
-
-    def _log_window(self, waited_seconds: float, compilations: int) -> None:
-        """The line of the log about the updates since the last one."""
-        figures = self.window.close(waited_seconds)
-        figures |= self.watch.look(self.step, figures)
-        figures |= {"compilations": compilations, "failed_saves": self.failed_saves}
-        self._log(figures)
-
-    def _log(self, figures: dict[str, float]) -> None:
-        epoch = round(self.made.plan.epoch(self.step), 2)
-        with self._saving():
-            self.log.append({"step": self.step, "epoch": epoch, **figures})
-
-    def _notice_failed_saves(self) -> None:
-        """Saves in the background: a failure stops the run or is counted, as in `_saving`."""
-        for place in (self.checkpoints, self.mirrored):
-            with self._saving():
-                place.check()
-
-    @contextlib.contextmanager
-    def _saving(self, must: bool = False) -> Iterator[None]:
-        """A write that fails in this block stops the run or is counted: `train.on_save_error`.
-
-        Args:
-            must: a failure stops the run in any case.
-        """
-        try:
-            yield
-        except (errors.CheckpointError, errors.StoreError) as error:
-            if must or self.cfg.on_save_error == "stop":
-                raise
-            self.failed_saves += 1
-            logger.warning(
-                "warning: step %d: %s train.on_save_error is continue: the run goes on, and tries"
-                " again at the next save.",
-                self.step,
-                error,
-            )
-
     def _score_and_save(self) -> bool:
         """Scores and saves what is due after this update; the best so far is always saved.
 
         Returns:
             Whether the run is to stop; then this step is saved whatever is due.
         """
-        metrics: dict[str, float | str] = {}
-        best = f"eval_{self.cfg.metric_for_best_model}"
-        improved = False
-        with self.window.paused():
-            if self.made.scores("eval") and self._due(self.cfg.eval_steps):
-                # A stop breaks the evaluation off; the next start makes up for it. Hosts score
-                # together, so none can go on by itself after a write that failed.
-                must = self.hosts.count > 1
-                with contextlib.suppress(_EvaluationBrokenOff), self._saving(must):
-                    metrics = self._score("eval")
-                    improved = metrics[best] < self.log.best(best)
-                    self._log(metrics | self.made.weights_scored())
+        with self.monitor.window.paused():
+            metrics, improved = self._evaluate() if self._evaluation_is_due() else ({}, False)
             # Read once: the signal may come at any moment, and what stops here must be saved here.
             stops = self.stop.asked or self._stops_early()
             if improved or self._due(self.cfg.save_steps) or stops:
-                meta = self.made.meta(
-                    step=self.step,
-                    metrics=metrics,
-                    window=self.window.as_json(),
-                    log_events=len(self.log.events),
-                )
-                # No checkpoint before all audio is verified, but a stop leaves no time to wait.
-                (self.audio.check if stops else self.audio.wait)()
-                # A collective: every host takes part, whether or not its writes work.
-                state = parallel.whole(self.programs, self.state, self.made.layout, self.devices)
-                with self._saving():
-                    self.checkpoints.wait()
-                with self._saving(must=stops or self.step == self.made.updates):
-                    self.log.flush()
-                    self.checkpoints.save(state, meta)
+                self._save(metrics, stops)
         return stops
 
+    def _evaluate(self) -> tuple[dict[str, float | str], bool]:
+        """Logs the `eval` figures of this step; gives them, and whether none were better before.
+
+        A stop breaks the evaluation off, and there are none; the next start makes up for it.
+        """
+        best = f"eval_{self.cfg.metric_for_best_model}"
+        metrics, improved = {}, False
+        # Hosts score together, so none can go on by itself after a write that failed.
+        must = self.hosts.count > 1
+        with (
+            contextlib.suppress(run_scores.BrokenOff),
+            self.failed_saves.counted(self.step, must),
+        ):
+            metrics = self._score("eval")
+            improved = metrics[best] < self.log.best(best)
+            self._log(metrics | self.made.weights_scored())
+        return metrics, improved
+
     def _score(self, which: str) -> dict[str, float | str]:
-        """`eval` or `test` figures of the present parameters.
+        """`eval` or `test` figures of the present parameters; keeps the predictions.
 
         Raises:
-            _EvaluationBrokenOff: the process is to stop.
+            BrokenOff: the process is to stop.
         """
-        data, shapes = self.made.corpus.scored()[which], self.made.eval_shapes
-        padded = self.made.semantics.padded_scores
-        per_device = self.cfg.per_device_eval_batch_size
-        forward = parallel.forward(self.programs, self.state.scored, self.devices, per_device)
-        plan, predictions = buckets.InOrder if padded else buckets.EvalPlan, []
-
-        def unless_asked(batch):
-            if self.stop.asked:
-                raise _EvaluationBrokenOff
-            scored = forward(batch)
-            self.stop.passed()
-            return scored
-
-        scores = evaluate.score(
-            unless_asked,
-            data,
-            plan(data.samples, shapes.samples, self.devices.count * per_device),
-            self.made.corpus.vocabulary,
-            tokens=shapes.tokens,
-            language=self.made.cfg.data.language,
-            normalization=self.made.corpus.normalizer.spec,
-            predictions=predictions,
-            seed=self.made.cfg.seed,
-            padded=padded,
+        scores, predictions = run_scores.score(
+            which, self.made, self.programs, self.state.scored, self.stop
         )
         logger.info("step %d: %s", self.step, scores.describe(which))
         if self.hosts.is_first:
             json_lines.write(self.folder / score_files.named(which), predictions)
         return scores.as_metrics(which)
 
+    def _save(self, metrics: dict[str, float | str], stops: bool) -> None:
+        """A checkpoint of this step; where the run stops or ends here it must not fail.
+
+        Args:
+            metrics: the scores of this step, if it was scored.
+            stops: whether the run stops here.
+        """
+        meta = self.made.meta(
+            step=self.step,
+            metrics=metrics,
+            window=self.monitor.window.as_json(),
+            log_events=len(self.log.events),
+        )
+        # No checkpoint before all audio is verified, but a stop leaves no time to wait.
+        (self.audio.check if stops else self.audio.wait)()
+        # A collective: every host takes part, whether or not its writes work.
+        state = parallel.whole(self.programs, self.state, self.made.layout, self.devices)
+        with self.failed_saves.counted(self.step):
+            self.checkpoints.wait()
+        must = stops or self.step == self.made.updates
+        with self.failed_saves.counted(self.step, must):
+            self.log.flush()
+            self.checkpoints.save(state, meta)
+
+    def _notice_failed_saves(self) -> None:
+        """Those in the background, of checkpoints and of copies in a bucket."""
+        for place in (self.checkpoints, self.mirrored):
+            with self.failed_saves.counted(self.step):
+                place.check()
+
+    def _log(self, figures: dict[str, float]) -> None:
+        epoch = round(self.made.plan.epoch(self.step), 2)
+        with self.failed_saves.counted(self.step):
+            self.log.append({"step": self.step, "epoch": epoch, **figures})
+
+    def _due(self, *intervals: int) -> bool:
+        return self.step == self.made.updates or any(self.step % n == 0 for n in intervals)
+
+    def _evaluation_is_due(self) -> bool:
+        return self.made.scores("eval") and self._due(self.cfg.eval_steps)
+
     def _misses_evaluation(self) -> bool:
         """Whether the run was stopped in the middle of the evaluation that is due at this step."""
-        return (
-            self.step > 0
-            and self.made.scores("eval")
-            and self._due(self.cfg.eval_steps)
-            and not self.log.evaluated(self.step)
-        )
+        return self.step > 0 and self._evaluation_is_due() and not self.log.evaluated(self.step)
 
-    def finish(self) -> None:
-        """The best checkpoint: its test scores, the export, the curves and the card."""
-        self.audio.wait()
-        saved = self.made.described(finishing.best(self.folder, self.hosts, self.mirrored))
-        if self.made.scores("test"):
-            self.state = self.made.with_weights(self.state, saved.params)
-            scores = self._score("test") | self.made.weights_scored()
-            self.log.append({"step": self.step, "best_step": saved.step, **scores})
-        if self.hosts.is_first:
-            finishing.write(self.folder, saved, self.made.cfg, self.step)
+    def _stops_early(self) -> bool:
+        return early_stopping.is_due(self.log.events, self.cfg)

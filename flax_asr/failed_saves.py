@@ -1,0 +1,45 @@
+"""`train.on_save_error`: a write that fails stops the run, or is counted and tried again."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from flax_asr import errors
+
+logger = logging.getLogger(__name__)
+
+
+class FailedSaves:
+    """The writes of a run that failed, of which none, or only those that must not, stopped it.
+
+    Args:
+        policy: `stop` or `continue`.
+        count: those of earlier starts.
+
+    Attributes:
+        count: those until now.
+    """
+
+    def __init__(self, policy: str, count: int):
+        self._stops, self.count = policy == "stop", count
+
+    @contextlib.contextmanager
+    def counted(self, step: int, must: bool = False) -> Iterator[None]:
+        """A write that fails in this block stops the run or is counted.
+
+        Args:
+            step: updates done.
+            must: a failure stops the run in any case.
+        """
+        try:
+            yield
+        except (errors.CheckpointError, errors.StoreError) as error:
+            if must or self._stops:
+                raise
+            self.count += 1
+            logger.warning(
+                "warning: step %d: %s train.on_save_error is continue: the run goes on, and tries"
+                " again at the next save.",
+                step,
+                error,
+            )

@@ -1,0 +1,58 @@
+"""A run's own scores: of its eval splits while it trains, of its test splits at the end."""
+
+from typing import Any
+
+from flax_asr import assembly, evaluate, parallel, scoring, step
+from flax_asr.data import buckets
+from flax_asr.hosts import multihost
+
+
+class BrokenOff(Exception):
+    """The process was asked to stop in the middle of an evaluation, which is made up for later."""
+
+
+def score(
+    which: str,
+    made: assembly.Assembly,
+    programs: assembly.Programs,
+    params: step.Parameters,
+    stop: multihost.SharedStop,
+) -> tuple[scoring.Scores, list[dict[str, Any]]]:
+    """The `eval` or `test` scores of these parameters, and the predictions that they are of.
+
+    Args:
+        which: `eval` or `test`.
+        made: the run.
+        programs: its compiled ones.
+        params: placed on its devices.
+        stop: looked at before each batch.
+
+    Raises:
+        BrokenOff: the process is to stop.
+    """
+    data, shapes = made.corpus.scored()[which], made.eval_shapes
+    padded = made.semantics.padded_scores
+    per_device = made.cfg.train.per_device_eval_batch_size
+    forward = parallel.forward(programs, params, made.devices, per_device)
+    plan, predictions = buckets.InOrder if padded else buckets.EvalPlan, []
+
+    def unless_asked(batch):
+        if stop.asked:
+            raise BrokenOff
+        scored = forward(batch)
+        stop.passed()
+        return scored
+
+    scores = evaluate.score(
+        unless_asked,
+        data,
+        plan(data.samples, shapes.samples, made.devices.count * per_device),
+        made.corpus.vocabulary,
+        tokens=shapes.tokens,
+        language=made.cfg.data.language,
+        normalization=made.corpus.normalizer.spec,
+        predictions=predictions,
+        seed=made.cfg.seed,
+        padded=padded,
+    )
+    return scores, predictions

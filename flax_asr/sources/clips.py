@@ -144,6 +144,17 @@ def from_row(row: Mapping[str, Any], id: str, column: str, **audio: Any) -> Clip
     return Clip(id, sentence, **audio, **facts)
 
 
+def of_release(number: int, row: Mapping[str, Any], column: str) -> Clip:
+    """A row of a release as a clip without audio; its id is the path among the recordings."""
+    name = str(row.get("path", ""))
+    if not is_inside(name):
+        why = f"the path {name!r} leads out of the release" if name else "the row has no path"
+        return from_row(row, name or f"line {number}", column, refused=why)
+    # The first releases left the extension out.
+    id = name if pathlib.PurePosixPath(name).suffix else name + ".mp3"
+    return from_row(row, id, column)
+
+
 def is_inside(name: str) -> bool:
     """Whether a relative path stays under the folder it is relative to."""
     parts = pathlib.PurePosixPath(name.replace("\\", "/")).parts

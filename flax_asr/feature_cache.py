@@ -26,7 +26,7 @@ from flax_asr import (
     step,
 )
 from flax_asr.console import progress
-from flax_asr.data import buckets, examples, features, loader, prepare
+from flax_asr.data import buckets, examples, features, loader, prepared_dir
 from flax_asr.hosts import multihost
 from flax_asr.models import wav2vec2
 
@@ -105,13 +105,13 @@ def opened(
     about = _about(objective, train, params)
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     kept = features.Features(
-        prepare.prepared_folder(cfg) / f"{features.PREFIX}{name}",
+        prepared_dir.folder(cfg) / f"{features.PREFIX}{name}",
         train.samples,
         functools.partial(wav2vec2.frame_lengths, model),
         model.hidden_size,
         objective.module.dtype,
     )
-    with prepare.alone_in(kept.folder):
+    with prepared_dir.alone_in(kept.folder):
         if not kept.is_finished():
             _compute(cfg, objective, train, shapes, devices, params, kept)
             kept.finish(about)

@@ -27,7 +27,7 @@ from flax_asr import (
 )
 from flax_asr.bucket import mirror, store
 from flax_asr.console import progress
-from flax_asr.data import loader, prepare, rereading
+from flax_asr.data import loader, prepare, prepared_dir, rereading
 from flax_asr.hosts import cluster, multihost, stopping
 from flax_asr.record import json_lines, left_out, monitor, runlog
 
@@ -64,9 +64,9 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
             logger.info("%s is finished: %d updates. Nothing to do.", cfg.output_dir, past.step)
             return
         hosts.work_ahead(
-            prepare.prepared_folder(cfg),
+            prepared_dir.folder(cfg),
             lambda: prepare.prepare(cfg),
-            for_all=prepare.is_in_bucket(cfg),
+            for_all=prepared_dir.is_in_bucket(cfg),
         )
         made = assembly.Assembly(cfg, devices, past)
         hosts.agree("data or weights", made.digests() if hosts.count > 1 else {})
@@ -94,7 +94,7 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
 
 def _reread(made: assembly.Assembly, hosts: multihost.Hosts) -> rereading.Rereading:
     """Begins to read the audio again; the first host does it for those that see its disk."""
-    shared = hosts.count > 1 and hosts.share(prepare.prepared_folder(made.cfg))
+    shared = hosts.count > 1 and hosts.share(prepared_dir.folder(made.cfg))
     return rereading.Rereading(made.corpus.splits() if hosts.is_first or not shared else [])
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from flax_asr import common_voice, config, errors, loading, text
-from flax_asr.data import examples, prepare
+from flax_asr.data import examples, prepare, prepared_dir
 from flax_asr.hosts import multihost
 from flax_asr.models import wav2vec2
 
@@ -42,7 +42,7 @@ def configure(loaded: loading.LoadedModel, overrides: Sequence[str]) -> config.C
     if data.prepared_dir is None or any(w.startswith("--data.prepared_dir") for w in overrides):
         return scored
     own = config.build(loaded.settings)
-    if prepare.content(cfg) == prepare.content(own) or prepare.fits(scored):
+    if prepared_dir.content(cfg) == prepared_dir.content(own) or prepared_dir.fits(scored):
         return scored
     # It holds the run's own splits, which would be mistaken for others of the same name.
     return dataclasses.replace(cfg, data=dataclasses.replace(data, prepared_dir=None))
@@ -67,9 +67,9 @@ def prepared(
     """
     with _telling_whose_source(loaded, cfg):
         hosts.work_ahead(
-            prepare.prepared_folder(cfg),
+            prepared_dir.folder(cfg),
             lambda: prepare.prepare(cfg),
-            for_all=prepare.is_in_bucket(cfg),
+            for_all=prepared_dir.is_in_bucket(cfg),
         )
         splits = prepare.prepare(cfg, verify=True)
     return {

@@ -211,7 +211,7 @@ def test_room_is_looked_for_before_anything_is_computed(small, monkeypatch, tmp_
 
     monkeypatch.setattr(features.Features, "check_room", no_room)
     monkeypatch.setattr(feature_cache.compilation, "compile_all", lambda *arguments: 1 / 0)
-    monkeypatch.setattr(feature_cache.prepare, "prepared_folder", lambda cfg: tmp_path)
+    monkeypatch.setattr(feature_cache.prepared_dir, "folder", lambda cfg: tmp_path)
     with pytest.raises(errors.DataError, match="no room"):
         small.made.cached_features(small.state)
 

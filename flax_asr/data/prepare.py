@@ -6,77 +6,21 @@ are. The bytes written depend on the source and the settings, not on the number 
 
 import contextlib
 import errno
-import hashlib
 import itertools
-import json
 import logging
-import os
-import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
-from flax_asr import common_voice, compat, config, errors, locks
-from flax_asr.bucket import store
+from flax_asr import common_voice, compat, config, errors
 from flax_asr.console import progress, terminal
-from flax_asr.data import decoding, pool, remote, shard_writer, shards
+from flax_asr.data import decoding, pool, prepared_dir, remote, shard_writer, shards
 
 logger = logging.getLogger(__name__)
 
 CLIP_LIMIT_SECONDS = 60.0
 _FLUSH_CLIPS = 64
 _BATCH_CLIPS = 4
-
-
-def prepared_folder(cfg: config.Config) -> Path:
-    """Where the configuration's prepared splits lie.
-
-    `data.prepared_dir` (of one in a bucket the local copy), or a folder beside output_dir whose
-    name depends on what the content depends on: source, language, text column, bounds, trimming;
-    not on vocabulary or normalisation. For an output_dir in a bucket it is in the user's cache
-    folder, as memory maps need a local disk.
-    """
-    if cfg.data.prepared_dir is not None:
-        return store.local_folder(cfg.data.prepared_dir, kind="prepared")
-    cfg.require("output_dir", "data.source", "data.language")
-    key = hashlib.sha256(json.dumps(content(cfg), sort_keys=True).encode()).hexdigest()[:12]
-    if store.is_remote(cfg.output_dir):
-        parent = store.cache_folder()
-    else:
-        parent = Path(cfg.output_dir).parent
-    return parent / f"prepared-{key}"
-
-
-def content(cfg: config.Config) -> dict[str, Any]:
-    """What the content of prepared splits depends on."""
-    source = cfg.data.source
-    place = os.path.abspath(source) if common_voice.is_path(source) else source
-    return _settings(cfg) | {"source": place}
-
-
-def split_folders(cfg: config.Config) -> dict[str, Path]:
-    """Where every split that the configuration names lies or would lie, each once, train first."""
-    folder, data = prepared_folder(cfg), cfg.data
-    names = dict.fromkeys((*data.train_splits, *data.eval_splits, *data.test_splits))
-    return {name: folder / urllib.parse.quote(name, safe="") for name in names}
-
-
-def is_prepared(cfg: config.Config) -> bool:
-    """Whether every split that the configuration names lies there, decoded."""
-    return all(map(shards.is_finished, split_folders(cfg).values()))
-
-
-def fits(cfg: config.Config) -> bool:
-    """Whether they all lie there, made from what is at `data.source` now, and as is asked for."""
-    return is_prepared(cfg) and all(
-        shards.PreparedSplit.open(folder).manifest["settings"] == _made_from(cfg, split)
-        for split, folder in split_folders(cfg).items()
-    )
-
-
-def is_in_bucket(cfg: config.Config) -> bool:
-    """Whether prepared data lie in a bucket, where all machines find what one of them prepares."""
-    return cfg.data.prepared_dir is not None and store.is_remote(cfg.data.prepared_dir)
 
 
 def prepare(
@@ -98,10 +42,10 @@ def prepare(
         errors.DataError: the source cannot be read, a split is missing or has no usable clip, or
             what is there is damaged or was prepared from something else.
     """
-    data, folders = cfg.data, split_folders(cfg)
-    there = _in_bucket(cfg, folders)
+    data, folders = cfg.data, prepared_dir.split_folders(cfg)
+    there = prepared_dir.bucket_urls(cfg)
     for split, url in there.items():
-        with alone_in(folders[split]):
+        with prepared_dir.alone_in(folders[split]):
             remote.fetch(url, folders[split])
     missing = [split for split in folders if not shards.is_finished(folders[split])]
     if missing:
@@ -113,27 +57,19 @@ def prepare(
             source.read(split)  # refuses an unknown name now, not after hours of other splits
     prepared = {}
     for split in folders:
-        settings = _made_from(cfg, split)
+        settings = prepared_dir.made_from(cfg, split)
         if split in missing:
-            with alone_in(folders[split]):
+            with prepared_dir.alone_in(folders[split]):
                 # Another process may have finished it while this one waited.
                 if not shards.is_finished(folders[split]):
                     _prepare_split(cfg, source, split, folders[split], settings)
         prepared[split] = shards.PreparedSplit.open(folders[split], verify=verify)
-        _check_settings(prepared[split], settings)
+        prepared_dir.check(prepared[split], settings)
         if split in missing and announce:
             logger.info("%s", report(prepared[split]))
         if split in there:
             remote.send(folders[split], there[split])
     return prepared
-
-
-def _in_bucket(cfg: config.Config, folders: Mapping[str, Path]) -> dict[str, str]:
-    """The URL of every split, where `data.prepared_dir` is one."""
-    place = cfg.data.prepared_dir
-    if not is_in_bucket(cfg):
-        return {}
-    return {split: f"{place.rstrip('/')}/{folder.name}" for split, folder in folders.items()}
 
 
 def command(cfg: config.Config) -> None:
@@ -162,46 +98,6 @@ def report(split: shards.PreparedSplit) -> str:
         line += f"; left out {len(split.left_out)}: {shards.summary(split.left_out)}"
         line += " (left_out.jsonl there names each)"
     return line
-
-
-def _settings(cfg: config.Config) -> dict[str, Any]:
-    return {
-        "language": cfg.data.language,
-        "text_column": cfg.data.text_column,
-        "min_seconds": float(cfg.data.min_seconds),
-        "max_seconds": float(cfg.data.max_seconds),
-        "trim_silence": cfg.data.trim_silence,
-    }
-
-
-def _made_from(cfg: config.Config, split: str) -> dict[str, Any]:
-    """What a prepared split is made from: the options that change it, and its source."""
-    source, language = cfg.data.source, cfg.data.language
-    found = source and common_voice.fingerprint(source, language=language, split=split)
-    return _settings(cfg) | {"fingerprint": found}
-
-
-def _check_settings(split: shards.PreparedSplit, settings: dict[str, Any]) -> None:
-    was = split.manifest["settings"]
-    mend = f"Name another data.prepared_dir, or delete {split.folder} to prepare it again."
-    for name, now in settings.items():
-        if name != "fingerprint" and was[name] != now:
-            raise errors.DataError(
-                f"{split.folder} was prepared with data.{name} {was[name]}, the configuration says"
-                f" {now}. {mend}"
-            )
-    if None not in (settings["fingerprint"], was["fingerprint"]) and (
-        settings["fingerprint"] != was["fingerprint"]
-    ):
-        raise errors.DataError(
-            f"{split.folder} was prepared from another source than data.source, or the source has"
-            f" changed since. {mend}"
-        )
-
-
-def alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Waits until no other process prepares this folder; a lock ends with its process."""
-    return locks.alone_in(folder, "prepare", errors.DataError, "Name another data.prepared_dir")
 
 
 def _prepare_split(

@@ -11,7 +11,7 @@ from typing import Any
 import flax_asr
 from flax_asr import config
 from flax_asr.bucket import store
-from flax_asr.data import pool, prepare
+from flax_asr.data import pool, prepared_dir
 
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers numpy soundfile soxr".split()
 
@@ -20,7 +20,7 @@ def facts(cfg: config.Config) -> dict[str, Any]:
     """Versions, cores, free memory and disk of this machine."""
     versions = {"flax_asr": flax_asr.__version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
-    places = {"output_dir": cfg.output_dir, "prepared": str(prepare.prepared_folder(cfg))}
+    places = {"output_dir": cfg.output_dir, "prepared": str(prepared_dir.folder(cfg))}
     return {
         "versions": versions,
         "cores": pool.available_cores(),

@@ -19,7 +19,7 @@ from flax_asr import (
     origins,
     partition,
 )
-from flax_asr.data import buckets, pool, prepare
+from flax_asr.data import buckets, pool, prepared_dir
 from flax_asr.diagnosis import findings, survey, trial
 from flax_asr.estimate import forecast
 from flax_asr.models import wav2vec2
@@ -168,7 +168,7 @@ class Prognosis:
         disk, memory = seen.machine["disk"], seen.machine["memory_bytes"]
         self.findings += findings.unwritable("output_dir", disk["output_dir"])
         prepared = 0
-        if not prepare.is_prepared(cfg):
+        if not prepared_dir.is_prepared(cfg):
             if disk["prepared"]["path"] != disk["output_dir"]["path"]:
                 self.findings += findings.unwritable("data.prepared_dir", disk["prepared"])
             seconds = [split.seconds for split in seen.splits.values()]

@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int32
 
 from flax_asr import audio, common_voice, config, errors
 from flax_asr.console import progress
-from flax_asr.data import decoding, examples, pool, prepare, shards
+from flax_asr.data import decoding, examples, pool, prepare, prepared_dir, shards
 from flax_asr.sources import tables
 
 MOST_HEARD = 2000
@@ -125,8 +125,8 @@ def look(cfg: config.Config, *, read_seconds: float, hear_seconds: float) -> dic
     Raises:
         errors.DataError: the source cannot be read, or lacks a split.
     """
-    folders = prepare.split_folders(cfg)
-    if prepare.is_prepared(cfg):
+    folders = prepared_dir.split_folders(cfg)
+    if prepared_dir.is_prepared(cfg):
         return {name: _prepared(folder) for name, folder in folders.items()}
     source = common_voice.open_source(
         cfg.data.source, language=cfg.data.language, text_column=cfg.data.text_column

@@ -25,7 +25,7 @@ from flax_asr import (
     programs,
     step,
 )
-from flax_asr.data import buckets, loader, prepare
+from flax_asr.data import buckets, loader, prepared_dir
 from flax_asr.estimate import flops
 from flax_asr.models import configuration, wav2vec2
 
@@ -212,7 +212,7 @@ def is_prepared(cfg: config.Config) -> bool:
         data.prepared_dir is None and None in (data.source, cfg.output_dir)
     ):
         return False
-    return prepare.is_prepared(cfg)
+    return prepared_dir.is_prepared(cfg)
 
 
 def _measured(

@@ -18,7 +18,7 @@ import soundfile
 from pyarrow import parquet
 
 from flax_asr import common_voice, config, errors
-from flax_asr.data import decoding, prepare, shard_writer, shards
+from flax_asr.data import decoding, prepare, prepared_dir, shard_writer, shards
 
 COLUMNS = "client_id path sentence up_votes down_votes age gender accents locale segment".split()
 
@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_command_finds_a_flipped_bit_in_prepared_audio(release, tmp_path):
     cfg = configuration(release, tmp_path / "run")
     prepare.command(cfg)
-    (audio,) = (prepare.prepared_folder(cfg) / "train").glob("audio-*")
+    (audio,) = (prepared_dir.folder(cfg) / "train").glob("audio-*")
     content = bytearray(audio.read_bytes())
     content[len(content) // 2] ^= 1
     audio.write_bytes(content)
@@ -82,7 +82,7 @@ def test_every_split_is_prepared_once(release, tmp_path, capsys, caplog):
     assert [len(split) for split in splits.values()] == [12, 4, 4]
     assert "train: 12 clips, 0.00 h" in caplog.text
     capsys.readouterr()
-    assert splits["train"].folder == prepare.prepared_folder(cfg) / "train"
+    assert splits["train"].folder == prepared_dir.folder(cfg) / "train"
     train = splits["train"]
     assert train.ids == [f"{i}.wav" for i in range(12)]
     assert train.sentences[3] == "句子 3"
@@ -223,7 +223,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(
     monkeypatch.setattr(prepare, "_record", stop_after(7))
     with pytest.raises(Stop):
         prepare.prepare(cfg)
-    folder = prepare.prepared_folder(cfg) / "train"
+    folder = prepared_dir.folder(cfg) / "train"
     assert not shards.is_finished(folder)
     monkeypatch.setattr(prepare, "_record", stop_after(None))
     train = prepare.prepare(cfg)["train"]
@@ -262,7 +262,7 @@ def start_slowly(cfg: config.Config, clip_seconds: float = 0.0) -> multiprocessi
 def test_kills_in_the_middle_change_nothing(release, tmp_path):
     only = {"eval_splits": (), "test_splits": ()}
     cfg = configuration(release, tmp_path / "run", **only)
-    journal = prepare.prepared_folder(cfg) / "train" / "journal.jsonl"
+    journal = prepared_dir.folder(cfg) / "train" / "journal.jsonl"
     for clips in (3, 8):
         process = start_slowly(cfg, clip_seconds=0.2)
         while process.is_alive() and not (
@@ -292,8 +292,8 @@ def test_two_at_once_in_one_folder_end_alike(release, tmp_path):
 
 def test_a_source_that_changed_in_between_is_refused(release, tmp_path):
     cfg = configuration(release, tmp_path / "run", eval_splits=(), test_splits=())
-    folder = prepare.prepared_folder(cfg) / "train"
-    settings = prepare._made_from(cfg, "train")
+    folder = prepared_dir.folder(cfg) / "train"
+    settings = prepared_dir.made_from(cfg, "train")
     with shard_writer.ShardWriter(folder, settings=settings) as writer:
         writer.leave_out("another", shards.LeftOut("0.wav", "missing", ""))
     with pytest.raises(errors.DataError, match=r"changed since .* was interrupted: the clip 0.wav"):
@@ -319,7 +319,7 @@ def test_a_named_folder_is_not_used_for_other_settings(release, tmp_path):
 
 def test_the_default_folder_is_keyed_by_what_the_content_depends_on(release, tmp_path):
     def folder(**data):
-        return prepare.prepared_folder(configuration(release, tmp_path / "runs" / "a", **data))
+        return prepared_dir.folder(configuration(release, tmp_path / "runs" / "a", **data))
 
     assert folder().parent == tmp_path / "runs"
     assert folder().name.startswith("prepared-")
@@ -339,7 +339,7 @@ def test_the_default_folder_is_keyed_by_what_the_content_depends_on(release, tmp
     bucket = config.Config(
         output_dir="gs://bucket/run", data=config.DataConfig(source="s", language="yue")
     )
-    assert prepare.prepared_folder(bucket).parent == Path.home() / ".cache" / "flax_asr"
+    assert prepared_dir.folder(bucket).parent == Path.home() / ".cache" / "flax_asr"
 
 
 def test_unusable_splits_are_refused(release, tmp_path):
@@ -349,7 +349,7 @@ def test_unusable_splits_are_refused(release, tmp_path):
     cfg = configuration(release, tmp_path / "run", test_splits=("tset",))
     with pytest.raises(errors.DataError, match=r"no split .tset."):
         prepare.prepare(cfg)
-    assert not prepare.prepared_folder(cfg).exists()  # not after hours of the others
+    assert not prepared_dir.folder(cfg).exists()  # not after hours of the others
     for path in (release / "clips").iterdir():
         path.rename(path.with_suffix(".aside"))
     cfg = configuration(release, tmp_path / "run")
@@ -362,7 +362,7 @@ def test_unusable_splits_are_refused(release, tmp_path):
 
 def test_a_second_process_waits_for_the_first(release, tmp_path, capsys, monkeypatch):
     cfg = configuration(release, tmp_path / "run", eval_splits=(), test_splits=())
-    folder = prepare.prepared_folder(cfg) / "train"
+    folder = prepared_dir.folder(cfg) / "train"
     flock, calls = fcntl.flock, []
 
     def first_finishes_meanwhile(descriptor, operation):
@@ -401,8 +401,8 @@ def test_a_full_disk_is_reported_and_what_is_done_is_kept(release, tmp_path, mon
             prepare.prepare(cfg)
     with contextlib.closing(
         shard_writer.ShardWriter(
-            prepare.prepared_folder(cfg) / "train",
-            settings=prepare._made_from(cfg, "train"),
+            prepared_dir.folder(cfg) / "train",
+            settings=prepared_dir.made_from(cfg, "train"),
         )
     ) as writer:
         assert len(writer.done) == 5
@@ -410,7 +410,7 @@ def test_a_full_disk_is_reported_and_what_is_done_is_kept(release, tmp_path, mon
 
 def test_a_disk_that_is_full_at_the_end_costs_no_clip(release, tmp_path, monkeypatch):
     cfg = configuration(release, tmp_path / "run", eval_splits=(), test_splits=())
-    folder = prepare.prepared_folder(cfg) / "train"
+    folder = prepared_dir.folder(cfg) / "train"
     folder.mkdir(parents=True)
     (folder / "clips.jsonl").symlink_to("/dev/full")  # the system itself says that it is full
     with pytest.raises(errors.DataError, match="No space is left"):

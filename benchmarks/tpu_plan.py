@@ -18,7 +18,7 @@ import dataclasses
 import sidebyside
 import train_step
 
-from flax_asr import config, experiment, parallel, plan
+from flax_asr import config, parallel, plan, static_shapes
 from flax_asr.estimate import chips, flops, outlook, workload
 
 BASELINE_ENCODER = "xls-r-300m"
@@ -57,8 +57,8 @@ def configuration(arguments: argparse.Namespace, devices: int) -> config.Config:
 def workload_of(cfg: config.Config, seconds: float, devices: int) -> workload.Workload:
     """The planned workload with exactly so many samples and labels, and without evaluation."""
     work = workload.of(cfg, devices)
-    exact = experiment.Shapes((int(seconds * SAMPLE_RATE_HZ),), (TOKENS,))
-    data = work.data._replace(train_shapes=exact, eval_shapes=experiment.Shapes((), ()))
+    exact = static_shapes.Shapes((int(seconds * SAMPLE_RATE_HZ),), (TOKENS,))
+    data = work.data._replace(train_shapes=exact, eval_shapes=static_shapes.Shapes((), ()))
     return dataclasses.replace(work, data=data)
 
 

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import padding
 import sidebyside
 
-from flax_asr import batch_size, compilation, config, experiment, plan, programs
+from flax_asr import batch_size, compilation, config, plan, programs, static_shapes
 from flax_asr.data import buckets
 from flax_asr.estimate import chips, workload
 
@@ -75,7 +75,7 @@ def in_common_voice(work: workload.Workload, num_buckets: int) -> workload.Workl
     lengths = padding.lengths()
     train, scored = (
         workload.labelled(buckets.choose_shapes(lengths, count))
-        for count in (num_buckets, experiment.scoring_buckets(num_buckets))
+        for count in (num_buckets, static_shapes.scoring_buckets(num_buckets))
     )
     data = work.data._replace(train_shapes=train, eval_shapes=scored)
     return dataclasses.replace(work, data=data)

@@ -19,10 +19,12 @@ from flax_asr import (
     differences,
     experiment,
     feature_cache,
+    initial_weights,
     inventory,
     origins,
     parallel,
     programs,
+    static_shapes,
     step,
 )
 from flax_asr.data import features, loader
@@ -69,7 +71,7 @@ class Assembly:
         feature_cache.check(cfg, start, devices.host_count)
         self.corpus = corpora.prepared(cfg, start)
         if past is None:
-            start, self._params = experiment.initial_model(cfg, start, self.corpus)
+            start, self._params = initial_weights.load(cfg, start, self.corpus)
         else:
             differences.check_data(past, self._splits())
             inventory.check_vocabulary(past, self.corpus.vocabulary)
@@ -77,11 +79,11 @@ class Assembly:
         self.start = start
         self.objective = experiment.objective(cfg, start)
         scored = list(self.corpus.scored().values())
-        self.train_shapes = experiment.shapes(cfg, start.model_config, self.corpus.train)
+        self.train_shapes = static_shapes.training(cfg, start.model_config, self.corpus.train)
         self.augmentation = experiment.augmentation(
             cfg, start.model_config, self.corpus.train, self.train_shapes
         )
-        self.eval_shapes = experiment.scoring_shapes(cfg, start.model_config, scored)
+        self.eval_shapes = static_shapes.scoring(cfg, start.model_config, scored)
         self.semantics = compat.of(cfg)
         self.plan = experiment.train_plan(
             cfg,

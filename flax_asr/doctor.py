@@ -21,9 +21,10 @@ from flax_asr import (
     config,
     corpora,
     errors,
-    experiment,
     feature_cache,
+    initial_weights,
     origins,
+    static_shapes,
 )
 from flax_asr.console import results, terminal
 from flax_asr.data import buckets, examples, pool
@@ -244,13 +245,13 @@ class Examination:
         expected = forecast.losses(corpus.train, start.model_config, corpus.vocabulary.size)
         self.facts["losses"] = dataclasses.asdict(expected) | {
             "reduction": start.model_config.ctc_loss_reduction,
-            "fresh_head": not experiment.keeps_head(self.cfg, start, corpus.vocabulary),
+            "fresh_head": not initial_weights.keeps_head(self.cfg, start, corpus.vocabulary),
         }
 
     def _asked(self, start: origins.Origin, train: examples.Examples) -> trial.Asked:
         """The request to time an update in the most frequent shape of training batches."""
         cfg = self.cfg
-        shapes = experiment.shapes(cfg, start.model_config, train)
+        shapes = static_shapes.training(cfg, start.model_config, train)
         counts = np.bincount(
             buckets.row_shapes(train.samples, shapes.samples), minlength=len(shapes.samples)
         )

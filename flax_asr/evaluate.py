@@ -16,7 +16,6 @@ from flax_asr import (
     compilation,
     config,
     differences,
-    experiment,
     languages,
     loading,
     metrics,
@@ -24,6 +23,7 @@ from flax_asr import (
     score_files,
     scored_splits,
     scoring,
+    static_shapes,
     step,
     text,
     vocabulary,
@@ -157,7 +157,7 @@ def _prediction(
 def compiled(
     loaded: loading.LoadedModel,
     cfg: config.Config,
-    shapes: experiment.Shapes,
+    shapes: static_shapes.Shapes,
     devices: parallel.Devices,
 ) -> Forward:
     """The model on the devices, compiled for these shapes."""
@@ -215,7 +215,7 @@ def _score_splits(
         found |= {"weights": multihost.digest(loaded.params), "--legacy": legacy}
         hosts.agree("data, model or options", differences.same_on_all_hosts(cfg) | found)
     devices = parallel.Devices()
-    shapes = experiment.scoring_shapes(cfg, loaded.config, list(sets.values()))
+    shapes = static_shapes.scoring(cfg, loaded.config, list(sets.values()))
     forward = compiled(loaded, cfg, shapes, devices)
     hosts.wait()
     rows = devices.count * cfg.train.per_device_eval_batch_size

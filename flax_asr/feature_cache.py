@@ -19,10 +19,10 @@ from flax_asr import (
     config,
     criterion,
     errors,
-    experiment,
     optim,
     origins,
     parallel,
+    static_shapes,
     step,
 )
 from flax_asr.console import progress
@@ -84,7 +84,7 @@ def opened(
     cfg: config.Config,
     objective: criterion.Objective,
     train: examples.Examples,
-    shapes: experiment.Shapes,
+    shapes: static_shapes.Shapes,
     devices: parallel.Devices,
     params: step.Parameters,
 ) -> features.Features:
@@ -155,7 +155,7 @@ def _compute(
     cfg: config.Config,
     objective: criterion.Objective,
     train: examples.Examples,
-    shapes: experiment.Shapes,
+    shapes: static_shapes.Shapes,
     devices: parallel.Devices,
     params: step.Parameters,
     kept: features.Features,
@@ -191,7 +191,7 @@ class _FrozenLayers:
         self,
         objective: criterion.Objective,
         params: step.Parameters,
-        shapes: experiment.Shapes,
+        shapes: static_shapes.Shapes,
         devices: parallel.Devices,
         per_device: int,
     ) -> None:

@@ -3,7 +3,16 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flax_asr import compilation, config, criterion, experiment, parallel, partition, step
+from flax_asr import (
+    compilation,
+    config,
+    criterion,
+    experiment,
+    parallel,
+    partition,
+    static_shapes,
+    step,
+)
 
 Key = tuple[str, int]
 """A function of step.py and its padded samples.
@@ -32,8 +41,8 @@ class Steps(NamedTuple):
     rule: step.Rule
     layout: partition.Layout
     state: step.TrainState
-    train_shapes: experiment.Shapes
-    eval_shapes: experiment.Shapes
+    train_shapes: static_shapes.Shapes
+    eval_shapes: static_shapes.Shapes
 
 
 def train_function(cfg: config.Config, device_count: int, update: int) -> str:

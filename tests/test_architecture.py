@@ -26,7 +26,8 @@ LAYERS = (
     "criterion",
     "step",
     "hosts parallel checkpoint batch_size differences early_stopping run_folder bucket.copies"
-    " record.window hyperparameters card experiment origins corpora feature_cache",
+    " record.window hyperparameters card origins corpora initial_weights static_shapes experiment"
+    " feature_cache",
     "programs",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
     "loading score_files scored_splits evaluate run_scores transcribe export resume finishing"

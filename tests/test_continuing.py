@@ -10,7 +10,7 @@ import pytest
 import small_saved
 from huggingface_hub import ModelCard
 
-from flax_asr import card, config, corpora, errors, experiment, inventory, origins
+from flax_asr import card, config, corpora, errors, initial_weights, inventory, origins
 from flax_asr.models import hub, weights
 from flax_asr.record import lineage
 
@@ -49,7 +49,7 @@ def _started(splits, exported, said: str, *more: str) -> tuple[origins.Origin, d
     cfg = config.build({}, options)
     start = origins.read(cfg.model)
     corpus = corpora.gather(cfg, start, {"train": splits[said]})
-    start, params = experiment.initial_model(cfg, start, corpus)
+    start, params = initial_weights.load(cfg, start, corpus)
     old = flax.traverse_util.flatten_dict(small_saved.saved().params, sep="/")
     return start, flax.traverse_util.flatten_dict(params, sep="/"), old
 

@@ -3,7 +3,7 @@
 import pytest
 import small_saved
 
-from flax_asr import config, corpora, errors, experiment, origins
+from flax_asr import config, corpora, errors, initial_weights, origins
 
 
 def _warnings(tmp_path, train, scored, *more):
@@ -63,4 +63,4 @@ def test_more_layers_than_there_are_cannot_be_trained(tmp_path):
     start = origins.read(cfg.model)
     corpus = corpora.gather(cfg, start, kept)
     with pytest.raises(errors.ConfigError, match="trainable_layers is 13: the encoder has 12"):
-        experiment.initial_model(cfg, start, corpus)
+        initial_weights.load(cfg, start, corpus)

@@ -21,12 +21,12 @@ from flax_asr import (
     config,
     errors,
     evaluate,
-    experiment,
     loading,
     parallel,
     score_files,
     scored_splits,
     scoring,
+    static_shapes,
     text,
     vocabulary,
 )
@@ -61,7 +61,7 @@ def data(tmp_path_factory, saved):
 
 @pytest.fixture(scope="module")
 def shapes(saved, data):
-    return experiment.shapes(config.Config(), saved.model_config, data)
+    return static_shapes.training(config.Config(), saved.model_config, data)
 
 
 def _invented(data, shapes, model_config, infeasible=()):
@@ -386,7 +386,7 @@ def test_batches_score_as_one_clip_at_a_time_and_the_old_way_does_not(data, shap
     scores = _score(batched, data, shapes, 6, tokens=shapes.tokens)
 
     single = parallel.Devices(jax.devices()[:1])
-    exact = experiment.Shapes(tuple(sorted({int(n) for n in data.samples})), (16,) * len(data))
+    exact = static_shapes.Shapes(tuple(sorted({int(n) for n in data.samples})), (16,) * len(data))
     cfg = config.build({"train": {"per_device_eval_batch_size": 1, "mixed_precision": "fp32"}})
     alone = evaluate.compiled(loaded, cfg, exact, single)
     one_by_one = _score(alone, data, exact, 1, tokens=exact.tokens)

@@ -26,6 +26,7 @@ from flax_asr import (
     parallel,
     partition,
     plan,
+    static_shapes,
 )
 from flax_asr.console import terminal
 from flax_asr.data import prepare
@@ -207,15 +208,13 @@ def test_prepared_data_take_the_place_of_guesses(prepared):
     assert work.data.updates == 3 * 2  # ten clips in updates of eight
     corpus = corpora.prepared(prepared, workload.origin(prepared.model))
     assert work.objective.config.vocab_size == corpus.vocabulary.size
-    expected = experiment.shapes(prepared, work.objective.config, corpus.train)
+    expected = static_shapes.training(prepared, work.objective.config, corpus.train)
     assert (work.data.train_shapes.samples, work.data.train_shapes.tokens) == (
         expected.samples,
         expected.tokens,
     )
     scored = list(corpus.scored().values())
-    assert work.data.eval_shapes == experiment.scoring_shapes(
-        prepared, work.objective.config, scored
-    )
+    assert work.data.eval_shapes == static_shapes.scoring(prepared, work.objective.config, scored)
     assert len(work.data.eval_shapes.samples) == 1  # of two buckets
     assert work.data.audio_seconds == pytest.approx(sum(0.5 + 0.125 * n for n in range(10)) / 2)
     assert sum(work.data.scored_groups["eval"]) == 1
@@ -245,7 +244,7 @@ def test_moments_that_are_cut_take_their_share_of_the_memory():
 
 def unscored(cfg: config.Config) -> workload.Workload:
     work = workload.of(cfg, 2)
-    nothing = experiment.Shapes((), ())
+    nothing = static_shapes.Shapes((), ())
     return dataclasses.replace(work, data=work.data._replace(eval_shapes=nothing))
 
 

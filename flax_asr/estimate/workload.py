@@ -23,6 +23,7 @@ from flax_asr import (
     origins,
     partition,
     programs,
+    static_shapes,
     step,
 )
 from flax_asr.data import buckets, loader, prepared_dir
@@ -78,9 +79,9 @@ class Data(NamedTuple):
     """
 
     symbols: int
-    train_shapes: experiment.Shapes
+    train_shapes: static_shapes.Shapes
     train_portions: tuple[float, ...]
-    eval_shapes: experiment.Shapes
+    eval_shapes: static_shapes.Shapes
     scored_groups: dict[str, tuple[int, ...]] | None
     audio_seconds: float
     updates: int | None
@@ -219,8 +220,8 @@ def _measured(
     cfg: config.Config, start: origins.Origin, corpus: corpora.Corpus, device_count: int
 ) -> Data:
     train, scored = cfg.train, corpus.scored()
-    train_shapes = experiment.shapes(cfg, start.model_config, corpus.train)
-    eval_shapes = experiment.scoring_shapes(cfg, start.model_config, list(scored.values()))
+    train_shapes = static_shapes.training(cfg, start.model_config, corpus.train)
+    eval_shapes = static_shapes.scoring(cfg, start.model_config, list(scored.values()))
     rows = device_count * train.per_device_train_batch_size
     plan = experiment.train_plan(cfg, corpus.train.samples, train_shapes.samples, rows)
     epoch = plan.updates_per_epoch
@@ -251,10 +252,10 @@ def _guessed(cfg: config.Config, start: origins.Origin) -> Data:
     data, train = cfg.data, cfg.train
     shapes = even_shapes(data.max_seconds, data.num_buckets, start.model_config)
     symbols, reason = _symbols(cfg, start)
-    eval_shapes = experiment.Shapes((), ())
+    eval_shapes = static_shapes.Shapes((), ())
     if data.eval_splits or data.test_splits:
         eval_shapes = even_shapes(
-            data.max_seconds, experiment.scoring_buckets(data.num_buckets), start.model_config
+            data.max_seconds, static_shapes.scoring_buckets(data.num_buckets), start.model_config
         )
     seconds = float(np.mean(shapes.samples)) / audio.SAMPLE_RATE_HZ
     return Data(
@@ -276,10 +277,10 @@ def _guessed(cfg: config.Config, start: origins.Origin) -> Data:
 
 def even_shapes(
     max_seconds: float, num_buckets: int, model_config: Wav2Vec2Config
-) -> experiment.Shapes:
+) -> static_shapes.Shapes:
     """Evenly spaced padded lengths, multiples of 16 frames as in a real run."""
     longest = int(max_seconds * audio.SAMPLE_RATE_HZ)
-    smallest = experiment.frame_samples(model_config)
+    smallest = static_shapes.frame_samples(model_config)
     samples = set()
     for bucket in range(1, num_buckets + 1):
         wanted = longest * bucket // num_buckets
@@ -289,11 +290,11 @@ def even_shapes(
     return labelled(tuple(sorted(samples)))
 
 
-def labelled(samples: tuple[int, ...]) -> experiment.Shapes:
+def labelled(samples: tuple[int, ...]) -> static_shapes.Shapes:
     """These padded lengths with as many labels as `LABELS_PER_SECOND` says."""
     multiple = loader.LABEL_MULTIPLE
     per_label = audio.SAMPLE_RATE_HZ * multiple
-    return experiment.Shapes(
+    return static_shapes.Shapes(
         samples, tuple(-(-LABELS_PER_SECOND * n // per_label) * multiple for n in samples)
     )
 

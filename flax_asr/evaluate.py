@@ -9,14 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from flax_asr import (
-    alignment,
+    comparison,
     compilation,
     config,
     differences,
-    languages,
     loading,
     metrics,
     parallel,
@@ -26,7 +24,6 @@ from flax_asr import (
     static_shapes,
     step,
     text,
-    vocabulary,
 )
 from flax_asr.console import model_options, progress, results, terminal
 from flax_asr.data import buckets, examples, loader, shards
@@ -37,23 +34,17 @@ Forward = Callable[[loader.Batch], Sequence[np.ndarray]]
 """Runs the model on this host's rows of a group; gives three arrays of the whole group's rows: loss
 [rows], most likely symbol of each frame [rows frames], number of real frames [rows]."""
 
-_NO_CHARACTER = "\uffff"
-"""Stands for the unknown token where errors are counted: one character, and a wrong one."""
-
 
 def score(
     forward: Forward,
     data: examples.Examples,
     plan: buckets.EvalPlan | buckets.InOrder,
-    writes: vocabulary.Vocabulary,
+    compared: comparison.Comparison,
     *,
-    language: str,
-    normalization: Sequence,
     seed: int,
     tokens: Sequence[int] | None = None,
     predictions: list[dict[str, Any]] | None = None,
     padded: bool = False,
-    rewrite: Callable[[str], str] | None = None,
 ) -> scoring.Scores:
     """Scores every example once.
 
@@ -61,9 +52,7 @@ def score(
         forward: runs the model on a batch.
         data: what is scored.
         plan: its batches.
-        writes: the vocabulary of the model's head.
-        language: tells whether words are separated by spaces; else spaces count for nothing.
-        normalization: the steps that made the references, to be named beside the score.
+        compared: how the model's symbols are compared with the references.
         seed: of the bootstrap.
         tokens: label width of each shape of the plan; by default what these examples need.
         predictions: reference and hypothesis of each clip are appended, an object each for
@@ -71,10 +60,8 @@ def score(
         padded: score as the scripts of 2022 did as well: the frames up to the longest clip of the
             batch are read for every clip, every space counts, unknown characters of the reference
             are "[UNK]" there, which the model can say.
-        rewrite: what is done to the model's text before it is compared, where it was trained on
-            transcripts of other rules: capitals or marks would be errors that nobody hears.
     """
-    spaced = not languages.writes_without_spaces(language)
+    spaced = compared.spaced
     counts = scoring.Counts.empty(len(data))
     host, hosts = jax.process_index(), jax.process_count()
     with (
@@ -88,57 +75,22 @@ def score(
             for place in np.flatnonzero(real):
                 row = int(group.rows[place])
                 frames = ids[place, : frame_lengths[place]]
-                reference, hypothesis, written = _compared(
-                    data.references[row], frames, writes, rewrite
-                )
+                reference, hypothesis, written = compared.texts(data.references[row], frames)
                 characters = metrics.character_errors(reference, hypothesis, spaced)
                 words = metrics.word_errors(reference, hypothesis)
                 counts.losses[row] = losses[place]
                 counts.characters[row] = characters.errors, characters.units
                 counts.words[row] = words.errors, words.units
-                counts.frames[row] = (frames == writes.blank).sum(), len(frames)
+                counts.frames[row] = (frames == compared.writes.blank).sum(), len(frames)
                 if padded:
-                    _count_padded(counts, row, data.labels(row), ids[place, :longest], writes)
+                    heard = ids[place, :longest]
+                    old_characters, old_words = compared.padded_errors(data.labels(row), heard)
+                    counts.padded_characters[row] = old_characters.errors, old_characters.units
+                    counts.padded_words[row] = old_words.errors, old_words.units
                 if predictions is not None:
                     predictions.append(_prediction(data, row, written, characters))
             bar.advance(int(real.sum()))
-    rule = scoring.rule(normalization, spaced, padded, rewrite is not None and not padded)
-    return scoring.summary(counts, data, spaced, padded, rule, seed)
-
-
-def _compared(
-    reference: str,
-    frames: Int[np.ndarray, " frames"],
-    writes: vocabulary.Vocabulary,
-    rewrite: Callable[[str], str] | None,
-) -> tuple[str, str, str]:
-    """(Reference and hypothesis as their errors are counted, hypothesis as people read it).
-
-    What the model could not spell is one wrong character in the second, "[UNK]" in the third.
-    """
-    labels = alignment.greedy_collapse(frames, writes.blank)
-    hypothesis, written = writes.decode(labels, _NO_CHARACTER), writes.decode(labels)
-    if rewrite is not None:
-        hypothesis = rewrite(hypothesis)
-        written = hypothesis.replace(_NO_CHARACTER, "[UNK]")
-    if writes.only_capitals:
-        reference, hypothesis = reference.lower(), hypothesis.lower()
-    return reference, hypothesis, written
-
-
-def _count_padded(
-    counts: scoring.Counts,
-    row: int,
-    labels: Int[np.ndarray, " tokens"],
-    frames: Int[np.ndarray, " frames"],
-    writes: vocabulary.Vocabulary,
-) -> None:
-    """Errors as the scripts of 2022 counted them, in frames of which some are padding."""
-    heard = alignment.greedy_collapse(frames, writes.blank)
-    texts = writes.decode(labels), writes.decode(heard)
-    characters, words = metrics.written_errors(*texts), metrics.word_errors(*texts)
-    counts.padded_characters[row] = characters.errors, characters.units
-    counts.padded_words[row] = words.errors, words.units
+    return scoring.summary(counts, data, spaced, padded, compared.rule(padded), seed)
 
 
 def _prediction(
@@ -223,12 +175,14 @@ def _score_splits(
     scored = functools.partial(
         score,
         forward,
-        writes=loaded.vocabulary,
-        language=cfg.data.language,
-        normalization=normalize.spec,
+        compared=comparison.Comparison(
+            loaded.vocabulary,
+            cfg.data.language,
+            normalize.spec,
+            rewrite=None if as_trained else normalize,
+        ),
         seed=cfg.seed,
         tokens=shapes.tokens,
-        rewrite=None if as_trained else normalize,
     )
     with results.writer(json_file if hosts.is_first else None) as write:
         for name, data in sets.items():

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flax_asr import assembly, evaluate, parallel, scoring, step
+from flax_asr import assembly, comparison, evaluate, parallel, scoring, step
 from flax_asr.data import buckets
 from flax_asr.hosts import multihost
 
@@ -47,12 +47,12 @@ def score(
         unless_asked,
         data,
         plan(data.samples, shapes.samples, made.devices.count * per_device),
-        made.corpus.vocabulary,
-        tokens=shapes.tokens,
-        language=made.cfg.data.language,
-        normalization=made.corpus.normalizer.spec,
-        predictions=predictions,
+        comparison.Comparison(
+            made.corpus.vocabulary, made.cfg.data.language, made.corpus.normalizer.spec
+        ),
         seed=made.cfg.seed,
+        tokens=shapes.tokens,
+        predictions=predictions,
         padded=padded,
     )
     return scores, predictions

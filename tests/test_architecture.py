@@ -18,7 +18,7 @@ LAYERS = (
     " config languages containers console seals hosts.stopping bucket.store bucket.lease"
     " record.json_lines record.runlog estimate.chips estimate.hlo",
     "metrics alignment vocabulary text compat markdown record.lineage",
-    "audio sources common_voice record.curves record.left_out data scoring inventory",
+    "audio sources common_voice record.curves record.left_out data scoring comparison inventory",
     "diagnosis.survey diagnosis.suspects diagnosis.findings diagnosis.consultation diagnosis.host"
     " diagnosis.spectrograms torch_logits",
     "compilation kept_programs ctc ctc_columns ctc_kernel optim models partition estimate.flops"

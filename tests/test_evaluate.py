@@ -18,6 +18,7 @@ import soundfile
 
 from flax_asr import (
     checkpoint,
+    comparison,
     config,
     errors,
     evaluate,
@@ -94,10 +95,12 @@ def _path(data, row, frames):
     return path
 
 
-def _score(forward, data, shapes, rows=4, plan=buckets.EvalPlan, language="eu", **options):
+def _score(
+    forward, data, shapes, rows=4, plan=buckets.EvalPlan, language="eu", rewrite=None, **options
+):
     plan = plan(data.samples, shapes.samples, rows)
-    options = {"language": language, "normalization": ["lower"], "seed": 1, **options}
-    return evaluate.score(forward, data, plan, WRITES, **options)
+    compared = comparison.Comparison(WRITES, language, ["lower"], rewrite)
+    return evaluate.score(forward, data, plan, compared, seed=1, **options)
 
 
 def _hypotheses(data):
@@ -255,9 +258,8 @@ def test_a_model_that_has_capitals_only_is_compared_without_case(saved, shapes, 
 
     forward = _saying(1, 2)
     plan = buckets.EvalPlan(data.samples, shapes.samples, 4)
-    scores = evaluate.score(
-        forward, data, plan, capitals, language="en", normalization=["lower"], seed=1
-    )
+    compared = comparison.Comparison(capitals, "en", ["lower"])
+    scores = evaluate.score(forward, data, plan, compared, seed=1)
     assert scores.cer.value == scores.wer.value == 0
 
 
@@ -308,8 +310,8 @@ def test_what_a_model_of_other_rules_writes_is_normalised_before_it_is_compared(
     found = {}
     for rewrite in (None, text.normalizer(steps)):
         lines = []
-        options = {"language": "en", "normalization": steps, "seed": 1, "predictions": lines}
-        scores = evaluate.score(forward, data, plan, theirs, rewrite=rewrite, **options)
+        compared = comparison.Comparison(theirs, "en", steps, rewrite)
+        scores = evaluate.score(forward, data, plan, compared, seed=1, predictions=lines)
         (line,) = lines
         found[rewrite is None] = scores.cer.counts.errors, line["hypothesis"], scores.rule
     # The capital and the comma are no errors, the unknown character is one.
@@ -670,7 +672,5 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(exported, releas
 
 def test_a_model_of_capitals_only_is_not_blamed_for_small_letters():
     capitals = vocabulary.Vocabulary(("[PAD]", "A", "B"), blank=0)
-    reference, hypothesis, written = evaluate._compared(
-        "Ab", np.array([1, 0, 2, 2]), capitals, None
-    )
-    assert (reference, hypothesis, written) == ("ab", "ab", "AB")
+    compared = comparison.Comparison(capitals, "en", ["lower"])
+    assert compared.texts("Ab", np.array([1, 0, 2, 2])) == ("ab", "ab", "AB")

@@ -35,7 +35,7 @@ class _EncoderLayer(nn.Module):
     config: layers.Wav2Vec2Config
     dtype: layers.Dtype
     deterministic: bool
-    attention: str
+    kind: str
 
     @nn.compact
     def __call__(
@@ -48,7 +48,7 @@ class _EncoderLayer(nn.Module):
     ]:
         config, epsilon = self.config, self.config.layer_norm_eps
         attend = attention.SelfAttention(
-            config, self.dtype, self.deterministic, self.attention, name="attention"
+            config, self.dtype, self.deterministic, self.kind, name="attention"
         )
         feed_forward = _FeedForward(config, self.dtype, self.deterministic, name="feed_forward")
         dropout = layers.Dropout(config.hidden_dropout, self.deterministic)
@@ -73,7 +73,7 @@ class _Layers(nn.Module):
     dtype: layers.Dtype
     deterministic: bool
     remat_policy: str
-    attention: str
+    kind: str
     platform: str
     first: int
 
@@ -91,9 +91,7 @@ class _Layers(nn.Module):
         for index in range(self.first, config.num_hidden_layers):
 
             def made(layer_class: type[nn.Module], name: str = str(index)) -> nn.Module:
-                return layer_class(
-                    config, self.dtype, self.deterministic, self.attention, name=name
-                )
+                return layer_class(config, self.dtype, self.deterministic, self.kind, name=name)
 
             if dropping:
                 x, weights = layerdrop.apply(
@@ -118,8 +116,7 @@ class Encoder(nn.Module):
     """The transformer: from projected features, or from the output of its lower layers.
 
     Attributes:
-        config, dtype, deterministic, remat_policy: as of `Wav2Vec2Module`.
-        attention: the form, as `attention.choose` gives it.
+        config, dtype, deterministic, remat_policy, attention: as of `Wav2Vec2Module`.
         platform: what it is compiled for.
         lower_layers: how many layers the input has passed, so that it is that one of
             `EncoderOutput.hidden_states`; None for projected features.
@@ -143,7 +140,17 @@ class Encoder(nn.Module):
     ) -> tuple[HiddenStates, Attentions]:
         config, frames = self.config, x.shape[1]
         norm = layers.layer_norm(self.dtype, "layer_norm", config.layer_norm_eps)
-        if self.attention == "pallas":
+        kind = attention.choose(
+            self.attention,
+            self.platform,
+            config,
+            self.dtype,
+            frames,
+            deterministic=self.deterministic,
+            keep_weights=keep_attentions,
+            remat_policy=self.remat_policy,
+        )
+        if kind == "pallas":
             x, frame_mask = _in_whole_tiles(x, frame_mask)
         if self.lower_layers is None:
             if frame_mask is not None:
@@ -158,7 +165,7 @@ class Encoder(nn.Module):
             self.dtype,
             self.deterministic,
             self.remat_policy,
-            self.attention,
+            kind,
             self.platform,
             self.lower_layers or 0,
             name="layers",

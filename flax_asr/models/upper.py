@@ -8,7 +8,7 @@ tests/models/test_upper.py.
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 
-from flax_asr.models import attention, layers, transformer, wav2vec2
+from flax_asr.models import layers, transformer, wav2vec2
 
 
 class UpperForCTCModule(nn.Module):
@@ -73,24 +73,13 @@ class _Upper(nn.Module):
         hidden_state: Float[Array, "batch frames hidden"],
         frame_mask: Bool[Array, "batch frames"],
     ) -> Float[Array, "batch frames hidden"]:
-        platform = self.platform or layers.default_platform()
-        kind = attention.choose(
-            self.attention,
-            platform,
-            self.config,
-            self.dtype,
-            hidden_state.shape[1],
-            deterministic=self.deterministic,
-            keep_weights=False,
-            remat_policy=self.remat_policy,
-        )
         encoder = transformer.Encoder(
             self.config,
             self.dtype,
             self.deterministic,
             self.remat_policy,
-            kind,
-            platform,
+            self.attention,
+            self.platform or layers.default_platform(),
             self.lower_layers,
             name="encoder",
         )

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_asr import errors
-from flax_asr.models import activations, attention, feature_encoder, layers, transformer
+from flax_asr.models import activations, feature_encoder, layers, transformer
 
 Lengths = TypeVar("Lengths", int, np.ndarray, jax.Array)
 
@@ -206,18 +206,14 @@ class Wav2Vec2Module(nn.Module):
         if config.apply_spec_augment and mask_feature_indices is not None:
             x = jnp.where(mask_feature_indices[:, None, :], jnp.zeros_like(x), x)
 
-        kind = attention.choose(
-            self.attention,
-            platform,
+        encoder = transformer.Encoder(
             config,
             self.dtype,
-            x.shape[1],
-            deterministic=deterministic,
-            keep_weights=output_attentions,
-            remat_policy=self.remat_policy,
-        )
-        encoder = transformer.Encoder(
-            config, self.dtype, deterministic, self.remat_policy, kind, platform, name="encoder"
+            deterministic,
+            self.remat_policy,
+            self.attention,
+            platform,
+            name="encoder",
         )
         hidden_states, attentions = encoder(x, frame_mask, output_attentions, keep_padding)
         return EncoderOutput(

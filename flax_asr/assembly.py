@@ -183,14 +183,14 @@ class Assembly:
         """The frozen layers' output for the training clips; None if training starts from audio."""
         if not self.cfg.data.cache_features:
             return None
-        return feature_cache.opened(
-            self.cfg,
+        frozen = feature_cache.FrozenLayers(
             self.objective,
-            self.corpus.train,
-            self.train_shapes,
-            self.devices,
             {**state.trainable, **state.frozen},
+            self.devices,
+            self.train_shapes,
+            self.cfg.train.per_device_train_batch_size,
         )
+        return feature_cache.opened(self.cfg, self.corpus.train, frozen)
 
     def batches(
         self, begin: int, cached: features.Features | None

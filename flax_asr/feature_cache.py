@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -80,29 +81,69 @@ def check(cfg: config.Config, start: origins.Origin, host_count: int = 1) -> Non
         )
 
 
-def opened(
-    cfg: config.Config,
-    objective: criterion.Objective,
-    train: examples.Examples,
-    shapes: static_shapes.Shapes,
-    devices: parallel.Devices,
-    params: step.Parameters,
-) -> features.Features:
+@dataclass(frozen=True)
+class FrozenLayers:
+    """The layers that a run does not move, and the devices that compute them.
+
+    Attributes:
+        objective: the run's model; `objective.lower_layers` of its layers are frozen.
+        params: all its parameters, on the devices.
+        devices: what the run is on.
+        shapes: of its batches.
+        per_device: clips that a device takes at once.
+    """
+
+    objective: criterion.Objective
+    params: step.Parameters
+    devices: parallel.Devices
+    shapes: static_shapes.Shapes
+    per_device: int
+
+    def compiled(self) -> dict[int, Callable]:
+        """The forward pass through them, for each number of padded samples."""
+        lower = parallel.lower(self.objective, self.devices)
+        jobs = {
+            samples: (
+                lower,
+                (self.params, self.devices.batch_shapes(self.per_device, samples, tokens)),
+            )
+            for samples, tokens in reversed(list(self.shapes))
+        }
+        return compilation.compile_shown(jobs, "compiling the frozen layers")
+
+    def outputs(
+        self,
+        programs: Mapping[int, Callable],
+        train: examples.Examples,
+        rows: Int[np.ndarray, " rows"],
+    ) -> Iterator[tuple[int, Shaped[np.ndarray, "frames hidden"]]]:
+        """Each of these rows with its frames, those of padding included; in any order."""
+        at_once = self.devices.local_count * self.per_device
+        for group in buckets.EvalPlan(train.samples[rows], self.shapes.samples, at_once):
+            samples, tokens = list(self.shapes)[group.shape]
+            real = group.rows >= 0
+            own = np.where(real, rows[group.rows], -1)
+            batch = loader.assemble(train, own, samples, tokens)
+            (placed,) = self.devices.micro_batches(batch, self.per_device)
+            given = np.asarray(programs[samples](self.params, placed))
+            by_row = given.reshape(-1, *given.shape[2:])
+            for place in np.flatnonzero(real):
+                yield int(own[place]), by_row[place]
+
+
+def opened(cfg: config.Config, train: examples.Examples, frozen: FrozenLayers) -> features.Features:
     """What is kept of the training clips, computed first as far as it is not there.
 
     Args:
         cfg: of the run, `check`ed.
-        objective: its model.
         train: the clips.
-        shapes: of the run's batches.
-        devices: where `params` are.
-        params: all parameters; the run moves none below `objective.lower_layers`.
+        frozen: what computes them.
 
     Raises:
         DataError: there is no room, or the disk cannot be written.
     """
-    model = objective.config
-    about = _about(objective, train, params)
+    objective, model = frozen.objective, frozen.objective.config
+    about = _about(objective, train, frozen.params)
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     kept = features.Features(
         prepared_dir.folder(cfg) / f"{features.PREFIX}{name}",
@@ -113,7 +154,7 @@ def opened(
     )
     with prepared_dir.alone_in(kept.folder):
         if not kept.is_finished():
-            _compute(cfg, objective, train, shapes, devices, params, kept)
+            _compute(frozen, train, kept)
             kept.finish(about)
     # Not removed: another run may train from them.
     for folder, size in kept.others().items():
@@ -151,71 +192,25 @@ def _is_below(objective: criterion.Objective, path: str) -> bool:
     return not optim.trainable(only_upper, objective.config)(path)
 
 
-def _compute(
-    cfg: config.Config,
-    objective: criterion.Objective,
-    train: examples.Examples,
-    shapes: static_shapes.Shapes,
-    devices: parallel.Devices,
-    params: step.Parameters,
-    kept: features.Features,
-) -> None:
+def _compute(frozen: FrozenLayers, train: examples.Examples, kept: features.Features) -> None:
     """Every part that is missing."""
     missing = list(kept.missing())
     logger.info(
         "keeping the output of %d layers for %d clips: %.2f GB in %s",
-        objective.lower_layers,
+        frozen.objective.lower_layers,
         len(train),
         kept.bytes / 1e9,
         kept.folder,
     )
     kept.check_room()
-    per_device = cfg.train.per_device_train_batch_size
-    frozen = _FrozenLayers(objective, params, shapes, devices, per_device)
+    programs = frozen.compiled()
     started = time.monotonic()
     done = len(train) - sum(len(rows) for _, rows in missing)
     with progress.Progress(len(train), "keeping features", "clips", initial=done) as bar:
         for number, rows in missing:
             frames: dict[int, np.ndarray] = {}
-            for row, padded in frozen.outputs(train, rows):
+            for row, padded in frozen.outputs(programs, train, rows):
                 frames[row] = padded[: kept.length(row)]
                 bar.advance()
             kept.write(number, [frames[row] for row in rows])
     logger.info("kept after %.1f minutes", (time.monotonic() - started) / 60)
-
-
-class _FrozenLayers:
-    """The forward pass through the frozen layers, compiled for the shapes of a run's batches."""
-
-    def __init__(
-        self,
-        objective: criterion.Objective,
-        params: step.Parameters,
-        shapes: static_shapes.Shapes,
-        devices: parallel.Devices,
-        per_device: int,
-    ) -> None:
-        self._params, self._shapes = params, shapes
-        self._devices, self._per_device = devices, per_device
-        lower = parallel.lower(objective, devices)
-        jobs = {
-            samples: (lower, (params, devices.batch_shapes(per_device, samples, tokens)))
-            for samples, tokens in reversed(list(shapes))
-        }
-        self._programs = compilation.compile_shown(jobs, "compiling the frozen layers")
-
-    def outputs(
-        self, train: examples.Examples, rows: Int[np.ndarray, " rows"]
-    ) -> Iterator[tuple[int, Shaped[np.ndarray, "frames hidden"]]]:
-        """Each of these rows with its frames, those of padding included; in any order."""
-        at_once = self._devices.local_count * self._per_device
-        for group in buckets.EvalPlan(train.samples[rows], self._shapes.samples, at_once):
-            samples, tokens = list(self._shapes)[group.shape]
-            real = group.rows >= 0
-            own = np.where(real, rows[group.rows], -1)
-            batch = loader.assemble(train, own, samples, tokens)
-            (placed,) = self._devices.micro_batches(batch, self._per_device)
-            given = np.asarray(self._programs[samples](self._params, placed))
-            by_row = given.reshape(-1, *given.shape[2:])
-            for place in np.flatnonzero(real):
-                yield int(own[place]), by_row[place]

@@ -220,9 +220,7 @@ def updates(
     Raises:
         errors.DataError: the group does not divide by the hosts.
     """
-    share = _Share(
-        data, plan.shapes, tokens, plan.group_rows, host_index, host_count, augmentation, kept
-    )
+    share = _Share(data, plan, tokens, host_index, host_count, augmentation, kept)
 
     def produce() -> Iterator[tuple[int, list[Planned]]]:
         step = start_step
@@ -251,7 +249,7 @@ def evaluation(
     Raises:
         errors.DataError: the group does not divide by the hosts.
     """
-    share = _Share(data, plan.shapes, tokens, plan.group_rows, host_index, host_count)
+    share = _Share(data, plan, tokens, host_index, host_count)
     return Prefetched(((share.batch(group), group) for group in plan), depth=4)
 
 
@@ -261,23 +259,22 @@ class _Share:
     def __init__(
         self,
         data: examples.Examples,
-        shapes: Sequence[int],
+        plan: buckets.TrainPlan | buckets.EvalPlan | buckets.InOrder,
         tokens: Sequence[int] | None,
-        group_rows: int,
         host_index: int,
         host_count: int,
         augmentation: augment.Augmentation | None = None,
         kept: features.Features | None = None,
     ) -> None:
-        if group_rows % host_count:
+        if plan.group_rows % host_count:
             raise errors.DataError(
-                f"A group of {group_rows} rows does not divide by {host_count} hosts: choose a"
+                f"A group of {plan.group_rows} rows does not divide by {host_count} hosts: choose a"
                 " per-device batch and a number of devices that each host has an equal part of."
             )
-        rows = group_rows // host_count
+        rows = plan.group_rows // host_count
         self._data = data
-        self._shapes = shapes
-        self._widths = label_widths(data, shapes) if tokens is None else tokens
+        self._shapes = plan.shapes
+        self._widths = label_widths(data, plan.shapes) if tokens is None else tokens
         self._rows = slice(host_index * rows, (host_index + 1) * rows)
         self._augmentation, self._kept = augmentation, kept
 

@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from flax_asr import (
+    accumulation,
     assembly,
     batch_size,
     checkpoint,
@@ -23,11 +23,10 @@ from flax_asr import (
     run_folder,
     run_scores,
     score_files,
-    step,
 )
 from flax_asr.bucket import mirror, store
 from flax_asr.console import progress
-from flax_asr.data import loader, prepare, prepared_dir, rereading
+from flax_asr.data import prepare, prepared_dir, rereading
 from flax_asr.hosts import cluster, multihost, stopping
 from flax_asr.record import json_lines, left_out, monitor, runlog
 
@@ -119,7 +118,7 @@ class Run:
         self.made, self.programs, self.folder, self.hosts = made, programs, folder, hosts
         self.mirrored, self.audio = mirrored, audio
         self.stop = multihost.SharedStop(hosts, stop)
-        self.cfg, self.devices, past = made.cfg.train, made.devices, made.past
+        self.cfg, past = made.cfg.train, made.past
         if past is None:
             self.step = 0
             self.state = made.initial_state()
@@ -189,8 +188,10 @@ class Run:
             finishing.write(self.folder, saved, self.made.cfg, self.step)
 
     def _updates(self) -> None:
-        at_once = self.made.train_function(self.step) == "update_from"
-        sums = None if at_once else self.devices.zero_sums(self.state.trainable)
+        """One update after the other; where something is due, logs, scores and saves."""
+        accumulated = accumulation.Accumulation(
+            self.made, self.programs, self.step, self.state.trainable
+        )
         previous = None
         with (
             compilation.Compilations() as compilations,
@@ -198,7 +199,7 @@ class Run:
             progress.Progress(self.made.updates, "training", "updates", initial=self.step) as bar,
         ):
             for number, groups in batches:
-                sums, metrics = self._dispatch(number, groups, sums)
+                self.state, metrics = accumulated.update(number, self.state, groups)
                 self.stop.passed()
                 # Read only now that the next update is on its way: the device never waits.
                 if previous is not None:
@@ -218,25 +219,6 @@ class Run:
                         self._log(figures)
                     if self._score_and_save() or self.step == self.made.updates:
                         return
-
-    def _dispatch(
-        self, update: int, groups: Sequence[loader.Planned], sums: step.Sums | None
-    ) -> tuple[step.Sums | None, step.Metrics]:
-        """Hands an update to the devices; gives the sums, empty again, and the figures to come.
-
-        Where an update is one program, which keeps its sums to itself, they are None.
-        """
-        function, shapes = self.made.train_function(update), self.made.plan.shapes
-        for batch, group in groups:
-            program = self.programs[function, shapes[group.shape]]
-            for micro in self.devices.micro_batches(batch, self.cfg.per_device_train_batch_size):
-                if sums is None:
-                    self.state, metrics = program(self.state, micro)
-                else:
-                    sums = program(self.state, sums, micro)
-        if sums is not None:
-            self.state, sums, metrics = self.programs["update", 0](self.state, sums)
-        return sums, metrics
 
     def _score_and_save(self) -> bool:
         """Scores and saves what is due after this update; the best so far is always saved.
@@ -261,10 +243,8 @@ class Run:
         metrics, improved = {}, False
         # Hosts score together, so none can go on by itself after a write that failed.
         must = self.hosts.count > 1
-        with (
-            contextlib.suppress(run_scores.BrokenOff),
-            self.failed_saves.counted(self.step, must),
-        ):
+        tolerant = self.failed_saves.counted(self.step, must)
+        with contextlib.suppress(run_scores.BrokenOff), tolerant:
             metrics = self._score("eval")
             improved = metrics[best] < self.log.best(best)
             self._log(metrics | self.made.weights_scored())
@@ -300,7 +280,7 @@ class Run:
         # No checkpoint before all audio is verified, but a stop leaves no time to wait.
         (self.audio.check if stops else self.audio.wait)()
         # A collective: every host takes part, whether or not its writes work.
-        state = parallel.whole(self.programs, self.state, self.made.layout, self.devices)
+        state = parallel.whole(self.programs, self.state, self.made.layout, self.made.devices)
         with self.failed_saves.counted(self.step):
             self.checkpoints.wait()
         must = stops or self.step == self.made.updates

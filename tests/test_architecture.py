@@ -31,7 +31,7 @@ LAYERS = (
     "programs",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
     "loading score_files scored_splits evaluate run_scores transcribe export resume finishing"
-    " record.monitor",
+    " accumulation record.monitor",
     "loop plan doctor",
     "__main__",
 )

@@ -1,0 +1,52 @@
+"""Gradient accumulation: an update from as many micro-batches as it has, or from one at once."""
+
+from collections.abc import Sequence
+
+from flax_asr import assembly, step
+from flax_asr.data import loader
+
+
+class Accumulation:
+    """The updates of a run on its devices.
+
+    Args:
+        made: the run.
+        programs: its compiled ones.
+        begin: the first update.
+        trainable: parameters of which gradients are added up.
+    """
+
+    def __init__(
+        self,
+        made: assembly.Assembly,
+        programs: assembly.Programs,
+        begin: int,
+        trainable: step.Parameters,
+    ):
+        self._made, self._programs = made, programs
+        self._per_device = made.cfg.train.per_device_train_batch_size
+        at_once = made.train_function(begin) == "update_from"
+        # Where an update is one program, that keeps its sums to itself.
+        self._sums = None if at_once else made.devices.zero_sums(trainable)
+
+    def update(
+        self, number: int, state: step.TrainState, groups: Sequence[loader.Planned]
+    ) -> tuple[step.TrainState, step.Metrics]:
+        """Hands an update to the devices; gives the state and the figures to come.
+
+        Args:
+            number: of the update, from 0.
+            state: before it; its arrays are used up.
+            groups: this host's rows of each.
+        """
+        function, shapes = self._made.train_function(number), self._made.plan.shapes
+        for batch, group in groups:
+            program = self._programs[function, shapes[group.shape]]
+            for micro in self._made.devices.micro_batches(batch, self._per_device):
+                if self._sums is None:
+                    state, metrics = program(state, micro)
+                else:
+                    self._sums = program(state, self._sums, micro)
+        if self._sums is not None:
+            state, self._sums, metrics = self._programs["update", 0](state, self._sums)
+        return state, metrics

@@ -26,7 +26,7 @@ import small_training
 
 from flax_asr import __main__, audio
 from flax_asr.data import examples, rereading, shard_writer, shards
-from flax_asr.record import monitor
+from flax_asr.training import monitor
 
 HEARD_SECONDS = 1800
 

@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 
 from flax_asr import (
-    accumulation,
     assembly,
     batch_size,
     checkpoint,
@@ -14,21 +13,25 @@ from flax_asr import (
     differences,
     early_stopping,
     errors,
-    failed_saves,
-    finishing,
     inventory,
     kept_programs,
     parallel,
-    resume,
     run_folder,
-    run_scores,
     score_files,
 )
 from flax_asr.bucket import mirror, store
 from flax_asr.console import progress
 from flax_asr.data import prepare, prepared_dir, rereading
 from flax_asr.hosts import cluster, multihost, stopping
-from flax_asr.record import json_lines, left_out, monitor, runlog
+from flax_asr.record import json_lines, left_out, runlog
+from flax_asr.training import (
+    accumulation,
+    failed_saves,
+    finishing,
+    monitor,
+    resume,
+    run_scores,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(flax_asr.__file__).parent
 
 # From the ground up. A module may import from its own layer and from those below.
 LAYERS = (
-    "atomic errors json_object yaml_file locks loose_ends failed_saves trainer_names checks options"
-    " config languages containers console seals hosts.stopping bucket.store bucket.lease"
+    "atomic errors json_object yaml_file locks loose_ends trainer_names checks options config"
+    " languages containers console seals hosts.stopping bucket.store bucket.lease"
     " record.json_lines record.runlog estimate.chips estimate.hlo",
     "metrics alignment vocabulary text compat markdown record.lineage",
     "audio sources common_voice record.curves record.left_out data scoring comparison inventory",
@@ -30,8 +30,7 @@ LAYERS = (
     " feature_cache",
     "programs",
     "assembly estimate diagnosis bucket.follower bucket.mirror",
-    "loading score_files scored_splits evaluate run_scores transcribe export resume finishing"
-    " accumulation record.monitor",
+    "loading score_files scored_splits evaluate transcribe export training",
     "loop plan doctor",
     "__main__",
 )

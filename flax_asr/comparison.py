@@ -1,4 +1,4 @@
-"""What a model wrote of a clip, beside its reference: the texts whose errors are counted."""
+"""Compares what a model wrote for a clip with its reference: the texts whose errors are counted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The weights that a run begins with, and whether the stored head is among them."""
+"""The weights a run starts from, and whether it keeps the stored head."""
 
 import dataclasses
 import logging

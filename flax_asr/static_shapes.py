@@ -1,4 +1,4 @@
-"""The static shapes of a run: to how many samples and label tokens its batches are padded."""
+"""The static shapes of a run: how many samples and label tokens its batches are padded to."""
 
 import functools
 import math

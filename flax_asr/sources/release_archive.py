@@ -1,4 +1,4 @@
-"""A Common Voice release as it is downloaded, a .tar.gz, without unpacking it onto the disk."""
+"""A Common Voice release as downloaded, a .tar.gz, read without unpacking it to disk."""
 
 import contextlib
 import dataclasses

@@ -1,1 +1,1 @@
-"""The parts of a training run, which `loop.py` puts in order."""
+"""The parts of the training loop, `loop.py`."""

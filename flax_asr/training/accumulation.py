@@ -1,4 +1,4 @@
-"""Gradient accumulation: an update from as many micro-batches as it has, or from one at once."""
+"""Gradient accumulation: runs the micro-batches of an update and applies their sum."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ from flax_asr.data import loader
 
 
 class Accumulation:
-    """The updates of a run on its devices.
+    """Runs the updates of a run on its devices.
 
     Args:
         made: the run.
-        programs: its compiled ones.
+        programs: its compiled programs.
         begin: the first update.
         trainable: parameters of which gradients are added up.
     """
@@ -26,18 +26,18 @@ class Accumulation:
         self._made, self._programs = made, programs
         self._per_device = made.cfg.train.per_device_train_batch_size
         at_once = made.train_function(begin) == "update_from"
-        # Where an update is one program, that keeps its sums to itself.
+        # A program that does a whole update keeps its sums to itself.
         self._sums = None if at_once else made.devices.zero_sums(trainable)
 
     def update(
         self, number: int, state: step.TrainState, groups: Sequence[loader.Planned]
     ) -> tuple[step.TrainState, step.Metrics]:
-        """Hands an update to the devices; gives the state and the figures to come.
+        """Dispatches an update; returns the state and the metrics, before they are computed.
 
         Args:
             number: of the update, from 0.
-            state: before it; its arrays are used up.
-            groups: this host's rows of each.
+            state: before the update; its arrays are donated.
+            groups: this host's rows of each group, and the group.
         """
         function, shapes = self._made.train_function(number), self._made.plan.shapes
         for batch, group in groups:

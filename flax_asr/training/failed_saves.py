@@ -1,4 +1,4 @@
-"""`train.on_save_error`: a write that fails stops the run, or is counted and tried again."""
+"""`train.on_save_error`: a failed write stops the run, or is counted and tried again."""
 
 import contextlib
 import logging
@@ -10,14 +10,14 @@ logger = logging.getLogger(__name__)
 
 
 class FailedSaves:
-    """The writes of a run that failed, of which none, or only those that must not, stopped it.
+    """Counts the failed writes of a run, or lets them stop it.
 
     Args:
         policy: `stop` or `continue`.
-        count: those of earlier starts.
+        count: failed writes of earlier starts.
 
     Attributes:
-        count: those until now.
+        count: failed writes so far.
     """
 
     def __init__(self, policy: str, count: int):
@@ -29,7 +29,7 @@ class FailedSaves:
 
         Args:
             step: updates done.
-            must: a failure stops the run in any case.
+            must: a failure stops the run whatever the policy.
         """
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a run sees of its updates: figures for log and progress bar, and when it must give up."""
+"""Metrics of each update, for log and progress bar, and the stop after too many bad ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from flax_asr.record import learning, window
 
 
 class Monitor:
-    """Looks at the figures of every update of a run.
+    """Collects the metrics of every update of a run.
 
     Args:
         made: the run.
@@ -35,7 +35,7 @@ class Monitor:
     def count(
         self, number: int, figures: step.Metrics, planned: Sequence[loader.Planned]
     ) -> dict[str, str]:
-        """Adds an update, the `number`-th, to the window; gives what the progress bar says then.
+        """Adds update `number` to the window; returns what the progress bar shows.
 
         Raises:
             TrainingError: too many in a row were not finite.
@@ -49,7 +49,7 @@ class Monitor:
         return self.window.facts() | self.watch.facts()
 
     def line(self, number: int, waited_seconds: float) -> dict[str, Any]:
-        """The line of the log about the updates since the last one, after the `number`-th.
+        """The line of the log about the updates since the last line; starts a new window.
 
         Args:
             number: updates done.

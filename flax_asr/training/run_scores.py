@@ -1,4 +1,4 @@
-"""A run's own scores: of its eval splits while it trains, of its test splits at the end."""
+"""Scoring within a run: eval splits while it trains, test splits at the end."""
 
 from typing import Any
 
@@ -23,8 +23,8 @@ def score(
     Args:
         which: `eval` or `test`.
         made: the run.
-        programs: its compiled ones.
-        params: placed on its devices.
+        programs: its compiled programs.
+        params: what to score, placed on its devices.
         stop: looked at before each batch.
 
     Raises:

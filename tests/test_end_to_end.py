@@ -87,7 +87,7 @@ def test_the_output_says_what_a_reader_must_know(whole):
     (scored,) = (event for event in runlog.read(whole) if "best_step" in event)
     for words in (
         "8 updates of 8 clips, 2 an epoch",
-        "no normalisation rule is written for cy",
+        "there are no normalisation rules for cy",
         f"{scored['test_release']}, {scored['test_hash'][:16]}; greedy, real frames only; CER",
     ):
         assert words in output
@@ -365,7 +365,7 @@ def test_bad_numbers_are_skipped_counted_and_in_a_row_stop_the_run(
     assert "2 updates in a row had a gradient that is not finite; the last finite one" in message
     found = re.search(r"at step 6: loss (\S+), gradient norm (\S+)\. The last bad one", message)
     assert all(0 < float(figure) < np.inf for figure in found.groups())
-    named = re.search(r"was step 8 with the clips (.*?)\. Nothing", message)[1].split(", ")
+    named = re.search(r"was step 8 with the clips (.*?)\. The weights", message)[1].split(", ")
     assert len({clip for clip in named if clip.startswith("common_voice_cy_")}) == 8
     events = [event for event in runlog.read(run) if "loss" in event]
     assert [event["skipped_steps"] for event in events] == [0, 1, 1]

@@ -100,7 +100,7 @@ def _check(logits, logit_lengths, labels, label_lengths) -> None:
 class _Problem(NamedTuple):
     """What the recursion sees of a batch. Column 0 is the blank's, the others the labels'."""
 
-    log_norms: Float[Array, "batch frames"]  # logsumexp over the vocabulary
+    log_norms: Float[Array, "batch frames"]  # logsumexp over the vocabulary, never -inf
     frame_mask: Bool[Array, "batch frames"]
     columns: Int[Array, "batch columns"]  # vocabulary entries
     scores: Float[Array, "frames batch columns"]  # logits less an offset a frame
@@ -209,6 +209,7 @@ def _problem(blank, logits, logit_lengths, labels, label_lengths) -> _Problem:
     # small and lose few bits.
     columns = jnp.pad(jnp.where(usable, labels, blank), ((0, 0), (1, 0)), constant_values=blank)
     scores, log_norms = _columns_and_norms(logits, columns, dtype)
+    log_norms = _finite(log_norms)
     offsets = _finite(scores.max(1))
     usable = jnp.pad(usable, ((0, 0), (1, 0)), constant_values=True)
     scores = jnp.where(usable[..., None], scores - offsets[:, None], -jnp.inf)
@@ -220,7 +221,7 @@ def _problem(blank, logits, logit_lengths, labels, label_lengths) -> _Problem:
         frame_mask=frame_mask,
         columns=columns,
         scores=jnp.transpose(scores, (2, 0, 1)),
-        cost=jnp.where(frame_mask, _finite(log_norms) - offsets, 0).sum(-1),
+        cost=jnp.where(frame_mask, log_norms - offsets, 0).sum(-1),
         is_repeat=jnp.pad(labels[:, 1:] == labels[:, :-1], ((0, 0), (min(labels.shape[1], 1), 0))),
     )
 

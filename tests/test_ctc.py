@@ -235,6 +235,21 @@ def test_forbidden_symbols_never_make_a_nan(seed):
     assert np.isfinite(plain_gradient(*clips)).all()
 
 
+def test_a_clip_without_alignment_makes_no_nan_on_the_way():
+    # jax_debug_nans, with which the source of a NaN is sought, would stop at each such clip.
+    logits = np.random.default_rng(0).standard_normal((3, 5, 80)).astype(np.float32)
+    logits[1, 2, :] = -np.inf
+    labels = jnp.array([[1, 2, 1], [1, 2, 1], [1, 1, 1]])
+    lengths = jnp.array([5, 5, 4]), jnp.array([3, 3, 3])
+
+    def total(logits):
+        return ctc.ctc_loss(logits, lengths[0], labels, lengths[1], zero_infinity=True).sum()
+
+    with jax.debug_nans(True):
+        gradient = np.asarray(jax.grad(total)(jnp.asarray(logits)))
+    assert [bool(row.any()) for row in gradient] == [True, False, False]
+
+
 def test_symbols_that_cannot_be_said_change_nothing():
     # With so many, the gradient is put together in another way.
     rng = np.random.default_rng(5)

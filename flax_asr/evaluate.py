@@ -15,6 +15,7 @@ from flax_asr import (
     compilation,
     config,
     differences,
+    errors,
     loading,
     metrics,
     parallel,
@@ -143,6 +144,10 @@ def command(
         overrides: options of the configuration.
         json_file: one object a split, one a line; "-" is standard output.
         legacy: also score as the scripts of 2022 did.
+
+    Raises:
+        ModelError: it cannot be loaded, or its scores of some clip are NaN.
+        ConfigError, DataError: what is scored is not known, or cannot be read.
     """
     model_options.check("evaluate", overrides)
     cluster.join()
@@ -189,6 +194,11 @@ def _score_splits(
             predictions: list[dict[str, Any]] = []
             in_groups = buckets.EvalPlan(data.samples, shapes.samples, rows)
             scores = scored(data, in_groups, predictions=predictions)
+            if scores.not_numbers:
+                raise errors.ModelError(
+                    f"{model}, split {name}, {scores.not_numbers} of {scores.clips} clips:"
+                    f" {loading.overflow(cfg.train.mixed_precision)}."
+                )
             lines = filter(None, (scores.describe(name), scores.table()))
             terminal.show("\n".join(lines), people)
 

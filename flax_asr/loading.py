@@ -110,6 +110,14 @@ def configure(loaded: LoadedModel, overrides: Sequence[str]) -> config.Config:
     return config.build(loaded.settings, overrides)
 
 
+def overflow(mixed_precision: str) -> str:
+    """What is said where a model's scores are no numbers: why, or what to do."""
+    why = "the weights are damaged or their training went wrong"
+    if mixed_precision == "fp16":
+        why = "give --train.mixed_precision bf16 or fp32"
+    return f"the scores in {mixed_precision} are NaN: {why}"
+
+
 def _from_checkpoint(model: str, run: Path, step_number: int | None) -> LoadedModel:
     saved = checkpoint.load_model(run, step_number)
     settings = dict(saved.meta.run)

@@ -62,6 +62,7 @@ class Scores:
         wer, cer: of all clips together.
         clips: how many were scored.
         infeasible: how many of them have no alignment, and so an infinite loss.
+        not_numbers: how many of them the model's scores are NaN for: their text means nothing.
         blank_fraction: share of the real frames where nothing is written.
         groups: the same by gender, age and accent, where that is known.
         spaced: whether the language separates words, so that spaces count and WER has a meaning.
@@ -75,6 +76,7 @@ class Scores:
     cer: Rate
     clips: int
     infeasible: int
+    not_numbers: int
     blank_fraction: float
     groups: tuple[GroupScores, ...]
     spaced: bool
@@ -192,6 +194,7 @@ def summary(
         cer=_rate(counts.characters, seed),
         clips=len(data),
         infeasible=int((~aligned).sum()),
+        not_numbers=int(np.isnan(counts.losses).sum()),
         blank_fraction=_pooled(counts.frames).rate,
         groups=tuple(_groups(counts, data)),
         spaced=spaced,

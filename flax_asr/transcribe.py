@@ -137,19 +137,13 @@ class Recogniser:
         for heard in waiting:
             found = list(itertools.islice(ids, len(heard.windows)))
             if any(symbols is None for symbols in found):
-                yield heard.path, self._overflow()
+                yield heard.path, errors.AudioError("overflow", loading.overflow(self._precision))
                 continue
             windows = zip(found, heard.windows, strict=True)
             kept = [symbols[w.first_frame : w.last_frame] for symbols, w in windows]
             path = np.concatenate(kept) if kept else np.zeros(0, np.int32)
             text = writes.decode(alignment.greedy_collapse(path, writes.blank))
             yield heard.path, heard.failure or text
-
-    def _overflow(self) -> errors.AudioError:
-        why = "the weights are damaged or their training went wrong"
-        if self._precision == "fp16":
-            why = "give --train.mixed_precision bf16 or fp32"
-        return errors.AudioError("overflow", f"the scores in {self._precision} are NaN: {why}")
 
     def windows(self, samples: int) -> list[Window]:
         """The windows of a recording.

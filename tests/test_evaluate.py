@@ -648,6 +648,29 @@ def test_a_score_is_shown_though_its_predictions_cannot_be_written(
     assert "test CER" in capsys.readouterr().out
 
 
+def test_a_score_of_which_a_part_is_no_number_is_refused(
+    exported, release, saved, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+
+    def overflowing(batch):
+        lengths = wav2vec2.frame_lengths(saved.model_config, batch.sample_lengths)
+        losses = np.where(batch.sample_lengths == 3000, np.nan, 1)
+        return losses, np.zeros((len(lengths), max(lengths)), np.int32), lengths
+
+    monkeypatch.setattr(evaluate, "compiled", lambda *_: overflowing)
+    said = re.escape(
+        f"{exported}, split test, 1 of {len(SENTENCES)} clips: the scores in fp16 are NaN: give"
+        " --train.mixed_precision bf16 or fp32."
+    )
+    with pytest.raises(errors.ModelError, match=f"^{said}$"):
+        evaluate.command(
+            str(exported), [*_scored_on(release), "--train.mixed_precision=fp16"], None
+        )
+    assert "CER" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("predictions-*"))
+
+
 def test_a_model_of_unknown_language_must_be_told_it(exported, release, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()

@@ -42,6 +42,10 @@ MAX_HEADER_BYTES = 100_000_000
 # That of XLS-R 2B has 0.2 MB.
 MAX_PROGRAM_BYTES = 16_000_000
 
+# What DataParallel, DistributedDataParallel and torch.compile put before every name of the model
+# that they wrap; either can be in the other.
+_WRAPPERS = ("module.", "_orig_mod.", "module.")
+
 Tensors = dict[str, np.ndarray]
 
 
@@ -225,11 +229,19 @@ _READERS: dict[str, Callable[[Path], Tensors]] = {
 FILES = tuple(_READERS)
 
 
+def _unwrapped(tensors: Tensors) -> Tensors:
+    """Under the model's own names, where it was saved with a wrapper of torch around it."""
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def read(folder: str | os.PathLike) -> Tensors:
     """A model folder's tensors, with torch's names and layouts, in the type they are stored in.
 
-    The arrays may be read-only views of the file. Of several weight files the first of `FILES` is
-    taken.
+    Those of a model that DataParallel or torch.compile wrapped are named as without. The arrays may
+    be read-only views of the file. Of several weight files the first of `FILES` is taken.
 
     Raises:
         ModelError: there are no weights, or they are damaged, truncated or would run code.
@@ -238,7 +250,7 @@ def read(folder: str | os.PathLike) -> Tensors:
         path = Path(folder) / name
         if path.is_file():
             try:
-                return reader(path)
+                return _unwrapped(reader(path))
             except OSError as error:
                 raise errors.ModelError(f"{path} cannot be read: {errors.why(error)}.") from error
     raise errors.ModelError(f"{folder} holds no weights: it needs one of {', '.join(FILES)}.")

@@ -97,6 +97,18 @@ def test_sharded_torch_files_are_read(tmp_path):
     _same(weights.read(tmp_path), state)
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "module._orig_mod.", "_orig_mod.module."])
+def test_a_model_saved_in_a_wrapper_of_torch_is_read_under_its_own_names(tmp_path, wrapper):
+    state = _state()
+    wrapped = {wrapper + name: tensor for name, tensor in state.items()}
+    torch.save(wrapped, tmp_path / weights.TORCH)
+    _same(weights.read(tmp_path), state)
+    # One name without it, and they are no wrapper's.
+    mixed = wrapped | {"lm_head.weight": state["lm_head.weight"]}
+    torch.save(mixed, tmp_path / weights.TORCH)
+    _same(weights.read(tmp_path), mixed)
+
+
 def test_bfloat16_safetensors_are_read_without_torch(tmp_path):
     state = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(7), "c": torch.randn(2).half()}
     safetensors_torch.save_file(state, tmp_path / weights.SAFETENSORS)

@@ -107,7 +107,7 @@ def _decode(
         with soundfile.SoundFile(
             file if isinstance(file, io.BytesIO) else file.fileno(), closefd=False
         ) as sound:
-            _check_header(sound, longest)
+            _check_header(sound, longest, file)
             rate_hz, channels = sound.samplerate, _channels(sound, _size(file))
             _check_length(sound, len(channels[0]), file)
     except soundfile.LibsndfileError as error:
@@ -141,17 +141,23 @@ def _undecoded(why: str, beginning: bytes) -> str:
     return f"{why} It begins with {beginning!r}"
 
 
-def _check_header(sound: soundfile.SoundFile, longest: float) -> None:
+def _check_header(
+    sound: soundfile.SoundFile, longest: float, file: io.BytesIO | io.BufferedReader
+) -> None:
     if sound.samplerate not in _RATES_HZ or sound.channels not in _CHANNELS:
         raise errors.AudioError(
             "damaged", f"its header claims {sound.samplerate} Hz and {sound.channels} channels"
         )
     if sound.frames <= 0:
         raise errors.AudioError("empty", "its header counts no samples")
-    seconds = sound.frames / sound.samplerate
+    seconds, slack = sound.frames / sound.samplerate, _MP3_SLACK_FRAMES / sound.samplerate
+    if seconds > longest + slack and _is_mp3(sound):
+        # Without a count it is a guess from the first frame's size.
+        extent = mp3.extent(riff.content(_content(file)))
+        if extent is not None and not extent.counted:
+            seconds = extent.samples / sound.samplerate
     if seconds > LONGEST_SECONDS:
         raise errors.AudioError("damaged", f"its header claims {seconds / 3600:.0f} hours")
-    slack = _MP3_SLACK_FRAMES / sound.samplerate
     if seconds > longest + slack:
         raise errors.AudioError("too_long", f"{seconds:.2f} s, more than {longest:g} s")
 
@@ -160,6 +166,13 @@ def _size(file: io.BytesIO | io.BufferedReader) -> int:
     return (
         file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.fstat(file.fileno()).st_size
     )
+
+
+def _content(file: io.BytesIO | io.BufferedReader) -> bytes:
+    """All of it; where a decoder reads it, it goes on where it was."""
+    if isinstance(file, io.BytesIO):
+        return file.getvalue()
+    return os.pread(file.fileno(), _size(file), 0)
 
 
 def _is_mp3(sound: soundfile.SoundFile) -> bool:
@@ -197,18 +210,19 @@ def _check_length(
 ) -> None:
     """Compares the decoded length with the length that the file states."""
     is_mp3 = _is_mp3(sound)
-    if decoded < sound.frames - (_MP3_SLACK_FRAMES if is_mp3 else 0):
+    extent = mp3.extent(riff.content(_content(file))) if is_mp3 else None
+    slack = _MP3_SLACK_FRAMES if is_mp3 else 0
+    # Without a count there are as many as the decoder guesses from the first frame's size.
+    if (extent is None or extent.counted) and decoded < sound.frames - slack:
         raise errors.AudioError("truncated", f"{decoded} of {sound.frames} samples are there")
     if is_mp3:
-        file.seek(0)
-        extent = mp3.extent(riff.content(file.read()))
         if extent is None:
             return
         if extent.missing_bytes:
             raise errors.AudioError(
                 "truncated", f"the last {extent.missing_bytes} bytes are missing"
             )
-        if decoded < extent.samples - _MP3_SLACK_FRAMES:
+        if decoded < extent.samples - slack:
             raise errors.AudioError(
                 "damaged",
                 f"a variable bit rate without a frame count: only {decoded} of {extent.samples} "

@@ -30,16 +30,17 @@ def written(samples, rate_hz=48_000, format="WAV", subtype=None):
     return buffer.getvalue()
 
 
-def lame(samples, rate_hz, variable=False):
+def lame(samples, rate_hz, variable=False, kilobits=64):
     encoder = lameenc.Encoder()
     encoder.set_in_sample_rate(rate_hz)
+    encoder.set_out_sample_rate(rate_hz)
     encoder.set_channels(1)
     encoder.silence()
     if variable:
         encoder.set_vbr(4)
         encoder.set_vbr_quality(4)
     else:
-        encoder.set_bit_rate(64)
+        encoder.set_bit_rate(kilobits)
     pcm = (samples * 32767).astype("<i2").tobytes()
     return bytes(encoder.encode(pcm)) + bytes(encoder.flush())
 
@@ -155,6 +156,34 @@ def test_a_variable_bit_rate_without_a_frame_count_is_refused_not_shortened():
     assert refusal(content) == "damaged"
 
 
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_small_first_frame_without_a_frame_count_does_not_make_the_file_longer(tmp_path, in_file):
+    """libsndfile guesses four times as many samples, and those are neither missing nor too many."""
+    low, usual = (lame(tone(seconds=3), 48_000, kilobits=kilobits) for kilobits in (32, 128))
+    content = low[:96] + usual[384:]
+    assert soundfile.info(io.BytesIO(content)).frames > 12 * 48_000
+    source = content
+    if in_file:
+        source = tmp_path / "clip.mp3"
+        source.write_bytes(content)
+    assert len(audio.decode(source)) == len(audio.decode(usual))
+    assert len(audio.decode(source, max_seconds=4)) == len(audio.decode(usual))
+    assert refusal(source, max_seconds=2) == "too_long"
+    assert refusal(content[:-100]) == "truncated"
+
+
+def test_a_frame_count_is_believed_though_the_last_frame_is_whole():
+    counted = written(tone(seconds=3), format="MP3")
+    whole = mp3.extent(counted)
+    assert whole.counted
+    # The walk alone does not miss frames that are not there at all.
+    cut = next(
+        n for n in range(len(counted) // 2, 0, -1) if mp3.extent(counted[:n]).missing_bytes == 0
+    )
+    assert refusal(counted[:cut]) == "truncated"
+    assert refusal(counted, max_seconds=2) == "too_long"
+
+
 @pytest.mark.parametrize("rate_hz", [48_000, 16_000])
 def test_mp3_in_a_wav_file_is_mp3(rate_hz):
     """libsndfile takes its header for sound, and counts samples that are not there."""
@@ -180,10 +209,10 @@ def test_the_content_of_a_wav_file_is_its_chunk_of_data():
 def test_the_walk_over_frames_counts_what_the_decoder_decodes(rate_hz, frame):
     content = lame(tone(rate_hz, 2), rate_hz)
     decoded = len(soundfile.read(io.BytesIO(content))[0])
-    assert mp3.extent(content) == mp3.Extent(decoded, 0)
+    assert mp3.extent(content) == mp3.Extent(decoded, 0, False)
     tagged = b"ID3\x04\0\0\0\0\0\x05-----" + content + b"TAG" + bytes(125)
-    assert mp3.extent(tagged) == mp3.Extent(decoded, 0)
-    assert mp3.extent(content[:-1]) == mp3.Extent(decoded - frame, 1)
+    assert mp3.extent(tagged) == mp3.Extent(decoded, 0, False)
+    assert mp3.extent(content[:-1]) == mp3.Extent(decoded - frame, 1, False)
     assert mp3.extent(content + b"junk") is None
 
 

@@ -3,7 +3,8 @@
 A decoder trusts the file's size or its first header; only a walk over all frames shows that a file
 without a frame count has a variable bit rate, or that it ends in the middle of a frame.
 
-Source: ISO/IEC 11172-3 section 2.4.1.3 and 13818-3 section 2.4.1.3, layer III.
+Source: ISO/IEC 11172-3 section 2.4.1.3 and 13818-3 section 2.4.1.3, layer III. Frame counts: the
+Xing tag (LAME's "Info" is one) and Fraunhofer's VBRI, as libmpg123 looks for them.
 """
 
 import dataclasses
@@ -14,6 +15,9 @@ _KILOBITS = (
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 )
+# Where a tag can be in the first frame: behind the side information, of mono or stereo.
+_TAG_PLACES = (13, 21, 36)
+_COUNTS_FRAMES = 1  # of the flags of a Xing tag
 _RATES_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 
 
@@ -24,10 +28,13 @@ class Extent:
     Attributes:
         samples: of all whole frames, a frame that only carries tags included.
         missing_bytes: how many bytes the last frame lacks; 0 for a whole file.
+        counted: whether the first frame says how many there are. Where none does, a decoder takes
+            the size of the first frame for that of all.
     """
 
     samples: int
     missing_bytes: int
+    counted: bool
 
 
 def extent(data: bytes) -> Extent | None:
@@ -40,18 +47,26 @@ def extent(data: bytes) -> Extent | None:
     while data[place : place + 3] == b"ID3" and len(data) >= place + 10:
         size = data[place + 6 : place + 10]
         place += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
-    samples, end = 0, len(data)
+    samples, end, counted = 0, len(data), _is_counted(data[place : place + 44])
     while place + 4 <= end:
         frame = _frame(data[place : place + 3])
         if frame is None:
             is_tag = data[place : place + 3] == b"TAG" or data[place : place + 8] == b"APETAGEX"
-            return Extent(samples, 0) if is_tag or not data[place:].strip(b"\0") else None
+            return Extent(samples, 0, counted) if is_tag or not data[place:].strip(b"\0") else None
         length, frame_samples = frame
         if place + length > end:
-            return Extent(samples, place + length - end)
+            return Extent(samples, place + length - end, counted)
         samples += frame_samples
         place += length
-    return Extent(samples, 0)
+    return Extent(samples, 0, counted)
+
+
+def _is_counted(frame: bytes) -> bool:
+    """Whether a file that begins with this frame says how many there are."""
+    tags = [frame[place : place + 8] for place in _TAG_PLACES]
+    return frame[36:40] == b"VBRI" or any(
+        tag[:4] in (b"Xing", b"Info") and tag[-1] & _COUNTS_FRAMES for tag in tags
+    )
 
 
 @functools.lru_cache(maxsize=1024)  # a file has few kinds of frames, and thousands of them

@@ -154,7 +154,7 @@ def _check_header(
     if seconds > longest + slack and _is_mp3(sound):
         # Without a count it is a guess from the first frame's size.
         extent = mp3.extent(riff.content(_content(file)))
-        if extent is not None and not extent.counted:
+        if extent is not None:
             seconds = extent.samples / sound.samplerate
     if seconds > LONGEST_SECONDS:
         raise errors.AudioError("damaged", f"its header claims {seconds / 3600:.0f} hours")

@@ -116,6 +116,7 @@ class Checkpoints:
         arrays = _on_host(flax.serialization.to_state_dict(state))
         try:
             self._make_room(arrays)
+            unfinished = inventory.spare(unfinished)
             unfinished.mkdir()
             content = json.dumps(dataclasses.asdict(meta), indent=1, default=str)
             (unfinished / inventory.META).write_text(content + "\n", encoding="utf-8")
@@ -126,7 +127,8 @@ class Checkpoints:
         except _WRITE_ERRORS as error:
             self._give_up(unfinished, error)
             raise self._cannot_write(error) from error
-        self._publishing = threading.Thread(target=self._publish, args=(meta.step,), daemon=True)
+        arguments = unfinished, self._folder / str(meta.step)
+        self._publishing = threading.Thread(target=self._publish, args=arguments, daemon=True)
         self._publishing.start()
 
     def wait(self) -> None:
@@ -156,14 +158,12 @@ class Checkpoints:
         finally:
             self._opened.close()
 
-    def _publish(self, step: int) -> None:
-        unfinished, folder = inventory.unfinished(self._run, step), self._folder / str(step)
+    def _publish(self, unfinished: Path, folder: Path) -> None:
         try:
             self._writer.wait_until_finished()
             seals.write(unfinished)
-            replaced = self._folder / f"{inventory.REPLACED}{step}"
             if folder.exists():
-                folder.rename(replaced)
+                folder.rename(self._replaced(folder))
             unfinished.rename(folder)
             atomic.sync_folder(self._folder)  # before older ones go
             self._remove_superfluous()
@@ -179,7 +179,10 @@ class Checkpoints:
             path = self._folder / str(old)
             with self._removing(path):
                 # Renamed first: half of a checkpoint never has a step's name.
-                shutil.rmtree(path.rename(self._folder / f"{inventory.REPLACED}{old}"))
+                shutil.rmtree(path.rename(self._replaced(path)))
+
+    def _replaced(self, saved: Path) -> Path:
+        return inventory.spare(self._folder / f"{inventory.REPLACED}{saved.name}")
 
     def _sweep(self) -> None:
         """Removes what is no checkpoint, or none any more, also of runs that were killed."""

@@ -1,6 +1,7 @@
 """The checkpoints of a run folder: which are there, which are sound, which is the best."""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -60,6 +61,15 @@ def unfinished(run: Path, step: int) -> Path:
     return run / FOLDER / f"{UNFINISHED}{step}"
 
 
+def spare(path: Path) -> Path:
+    """The name, or the first that nothing has with a number behind: what has it may be one that
+    cannot be removed, such as a folder of a network's disk in which a file is still open."""
+    names = itertools.chain(
+        [path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    )
+    return next(name for name in names if not name.exists())
+
+
 @contextlib.contextmanager
 def reachable(folder: Path) -> Iterator[Path]:
     """The folder under a path that orbax and tensorstore accept, if need be a symbolic link.
@@ -100,6 +110,7 @@ def set_aside(run: Path, newer_than: int) -> None:
         if step > newer_than:
             damaged = run / FOLDER / f"{_DAMAGED}{step}"
             shutil.rmtree(damaged, ignore_errors=True)
+            damaged = spare(damaged)
             (run / FOLDER / str(step)).rename(damaged)
             logger.warning("the damaged checkpoint is kept as %s", damaged)
 

@@ -310,6 +310,15 @@ def test_newer_damaged_checkpoints_are_set_aside(run):
     assert (run / inventory.FOLDER / "damaged-4" / seals.FILE).is_file()
 
 
+def test_a_damaged_checkpoint_is_set_aside_beside_an_older_one_that_stays(run, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    damaged = run / inventory.FOLDER / "damaged-4"
+    damaged.mkdir()
+    (damaged / "open").touch()
+    inventory.set_aside(run, newer_than=2)
+    assert (damaged.with_name("damaged-4-2") / seals.FILE).is_file()
+
+
 def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(run, caplog):
     assert checkpoint.load_model(run).step == 2
     weights = max(files_of(run, 2), key=lambda path: path.stat().st_size)
@@ -520,28 +529,33 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(run, monkeypatch):
 
 
 def test_what_cannot_be_removed_is_told_once_and_the_run_goes_on(run, monkeypatch, caplog):
-    """An older checkpoint that cannot be renamed, and others whose files cannot be deleted."""
+    """Checkpoints whose files cannot be deleted, some with the names that others would have."""
     folder, rmtree = run / inventory.FOLDER, shutil.rmtree
-    (folder / ".replaced-4").mkdir()
-    (folder / ".replaced-4" / "of a run before").touch()
+    left = (".replaced-4", ".replaced-6", ".unfinished-6", ".unfinished-8")
+    for name in left:
+        (folder / name).mkdir()
+        (folder / name / "of a run before").touch()
 
-    def refused(path, **how):
-        if path.name.startswith(".replaced-"):
+    def refused(path, ignore_errors=False):
+        if not path.name.startswith((".replaced-", ".unfinished-")):
+            rmtree(path)
+        elif not ignore_errors:
             raise PermissionError(errno.EPERM, "Operation not permitted", str(path / "meta.json"))
-        rmtree(path, **how)
 
     with monkeypatch.context() as broken:
         broken.setattr(shutil, "rmtree", refused)
         writer = checkpoint.Checkpoints(run, 1)
-        for number in (6, 8):
-            writer.save(fresh(number), meta(number))
+        for number, seed in ((6, 6), (6, 7), (8, 8)):
+            writer.save(fresh(seed), meta(number))
             writer.wait()
-        assert sorted(path.name for path in folder.iterdir()) == [
-            *(".replaced-4", ".replaced-6"),
-            *("2", "4", "8"),
-        ]
+        assert {path.name for path in folder.iterdir()} == {
+            *left,
+            *(".replaced-4-2", ".replaced-6-2", ".replaced-6-3"),
+            *("2", "8"),
+        }
+        assert_equal(checkpoint.restore(run, 8, shapes(fresh())), fresh(8))
     (told,) = (record.getMessage() for record in caplog.records)
-    assert f"{folder / '.replaced-4'} is not needed any more and cannot be removed: Op" in told
+    assert re.search(r"-\d is not needed any more and cannot be removed: Operation not", told)
     writer.save(fresh(9), meta(9))
     writer.close()
     assert sorted(path.name for path in folder.iterdir()) == ["2", "9"]

@@ -150,6 +150,10 @@ def test_every_planted_fault_is_found(faulty, tmp_path, no_trial):
     assert not any(finding.fatal for finding in examination.findings)
     text = consultation.report(examination.facts, examination.findings)
     assert all(finding.message in text for finding in examination.findings)
+    assert "(1 micro-batch each);" in text
+    examination.facts["batches"]["micro_batches_an_update"] = 2
+    text = consultation.report(examination.facts, examination.findings)
+    assert "(2 micro-batches each);" in text
 
 
 def test_a_clean_corpus_has_no_finding_about_data(tmp_path, no_trial):

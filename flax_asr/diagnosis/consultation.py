@@ -120,6 +120,7 @@ def _losses(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _batches(facts: Mapping[str, Any]) -> Iterator[str]:
     batches = facts["batches"]
+    micro_batches = batches["micro_batches_an_update"]
     yield f"{batches['train_clips']} clips, {batches['train_hours']:.2f} h to train on"
     for shape in facts["shapes"]:
         seconds = shape["samples"] / audio.SAMPLE_RATE_HZ
@@ -127,7 +128,7 @@ def _batches(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"padding {batches['padding']:.1%}"
     yield (
         f"{batches['updates_per_epoch']} updates an epoch of {batches['global_batch_size']} clips"
-        f" ({batches['micro_batches_an_update']} micro-batches each);"
+        f" ({micro_batches} micro-batch{'es' * (micro_batches > 1)} each);"
         f" {batches['updates']} updates in all, {batches['epochs']:.1f} epochs"
     )
 

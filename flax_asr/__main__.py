@@ -193,15 +193,22 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         if name in ("prepare", "train", "plan", "doctor"):
-            command.add_argument("--config", help="the configuration file (YAML)")
+            command.add_argument("--config", type=_path, help="the configuration file (YAML)")
         if name in _TAKE_A_MODEL:
             command.add_argument(
                 "--model", required=True, help="a run folder, checkpoint, export, or hub id"
             )
         if name in (*_TAKE_A_MODEL, "plan", "doctor"):
-            command.add_argument("--json", metavar="FILE", help="results for programs; - = stdout")
+            command.add_argument(
+                "--json", metavar="FILE", type=_path, help="results for programs; - = stdout"
+            )
         _add_own(command, name)
     return parser
+
+
+def _path(word: str) -> str:
+    """With a leading ~ as the user's home: of `--config=~/FILE` no shell makes it."""
+    return os.path.expanduser(word)
 
 
 def _epilog(command: str) -> str | None:
@@ -228,14 +235,17 @@ def _add_own(command: argparse.ArgumentParser, name: str) -> None:
             "--legacy", action="store_true", help="also score as the scripts of 2022 did"
         )
     elif name == "transcribe":
-        command.add_argument("audio", nargs="+", metavar="AUDIO", help="audio files")
+        command.add_argument("audio", nargs="+", metavar="AUDIO", type=_path, help="audio files")
     elif name == "export":
-        command.add_argument("run", metavar="RUN", help="a run folder")
-        command.add_argument("out", metavar="OUT", help="the folder to write")
+        command.add_argument("run", metavar="RUN", type=_path, help="a run folder")
+        command.add_argument("out", metavar="OUT", type=_path, help="the folder to write")
         command.add_argument("--step", type=int, help="which checkpoint; by default the best one")
     elif name == "doctor":
         command.add_argument(
-            "--spectrograms", metavar="FOLDER", help="pictures of the most suspect training clips"
+            "--spectrograms",
+            metavar="FOLDER",
+            type=_path,
+            help="pictures of the most suspect training clips",
         )
     elif name == "plan":
         command.add_argument(

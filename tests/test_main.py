@@ -66,6 +66,20 @@ def test_what_a_library_says_on_the_terminal_itself_is_not_said_twice(library, m
     assert said == ["before"]
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("doctor --config=~/a --json=~/a --spectrograms=~/a", ("config", "json", "spectrograms")),
+        ("transcribe --model x ~/a", ("audio",)),
+        ("export ~/a ~/a", ("run", "out")),
+    ],
+)
+def test_a_tilde_is_the_user_s_home(words, names, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    known = vars(__main__._parser().parse_args(words.split()))
+    assert {str(known[name]).strip("[']") for name in names} == {"/home/me/a"}
+
+
 def test_the_version_is_the_package_s(capsys):
     with pytest.raises(SystemExit) as stop:
         __main__.main(["--version"])

@@ -102,7 +102,8 @@ def write_folder(
     Raises:
         ModelError: it cannot be written, or differs from the checkpoint.
     """
-    folder = folder.absolute()
+    # A link stays, and what it leads to is replaced: beside that, as it may be on another disk.
+    folder = folder.resolve()
     model_config = _config(saved)
     unfinished = atomic.unfinished(folder, shared=True)
     try:

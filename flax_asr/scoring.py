@@ -123,6 +123,8 @@ class Scores:
         ]
         if self.infeasible:
             parts.append(f"{self.infeasible} clips without an alignment are not in the loss")
+        if self.not_numbers:
+            parts.append(f"for {self.not_numbers} clips the model's scores are NaN")
         if self.padded is not None:
             parts.append(
                 "as the scripts of 2022 scored, with padded frames:"

@@ -170,7 +170,9 @@ def test_a_loss_that_is_not_a_number_is_not_hidden(data, shapes, saved):
         losses, ids, lengths = true(batch)
         return losses * np.nan, ids, lengths
 
-    assert np.isnan(_score(forward, data, shapes).loss)
+    scores = _score(forward, data, shapes)
+    assert np.isnan(scores.loss)
+    assert f"for {len(data)} clips the model's scores are NaN" in scores.describe("eval")
 
 
 def test_padded_frames_count_only_when_scoring_as_the_old_scripts_did(data, shapes, saved):

@@ -40,6 +40,10 @@ _ENDS = {
     DIVERGING: "diverging: its model is worse than one that outputs nothing; optim.learning_rate is"
     " probably too high.",
 }
+_ENDS_UNTRAINED = (
+    "without a finite update: its model is useless. optim.learning_rate is probably too high, or"
+    " fp16 had too few updates to find its loss scale."
+)
 
 
 class Watch:
@@ -114,7 +118,9 @@ class Watch:
                 _ADVICE[self.phase],
             )
         if step == self._updates and self.phase != LEARNING:
-            logger.warning("step %d: the run ends %s", step, _ENDS[self.phase])
+            untrained = self.phase == BEGINNING and not math.isfinite(figures["loss"])
+            ends = _ENDS_UNTRAINED if untrained else _ENDS[self.phase]
+            logger.warning("step %d: the run ends %s", step, ends)
         return {"phase": self.phase}
 
     def _move(self, phase: str, step: int) -> None:

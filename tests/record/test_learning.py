@@ -127,6 +127,7 @@ def test_a_run_too_timid_for_the_plateau_is_told_once(caplog):
     ("line", "words"),
     [
         ((100.0, 0.2), "its model is useless"),
+        ((float("nan"), 1.0), "without a finite update"),
         ((6.3, 1.0), "its model outputs next to nothing"),
         ((500.0, 0.5), "worse than one that outputs nothing"),
         ((2.2, 0.93), None),

@@ -21,7 +21,7 @@ import time
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
-import spoilt
+import damaged_files
 
 from flax_asr.data import decoding, pool, prepare, shards
 
@@ -65,12 +65,14 @@ def main() -> int:
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(prefix="flax-asr-fuzz-") as name:
         folder = pathlib.Path(name)
-        files = spoilt.write(folder, arguments.files)
+        files = damaged_files.write(folder, arguments.files)
         runs = [listen(files, workers) for workers in (1, 2)]
         tables = []
         for run in ("first", "second"):
             (folder / run).mkdir()
-            tables.append([spoilt.read_table(folder / run, n) for n in range(arguments.tables)])
+            tables.append(
+                [damaged_files.read_table(folder / run, n) for n in range(arguments.tables)]
+            )
 
     ends: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for (kind, first), (_, second) in zip(*runs, strict=True):
@@ -79,7 +81,7 @@ def main() -> int:
             wrong.append(f"{kind}: {first} {second}")
         elif first[:2] != second[:2]:
             wrong.append(f"{kind}: two runs differ: {first} {second}")
-        allowed = spoilt.PROMISED.get(kind, first.reason)
+        allowed = damaged_files.PROMISED.get(kind, first.reason)
         if first.reason not in ([allowed] if isinstance(allowed, str) else allowed):
             wrong.append(f"{kind}: {first.reason} where {allowed} is due")
     verdicts = [verdict for run in runs for _, verdict in run if isinstance(verdict, Verdict)]

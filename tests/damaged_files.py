@@ -54,7 +54,7 @@ def flipped_bits(content: bytearray, rng: np.random.Generator) -> bytes:
     return bytes(content)
 
 
-def spoilt_header(content: bytearray, rng: np.random.Generator) -> bytes:
+def damaged_header(content: bytearray, rng: np.random.Generator) -> bytes:
     for place in rng.integers(min(64, len(content)), size=rng.integers(1, 12)):
         content[place] = rng.integers(256)
     return bytes(content)
@@ -141,7 +141,7 @@ def at_8_khz(content: bytearray, rng: np.random.Generator) -> bytes:
 DAMAGES: tuple[Callable[[bytearray, np.random.Generator], bytes], ...] = (
     whole,
     flipped_bits,
-    spoilt_header,
+    damaged_header,
     cut,
     beheaded,
     with_hole,
@@ -183,7 +183,7 @@ PROMISED = {
 """What `audio.decode` must say of these, whatever their number."""
 
 
-def spoilt(number: int) -> tuple[str, bytes]:
+def damaged(number: int) -> tuple[str, bytes]:
     """What was done, and the content of file `number`."""
     rng = np.random.default_rng(number)
     damage = DAMAGES[number % len(DAMAGES)]
@@ -192,12 +192,12 @@ def spoilt(number: int) -> tuple[str, bytes]:
 
 
 def write(folder: pathlib.Path, count: int, hours: bool = True) -> list[tuple[str, pathlib.Path]]:
-    """Spoilt files and what is no file at all: (what it is, path), `count` of them."""
+    """Damaged files and paths that are not files: (what each is, path), `count` of them."""
     found = _strange(folder)
     if hours:
         found += _hours(folder)
     for number in range(count - len(found)):
-        kind, content = spoilt(number)
+        kind, content = damaged(number)
         path = folder / f"{number}-{kind}.{FORMATS[number % 4].lower()}"
         path.write_bytes(content)
         found.append((kind, path))

@@ -1,8 +1,8 @@
-"""Checkpoints: the whole state and what is needed to understand it. The only file that names orbax.
+"""Checkpoints: the whole state with the metadata to use it. The only file that names orbax.
 
 `RUN/checkpoints/STEP` holds `state` (orbax), `meta.json` and `seal.json`. A checkpoint is written
-under a hidden name, sealed, and only then renamed: what has a step's name was complete once. orbax
-does not notice a flipped bit; the seal does, and what it does not hold for is not used.
+under a hidden name, sealed, and only then renamed: a folder with a step's name was once complete.
+orbax does not notice a flipped bit; the seal does, and a checkpoint that differs is not used.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from flax_asr import vocabulary as vocabularies
 logger = logging.getLogger(__name__)
 
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
-"""What orbax and tensorstore raise where the disk is full or the folder is gone."""
+"""The errors that orbax and tensorstore raise if the disk is full or the folder is gone."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,22 @@ class SavedModel:
 
     @property
     def normalization(self) -> Any:
-        """The steps that made the transcripts."""
+        """The normalisation steps that made the transcripts."""
         return self.meta.normalization
 
     @property
     def language(self) -> str:
-        """As Common Voice writes it."""
+        """The language code, as Common Voice writes it."""
         return self.meta.run["data"]["language"]
 
     @property
     def step(self) -> int:
-        """Updates that were done."""
+        """The number of updates done."""
         return self.meta.step
 
     @property
     def metrics(self) -> dict[str, float | str]:
-        """The scores of this step, empty where it was not scored."""
+        """The scores of this step; empty if it was not scored."""
         return self.meta.metrics
 
 
@@ -71,8 +71,8 @@ class Checkpoints:
 
     Args:
         run: the run folder.
-        keep: how many of the latest.
-        writes: whether this host writes: the state is the same on all of them.
+        keep: how many of the latest to keep.
+        writes: whether this host writes; one is enough, as all have the same state.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -96,18 +96,18 @@ class Checkpoints:
             opened.enter_context(loose_ends.hidden(_WRITE_ERRORS))
             self._reachable = opened.enter_context(inventory.reachable(self._folder))
             self._writer = _writer()
-            opened.callback(lambda: _close(self._writer))  # which may be another one by then
+            opened.callback(lambda: _close(self._writer))  # not bound: it may be replaced
             self._opened = opened.pop_all()
 
     def save(self, state: PyTree, meta: inventory.Meta) -> None:
-        """Begins to save; returns as soon as the state is on the host.
+        """Starts to save; returns as soon as the state is on the host.
 
         Args:
-            state: of arrays that nothing is cut of, on the devices or the host.
-            meta: what stands beside them.
+            state: whole arrays, not cut over devices, on the devices or the host.
+            meta: the metadata.
 
         Raises:
-            CheckpointError: this one or the one before cannot be written.
+            CheckpointError: this checkpoint or the previous one cannot be written.
         """
         if not self._writes:
             return
@@ -132,7 +132,7 @@ class Checkpoints:
         self._publishing.start()
 
     def wait(self) -> None:
-        """Returns when what was begun is on the disk under its name.
+        """Returns when the checkpoint that was started is on the disk under its name.
 
         Raises:
             CheckpointError: it could not be written.
@@ -142,7 +142,7 @@ class Checkpoints:
         self.check()
 
     def check(self) -> None:
-        """Raises what `wait` would, where that is known by now."""
+        """Raises the error that `wait` would raise, if it has happened by now."""
         if self._publishing is not None and self._publishing.is_alive():
             return
         if self._failure is not None:
@@ -152,7 +152,7 @@ class Checkpoints:
             raise self._cannot_write(failure) from failure
 
     def close(self) -> None:
-        """Waits and lets go of orbax's threads."""
+        """Waits, then ends orbax's threads."""
         try:
             self.wait()
         finally:
@@ -165,9 +165,9 @@ class Checkpoints:
             if folder.exists():
                 folder.rename(self._replaced(folder))
             unfinished.rename(folder)
-            atomic.sync_folder(self._folder)  # before older ones go
+            atomic.sync_folder(self._folder)  # before older ones are removed
             self._remove_superfluous()
-        except Exception as error:  # whatever it is: a run must not go on as if this were saved
+        except Exception as error:  # of any kind: a run must not continue as if this were saved
             self._failure = error
             self._give_up(unfinished, error)
 
@@ -185,7 +185,7 @@ class Checkpoints:
         return inventory.spare(self._folder / f"{inventory.REPLACED}{saved.name}")
 
     def _sweep(self) -> None:
-        """Removes what is no checkpoint, or none any more, also of runs that were killed."""
+        """Removes unfinished and discarded checkpoints, also those of killed runs."""
         for path in self._folder.iterdir():
             if path.name.startswith((inventory.UNFINISHED, inventory.REPLACED)):
                 with self._removing(path):
@@ -193,7 +193,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _removing(self, path: Path) -> Iterator[None]:
-        """What cannot be removed takes room, and costs no run: it is told, the first time."""
+        """A context in which a failed removal does not stop the run; the first one is warned of."""
         try:
             yield
         except OSError as error:
@@ -202,15 +202,15 @@ class Checkpoints:
                 logger.warning(
                     "warning: %s is not needed any more and cannot be removed: %s. It takes room"
                     " beside what train.save_total_limit keeps, as others may that come after it:"
-                    " mend the folder or delete it by hand. The run goes on.",
+                    " fix the folder or delete it by hand. The run goes on.",
                     path,
                     errors.why(error),
                 )
 
     def _make_room(self, arrays: PyTree) -> None:
-        """Raises `OSError` where the arrays do not fit: nothing is begun then.
+        """Raises `OSError` if the arrays do not fit, before anything is written.
 
-        orbax would find out in the middle, with what it has written by then on the full disk.
+        orbax would find out half-way, and leave what it has written on the full disk.
         """
         for path in self._folder.glob(f"{inventory.UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -225,9 +225,9 @@ class Checkpoints:
             )
 
     def _give_up(self, unfinished: Path, error: Exception) -> None:
-        """Removes what was begun, and has the next save begin anew.
+        """Removes the unfinished checkpoint, and gives the next save a new writer.
 
-        A writer of orbax that has failed raises that failure again at every later call.
+        An orbax writer that has failed raises the same error again at every later call.
         """
         _close(self._writer)
         self._writer = _writer()
@@ -236,10 +236,10 @@ class Checkpoints:
 
     def _cannot_write(self, error: Exception) -> errors.CheckpointError:
         kept = ", ".join(map(str, inventory.steps(self._run))) or "none"
-        # tensorstore puts its whole specification behind the reason.
+        # tensorstore appends its whole specification to the reason.
         reason = errors.why(error).partition(" [")[0].partition("\n")[0]
         return errors.CheckpointError(
-            f"cannot write a checkpoint in {self._folder}: {reason}. Make room or mend the folder,"
+            f"cannot write a checkpoint in {self._folder}: {reason}. Make room or fix the folder,"
             f" then run the same command again. Checkpoints there: {kept}."
         )
 
@@ -252,13 +252,13 @@ def _writer() -> ocp.AsyncCheckpointer:
 
 
 def _close(writer: ocp.AsyncCheckpointer) -> None:
-    """Lets go of its threads; what has failed in them was told before."""
+    """Ends its threads; their failures were reported before."""
     with contextlib.suppress(Exception):
         writer.close()
 
 
 def restore(run: Path, step: int, like: PyTree) -> PyTree:
-    """The state of a step, placed as `like` says, however it was cut over devices.
+    """The state of a step, placed as `like` says, whatever devices it was saved from.
 
     Args:
         run: the run folder.
@@ -266,7 +266,7 @@ def restore(run: Path, step: int, like: PyTree) -> PyTree:
         like: a state of `jax.ShapeDtypeStruct`s with shardings.
 
     Raises:
-        CheckpointError: it is the state of another model or optimiser; names the difference.
+        CheckpointError: the state is of another model or optimiser; names the difference.
     """
     template = flax.serialization.to_state_dict(like)
     saved = run / inventory.FOLDER / str(step)
@@ -279,7 +279,7 @@ def restore(run: Path, step: int, like: PyTree) -> PyTree:
 
 
 def _as_stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """What is cut over the devices is whole on the disk, and read by way of the host."""
+    """Arrays that are cut over the devices are whole on the disk, and are read through the host."""
     axis = partition.axis_of(leaf.sharding)
     if axis is None:
         return leaf
@@ -294,14 +294,14 @@ def _placed(leaf: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
 
 
 def load_model(run: Path, step: int | None = None) -> SavedModel:
-    """The model of a checkpoint, by default of the best one that is sound.
+    """The model of a checkpoint: that of a step, or of the best one that is sound.
 
     Raises:
         CheckpointError: there is no such step, or its files are damaged.
     """
     if step is None:
         ranked = inventory.by_merit(inventory.scores(run))
-        # Those that cannot be ranked come first, so that they are named.
+        # Checkpoints that cannot be ranked come first, so that they are named.
         return _read_model(
             run, inventory.first_sound(run, [*(set(inventory.steps(run)) - set(ranked)), *ranked])
         )
@@ -313,7 +313,7 @@ def load_model(run: Path, step: int | None = None) -> SavedModel:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder in which orbax, one of whose threads has failed, may still be writing."""
+    """Removes a folder into which orbax may still be writing after one of its threads failed."""
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -346,7 +346,7 @@ def _read_model(run: Path, step: int) -> SavedModel:
             _stored(checkpointer, place),
         )
         state = checkpointer.restore(place, shapes)
-    # As `TrainState.scored`; without an average there is nothing under its name.
+    # As `TrainState.scored`; without an average the state has no such entry.
     averaged = state.get("average", {})
     flat = {**state["trainable"], **state["frozen"], **averaged}
     return SavedModel(

@@ -1,4 +1,4 @@
-"""What a configuration makes of a model and a corpus: objective, state, batch plan."""
+"""A run's parts as its configuration asks for them: objective, state, batch plan, update rule."""
 
 from collections.abc import Sequence
 
@@ -35,16 +35,16 @@ def objective(cfg: config.Config, start: origins.Origin) -> criterion.Objective:
 
 
 def _lower_layers(cfg: config.Config, model_config: Wav2Vec2Config) -> int | None:
-    """How many layers a training batch has behind it; None: it is audio."""
+    """The number of layers whose output is a training batch; None if it is audio."""
     if not cfg.data.cache_features or cfg.model.trainable_layers is None:
         return None
     return optim.first_trained_layer(cfg.model, model_config.num_hidden_layers)
 
 
 def parameter_shapes(model: criterion.Objective) -> PyTree:
-    """Shapes of the nested parameter tree, without computing anything."""
+    """The nested tree of parameters as shapes, without computing anything."""
     audio = jax.ShapeDtypeStruct((1, static_shapes.frame_samples(model.config)(2)), jnp.float32)
-    # Attention has the same parameters in every form, and one of a GPU is refused elsewhere.
+    # All implementations of attention have the same parameters, but some only work on a GPU.
     module = model.module.clone(attention="xla")
     return jax.eval_shape(lambda a: module.init(jax.random.key(0), a), audio)["params"]
 
@@ -71,7 +71,7 @@ def fresh_state(
 
 
 def layout(cfg: config.Config, state: step.TrainState, device_count: int) -> partition.Layout:
-    """What of a state, of arrays or shapes, is cut over the devices."""
+    """Which arrays of a state (of arrays or shapes) are cut over the devices."""
     return partition.layout(state, device_count if cfg.train.zero_sharding else 1)
 
 
@@ -81,7 +81,7 @@ def augmentation(
     data: examples.Examples,
     shapes: static_shapes.Shapes,
 ) -> augment.Augmentation | None:
-    """What is done to the training clips; None where nothing is."""
+    """The augmentation of the training clips; None if there is none."""
     if cfg.data.augment == config.AugmentConfig():
         return None
     return augment.Augmentation(
@@ -101,7 +101,7 @@ def train_plan(
     group_rows: int,
     augmentation: augment.Augmentation | None = None,
 ) -> buckets.TrainPlan:
-    """The batches of a run, whose global batch size is resolved, in groups of so many rows."""
+    """The batches of a run, in groups of so many rows; its global batch size must be resolved."""
     return buckets.TrainPlan(
         samples,
         shapes,
@@ -114,7 +114,7 @@ def train_plan(
 
 
 def rule(cfg: config.Config, updates: int) -> step.Rule:
-    """How a run of so many updates, whose global batch size is resolved, moves its parameters."""
+    """The update rule of a run of so many updates; its global batch size must be resolved."""
     learning_rate = optim.schedule(cfg.optim, updates)
     return step.Rule(
         optim.adamw(cfg.optim, learning_rate, cfg.model.freeze_encoder_steps),
@@ -125,16 +125,16 @@ def rule(cfg: config.Config, updates: int) -> step.Rule:
 
 
 def updates_at_once(cfg: config.Config, device_count: int) -> bool:
-    """Whether every update is one micro-batch, and one program: `step.update_from`.
+    """Whether every update is one micro-batch, computed by one program: `step.update_from`.
 
-    While the encoder waits for the head the update is a program of its own.
+    With `model.freeze_encoder_steps` the update always has a program of its own.
     """
     at_once = device_count * cfg.train.per_device_train_batch_size
     return cfg.train.global_batch_size == at_once and not cfg.model.freeze_encoder_steps
 
 
 def total_updates(train: config.TrainConfig, updates_per_epoch: int) -> int:
-    """Updates of the whole run."""
+    """The number of updates of the whole run."""
     if train.max_steps is not None:
         return train.max_steps
     return int(np.ceil(train.num_train_epochs * updates_per_epoch))

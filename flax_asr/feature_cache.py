@@ -1,7 +1,7 @@
 """The frozen layers' output for every training clip: computed once, then read in every epoch.
 
-With `model.trainable_layers` nothing below these layers moves, and where nothing there is random
-either, its output for a clip is the same in every epoch. `data.features` keeps it.
+With `model.trainable_layers` the layers below do not change. If nothing in them is random either,
+their output for a clip is the same in every epoch. `data.features` stores it.
 """
 
 import functools
@@ -39,10 +39,10 @@ _MASKS = ["mask_time_prob", "mask_feature_prob"]
 
 
 def check(cfg: config.Config, start: origins.Origin, host_count: int = 1) -> None:
-    """Refuses `data.cache_features` where training from what is kept would be other training.
+    """Refuses `data.cache_features` if training from cached features would give other results.
 
     Raises:
-        ConfigError: says what stands against it.
+        ConfigError: it would; says why.
     """
     if not cfg.data.cache_features:
         return
@@ -83,14 +83,14 @@ def check(cfg: config.Config, start: origins.Origin, host_count: int = 1) -> Non
 
 @dataclass(frozen=True)
 class FrozenLayers:
-    """The layers that a run does not move, and the devices that compute them.
+    """The layers that a run does not train, and the devices that compute them.
 
     Attributes:
-        objective: the run's model; `objective.lower_layers` of its layers are frozen.
+        objective: the run's model, whose lowest `objective.lower_layers` layers are frozen.
         params: all its parameters, on the devices.
-        devices: what the run is on.
-        shapes: of its batches.
-        per_device: clips that a device takes at once.
+        devices: the devices of the run.
+        shapes: the static shapes of its batches.
+        per_device: number of clips that a device computes at once.
     """
 
     objective: criterion.Objective
@@ -100,7 +100,7 @@ class FrozenLayers:
     per_device: int
 
     def compiled(self) -> dict[int, Callable]:
-        """The forward pass through them, for each number of padded samples."""
+        """The compiled forward pass through these layers, by number of padded samples."""
         lower = parallel.lower(self.objective, self.devices)
         jobs = {
             samples: (
@@ -117,7 +117,7 @@ class FrozenLayers:
         train: examples.Examples,
         rows: Int[np.ndarray, " rows"],
     ) -> Iterator[tuple[int, Shaped[np.ndarray, "frames hidden"]]]:
-        """Each of these rows with its frames, those of padding included; in any order."""
+        """Yields each of these rows with its frames, including those of padding, in any order."""
         at_once = self.devices.local_count * self.per_device
         for group in buckets.EvalPlan(train.samples[rows], self.shapes.samples, at_once):
             samples, tokens = list(self.shapes)[group.shape]
@@ -132,15 +132,15 @@ class FrozenLayers:
 
 
 def opened(cfg: config.Config, train: examples.Examples, frozen: FrozenLayers) -> features.Features:
-    """What is kept of the training clips, computed first as far as it is not there.
+    """The cached features of the training clips; missing ones are computed first.
 
     Args:
-        cfg: of the run, `check`ed.
-        train: the clips.
-        frozen: what computes them.
+        cfg: the configuration of the run, which has passed `check`.
+        train: the training clips.
+        frozen: the layers that compute the features.
 
     Raises:
-        DataError: there is no room, or the disk cannot be written.
+        DataError: the disk is full or cannot be written.
     """
     objective, model = frozen.objective, frozen.objective.config
     about = _about(objective, train, frozen.params)
@@ -156,7 +156,7 @@ def opened(cfg: config.Config, train: examples.Examples, frozen: FrozenLayers) -
         if not kept.is_finished():
             _compute(frozen, train, kept)
             kept.finish(about)
-    # Not removed: another run may train from them.
+    # Not removed, as another run may use them.
     for folder, size in kept.others().items():
         logger.info(
             "%s holds %.2f GB of features of other settings: delete it if no run needs it",
@@ -170,7 +170,7 @@ def opened(cfg: config.Config, train: examples.Examples, frozen: FrozenLayers) -
 def _about(
     objective: criterion.Objective, train: examples.Examples, params: step.Parameters
 ) -> dict[str, str | int]:
-    """All that the kept numbers depend on."""
+    """Everything that the cached features depend on."""
     lower = {path: params[path] for path in sorted(params) if _is_below(objective, path)}
     return {
         "format": FORMAT,
@@ -185,7 +185,7 @@ def _about(
 
 
 def _is_below(objective: criterion.Objective, path: str) -> bool:
-    """Whether the parameter acts before the kept frames."""
+    """Whether the cached features depend on this parameter."""
     only_upper = config.ModelConfig(
         trainable_layers=objective.config.num_hidden_layers - objective.lower_layers
     )
@@ -193,7 +193,7 @@ def _is_below(objective: criterion.Objective, path: str) -> bool:
 
 
 def _compute(frozen: FrozenLayers, train: examples.Examples, kept: features.Features) -> None:
-    """Every part that is missing."""
+    """Computes every part that is missing."""
     missing = list(kept.missing())
     logger.info(
         "keeping the output of %d layers for %d clips: %.2f GB in %s",

@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 def load(
     cfg: config.Config, start: origins.Origin, data: corpora.Corpus
 ) -> tuple[origins.Origin, PyTree]:
-    """The origin with its final configuration, and the parameters to begin with.
+    """The origin with its final configuration, and the parameters to start from.
 
     Raises:
-        ConfigError: more layers are to be trained than there are.
+        ConfigError: `model.trainable_layers` is more than the encoder has.
         ModelError: the weights cannot be read.
     """
     layers = start.model_config.num_hidden_layers
@@ -53,7 +53,7 @@ def load(
 
 
 def keeps_head(cfg: config.Config, start: origins.Origin, ours: vocabulary.Vocabulary) -> bool:
-    """Whether the run goes on with the stored head: it writes the run's symbols."""
+    """Whether the run keeps the stored head, as it has the run's symbols."""
     return start.folder is not None and start.vocabulary == ours and not cfg.model.reset_head
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: which are there, which are sound, which is the best."""
+"""The checkpoints of a run folder: which exist, which are sound, which is the best."""
 
 import contextlib
 import itertools
@@ -62,8 +62,8 @@ def unfinished(run: Path, step: int) -> Path:
 
 
 def spare(path: Path) -> Path:
-    """The name, or the first that nothing has with a number behind: what has it may be one that
-    cannot be removed, such as a folder of a network's disk in which a file is still open."""
+    """The path, or the first free one with a number appended: a folder of that name may be one that
+    cannot be removed, such as a folder on a network disk with a file still open."""
     names = itertools.chain(
         [path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
     )
@@ -171,7 +171,7 @@ def first_sound(run: Path, candidates: list[int]) -> int:
     """The first of these steps whose checkpoint is sound.
 
     Raises:
-        CheckpointError: there are some, and none is.
+        CheckpointError: none of them is sound, or there are none.
     """
     problems = []
     for step in candidates:
@@ -209,7 +209,7 @@ def scores(run: Path) -> dict[int, float | None]:
 
 
 def by_merit(scores: Mapping[int, float | None]) -> list[int]:
-    """Scored steps, best first, of equal ones the earliest; then the others, newest first."""
+    """Scored steps, best first and the earliest first if equal; then the others, newest first."""
     scored = sorted((value, step) for step, value in scores.items() if value is not None)
     others = sorted((step for step, value in scores.items() if value is None), reverse=True)
     return [step for _, step in scored] + others

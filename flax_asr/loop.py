@@ -1,4 +1,4 @@
-"""train(config): the story of a run."""
+"""The training loop: `train(config)` does a whole run, from the data to the model card."""
 
 import contextlib
 import logging
@@ -37,15 +37,15 @@ logger = logging.getLogger(__name__)
 
 
 def train(asked: config.Config, *, restart: bool = False) -> None:
-    """Prepares, trains, evaluates, saves, exports and writes the card; goes on where it stopped.
+    """Prepares, trains, evaluates, saves, exports and writes the card, or resumes where it stopped.
 
     Args:
         asked: the configuration as the user gave it.
-        restart: put what is in output_dir aside and begin again.
+        restart: move the old run in output_dir aside and start from the beginning.
 
     Raises:
-        FlaxAsrError: something that the user can mend.
-        Interrupted: asked to stop by a signal; everything is saved.
+        FlaxAsrError: something that the user can fix.
+        Interrupted: a signal asked the process to stop; everything is saved.
     """
     asked.require("output_dir", "data.source", "data.language")
     cluster.join()
@@ -95,7 +95,7 @@ def train(asked: config.Config, *, restart: bool = False) -> None:
 
 
 def _reread(made: assembly.Assembly, hosts: multihost.Hosts) -> rereading.Rereading:
-    """Begins to read the audio again; the first host does it for those that see its disk."""
+    """Starts to verify the audio; the first host does it for all hosts that share its disk."""
     shared = hosts.count > 1 and hosts.share(prepared_dir.folder(made.cfg))
     return rereading.Rereading(made.corpus.splits() if hosts.is_first or not shared else [])
 
@@ -104,8 +104,8 @@ class Run:
     """One run in its folder.
 
     Attributes:
-        step: updates done.
-        state: after them.
+        step: number of updates done.
+        state: the state after them.
     """
 
     def __init__(
@@ -148,14 +148,14 @@ class Run:
             self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Lets go of log and checkpoints; waits for those that are being written."""
+        """Closes the log and the checkpoints, after those that are being written."""
         self._opened.close()
 
     def train(self) -> None:
-        """Updates until the end or until asked to stop; on return everything is saved.
+        """Trains to the end of the run; on return everything is saved.
 
         Raises:
-            Interrupted: asked to stop.
+            Interrupted: a signal asked the process to stop; everything is saved.
             TrainingError: too many updates in a row were not finite.
         """
         if self._misses_evaluation():
@@ -180,7 +180,7 @@ class Run:
             self._log({"stopped_early_after": patience})
 
     def finish(self) -> None:
-        """The best checkpoint: its test scores, the export, the curves and the card."""
+        """Scores the best checkpoint on the test splits; writes export, curves and card."""
         self.audio.wait()
         saved = self.made.described(finishing.best(self.folder, self.hosts, self.mirrored))
         if self.made.scores("test"):
@@ -191,7 +191,7 @@ class Run:
             finishing.write(self.folder, saved, self.made.cfg, self.step)
 
     def _updates(self) -> None:
-        """One update after the other; where something is due, logs, scores and saves."""
+        """Runs the updates; logs, scores and saves when it is due."""
         accumulated = accumulation.Accumulation(
             self.made, self.programs, self.step, self.state.trainable
         )
@@ -204,7 +204,7 @@ class Run:
             for number, groups in batches:
                 self.state, metrics = accumulated.update(number, self.state, groups)
                 self.stop.passed()
-                # Read only now that the next update is on its way: the device never waits.
+                # Read only after the next update is dispatched, so that the device never waits.
                 if previous is not None:
                     bar.advance(1, **self.monitor.count(self.step, *previous))
                 previous = metrics, groups
@@ -224,27 +224,28 @@ class Run:
                         return
 
     def _score_and_save(self) -> bool:
-        """Scores and saves what is due after this update; the best so far is always saved.
+        """Scores and saves if due after this update; the best checkpoint so far is always saved.
 
         Returns:
-            Whether the run is to stop; then this step is saved whatever is due.
+            Whether the run stops here; then this step is saved even if no save is due.
         """
         with self.monitor.window.paused():
             metrics, improved = self._evaluate() if self._evaluation_is_due() else ({}, False)
-            # Read once: the signal may come at any moment, and what stops here must be saved here.
+            # Read once: a signal may come at any moment, and a run that stops here must save here.
             stops = self.stop.asked or self._stops_early()
             if improved or self._due(self.cfg.save_steps) or stops:
                 self._save(metrics, stops)
         return stops
 
     def _evaluate(self) -> tuple[dict[str, float | str], bool]:
-        """Logs the `eval` figures of this step; gives them, and whether none were better before.
+        """Logs the `eval` scores of this step; returns them and whether they are the best so far.
 
-        A stop breaks the evaluation off, and there are none; the next start makes up for it.
+        If the process is asked to stop, the evaluation is aborted and there are no scores; the next
+        start repeats it.
         """
         best = f"eval_{self.cfg.metric_for_best_model}"
         metrics, improved = {}, False
-        # Hosts score together, so none can go on by itself after a write that failed.
+        # Hosts score together, so none can continue alone after a failed write.
         must = self.hosts.count > 1
         tolerant = self.failed_saves.counted(self.step, must)
         with contextlib.suppress(run_scores.BrokenOff), tolerant:
@@ -254,10 +255,10 @@ class Run:
         return metrics, improved
 
     def _score(self, which: str) -> dict[str, float | str]:
-        """`eval` or `test` figures of the present parameters; keeps the predictions.
+        """`eval` or `test` scores of the current parameters; writes the predictions.
 
         Raises:
-            BrokenOff: the process is to stop.
+            BrokenOff: the process was asked to stop.
         """
         scores, predictions = run_scores.score(
             which, self.made, self.programs, self.state.scored, self.stop
@@ -268,7 +269,7 @@ class Run:
         return scores.as_metrics(which)
 
     def _save(self, metrics: dict[str, float | str], stops: bool) -> None:
-        """A checkpoint of this step; where the run stops or ends here it must not fail.
+        """Saves a checkpoint of this step; if the run stops or ends here, a failure is an error.
 
         Args:
             metrics: the scores of this step, if it was scored.
@@ -280,7 +281,7 @@ class Run:
             window=self.monitor.window.as_json(),
             log_events=len(self.log.events),
         )
-        # No checkpoint before all audio is verified, but a stop leaves no time to wait.
+        # No checkpoint before all audio is verified; but a run that stops has no time to wait.
         (self.audio.check if stops else self.audio.wait)()
         # A collective: every host takes part, whether or not its writes work.
         state = parallel.whole(self.programs, self.state, self.made.layout, self.made.devices)
@@ -292,7 +293,7 @@ class Run:
             self.checkpoints.save(state, meta)
 
     def _notice_failed_saves(self) -> None:
-        """Those in the background, of checkpoints and of copies in a bucket."""
+        """Counts failures in the background, of checkpoints and of copies to a bucket."""
         for place in (self.checkpoints, self.mirrored):
             with self.failed_saves.counted(self.step):
                 place.check()
@@ -309,7 +310,7 @@ class Run:
         return self.made.scores("eval") and self._due(self.cfg.eval_steps)
 
     def _misses_evaluation(self) -> bool:
-        """Whether the run was stopped in the middle of the evaluation that is due at this step."""
+        """Whether the run stopped during the evaluation that is due at this step."""
         return self.step > 0 and self._evaluation_is_due() and not self.log.evaluated(self.step)
 
     def _stops_early(self) -> bool:

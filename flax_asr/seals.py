@@ -22,7 +22,7 @@ def write(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != FILE):
         name = path.relative_to(folder).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        # A lost machine loses what the system has not yet written.
+        # If the machine is lost, so is what the system has not yet written.
         atomic.sync(path)
     (folder / FILE).write_text(json.dumps(files, indent=1), encoding="utf-8")
     atomic.sync(folder / FILE)

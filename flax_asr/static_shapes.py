@@ -24,7 +24,7 @@ class Shapes:
 
     @property
     def largest(self) -> tuple[int, int]:
-        """Samples and tokens of the largest one."""
+        """Samples and tokens of the largest shape."""
         return self.samples[-1], self.tokens[-1]
 
 
@@ -35,7 +35,8 @@ def training(
 ) -> Shapes:
     """At most `num_buckets` shapes for training on these examples.
 
-    Augmentation makes no clip longer than they are; labels fit where it makes clips shorter.
+    Augmentation makes no clip longer than the largest shape. Labels of clips that it shortens fit
+    the smaller shapes.
     """
     return _shapes(cfg.data.num_buckets, model_config, [train], cfg.data.augment.fastest)
 
@@ -50,10 +51,10 @@ def scoring(
 
 
 def scoring_buckets(num_buckets: int) -> int:
-    """Half as many as for training.
+    """The number of shapes for scoring: half as many as for training.
 
-    Clips are scored a few times where they are trained on for many epochs: what is saved in
-    compilation is worth more than the padding.
+    Clips are scored a few times but trained on for many epochs, so less compilation is worth more
+    padding.
     """
     return math.ceil(num_buckets / 2)
 
@@ -74,7 +75,7 @@ def _shapes(
 
 
 def frame_samples(model_config: Wav2Vec2Config) -> Callable[[int], int]:
-    """What tells the fewest samples from which the model makes so many frames."""
+    """A function that gives the fewest samples from which the model makes so many frames."""
     return functools.partial(
         buckets.smallest_samples,
         kernels=model_config.conv_kernel,

@@ -484,7 +484,7 @@ def test_a_full_disk_in_mid_run_stops_it_or_costs_one_checkpoint(
     monkeypatch.setattr(loop.Run, "_score_and_save", published)
     status = here(run, f"--train.on_save_error={policy}")
     message = capsys.readouterr().err + caplog.text
-    assert "No space left on device. Make room or mend the folder" in message
+    assert "No space left on device. Make room or fix the folder" in message
     assert "Checkpoints there: 4, 3." in message
     if policy == "stop":
         assert status == 2

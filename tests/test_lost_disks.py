@@ -57,7 +57,7 @@ def undisturbed(place, tmp_path_factory):
 
 
 def stopped_with(process: small_training.Process, reason: str) -> None:
-    """The run ends as one that the user can mend."""
+    """The run ends with an error that the user can fix."""
     assert process.end() == 2
     last = process.output.splitlines()[-1]
     # Which file was due first, a checkpoint, the log or predictions, is a matter of the moment.

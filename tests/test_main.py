@@ -1,4 +1,4 @@
-"""The command line: help, exit statuses, and one clear message for what the user can mend."""
+"""The command line: help, exit statuses, and one clear message for what the user can fix."""
 
 import io
 import logging

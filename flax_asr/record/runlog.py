@@ -110,7 +110,7 @@ class RunLog:
                 atomic.sync(self._path)
         except OSError as error:
             raise errors.CheckpointError(
-                f"cannot write {self._path}: {errors.why(error)}. Make room or mend the folder,"
+                f"cannot write {self._path}: {errors.why(error)}. Make room or fix the folder,"
                 " then run the same command again: it goes on from the newest checkpoint."
             ) from error
         self._complete = True

@@ -12,8 +12,8 @@ class Accumulation:
     Args:
         made: the run.
         programs: its compiled programs.
-        begin: the first update.
-        trainable: parameters of which gradients are added up.
+        begin: the index of the first update, from 0.
+        trainable: the parameters that get a gradient.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Accumulation:
         self._made, self._programs = made, programs
         self._per_device = made.cfg.train.per_device_train_batch_size
         at_once = made.train_function(begin) == "update_from"
-        # A program that does a whole update keeps its sums to itself.
+        # A program that does a whole update needs no sums outside it.
         self._sums = None if at_once else made.devices.zero_sums(trainable)
 
     def update(
@@ -35,9 +35,9 @@ class Accumulation:
         """Dispatches an update; returns the state and the metrics, before they are computed.
 
         Args:
-            number: of the update, from 0.
-            state: before the update; its arrays are donated.
-            groups: this host's rows of each group, and the group.
+            number: the index of the update, from 0.
+            state: the state before the update; its arrays are donated.
+            groups: for each group, this host's rows of it and the group.
         """
         function, shapes = self._made.train_function(number), self._made.plan.shapes
         for batch, group in groups:

@@ -10,14 +10,14 @@ logger = logging.getLogger(__name__)
 
 
 class FailedSaves:
-    """Counts the failed writes of a run, or lets them stop it.
+    """Counts the failed writes of a run, or lets the first one stop it.
 
     Args:
         policy: `stop` or `continue`.
-        count: failed writes of earlier starts.
+        count: number of failed writes in earlier starts of the run.
 
     Attributes:
-        count: failed writes so far.
+        count: number of failed writes so far.
     """
 
     def __init__(self, policy: str, count: int):
@@ -25,11 +25,11 @@ class FailedSaves:
 
     @contextlib.contextmanager
     def counted(self, step: int, must: bool = False) -> Iterator[None]:
-        """A write that fails in this block stops the run or is counted.
+        """A context in which a failed write stops the run or is counted.
 
         Args:
-            step: updates done.
-            must: a failure stops the run whatever the policy.
+            step: number of updates done.
+            must: whether a failure stops the run with either policy.
         """
         try:
             yield

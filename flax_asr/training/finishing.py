@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def best(folder: Path, hosts: multihost.Hosts, mirrored: mirror.Mirrored) -> checkpoint.SavedModel:
-    """The best checkpoint, which the first host chooses."""
+    """The best checkpoint, chosen by the first host."""
     if hosts.is_first:
         saved = checkpoint.load_model(folder)
         if hosts.count > 1:
@@ -28,7 +28,7 @@ def write(folder: Path, saved: checkpoint.SavedModel, cfg: config.Config, update
     """Writes export, curves and card, and marks the run as finished.
 
     Raises:
-        CheckpointError: they cannot be written.
+        CheckpointError: one of them cannot be written.
     """
     described = card.render(folder.name, saved, runlog.read(folder), is_export=True)
     exported = folder / run_folder.EXPORT
@@ -40,6 +40,6 @@ def write(folder: Path, saved: checkpoint.SavedModel, cfg: config.Config, update
         run_folder.mark_finished(folder, updates)
     except OSError as error:
         raise errors.CheckpointError(
-            f"cannot write in {folder}: {errors.why(error)}. Make room or mend the folder,"
+            f"cannot write in {folder}: {errors.why(error)}. Make room or fix the folder,"
             " then run the same command again: it finishes from the checkpoints."
         ) from error

@@ -1,4 +1,4 @@
-"""Metrics of each update, for log and progress bar, and the stop after too many bad ones."""
+"""The metrics of updates, for log and progress bar; too many non-finite ones stop the run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,11 +15,11 @@ class Monitor:
 
     Args:
         made: the run.
-        history: the events of its log so far.
+        history: the events in its log so far.
 
     Attributes:
-        window: the figures since the last line of the log.
-        watch: whether the model learns.
+        window: the metrics since the last line of the log.
+        watch: judges whether the model learns.
     """
 
     def __init__(self, made: assembly.Assembly, history: Sequence[Mapping[str, Any]]):
@@ -38,7 +38,7 @@ class Monitor:
         """Adds update `number` to the window; returns what the progress bar shows.
 
         Raises:
-            TrainingError: too many in a row were not finite.
+            TrainingError: too many updates in a row were not finite.
         """
         metrics = jax.device_get(figures)
         groups = [group for _, group in planned]
@@ -49,11 +49,11 @@ class Monitor:
         return self.window.facts() | self.watch.facts()
 
     def line(self, number: int, waited_seconds: float) -> dict[str, Any]:
-        """The line of the log about the updates since the last line; starts a new window.
+        """The log's line about the updates since its last line; starts a new window.
 
         Args:
-            number: updates done.
-            waited_seconds: how long the run has waited for data since it was started.
+            number: number of updates done.
+            waited_seconds: time that the run has waited for data since this start.
         """
         figures = self.window.close(waited_seconds)
         return figures | self.watch.look(number, figures)

@@ -1,4 +1,4 @@
-"""Where a run resumes: at the same step on every host."""
+"""The checkpoint that a run resumes from, the same on every host."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def point(
     restart: bool,
     mirrored: mirror.Mirrored,
 ) -> inventory.Meta | None:
-    """The checkpoint that all hosts resume from, which the first one chooses; None: a fresh run.
+    """The checkpoint that all hosts resume from, chosen by the first one; None for a fresh run.
 
     Raises:
         CheckpointError: this host does not see the first one's folder.
@@ -29,7 +29,7 @@ def point(
 
     def look() -> int | None:
         past = run_folder.resume_point(folder, cfg, restart)
-        mirrored.wait()  # the others read it from there
+        mirrored.wait()  # the other hosts read it there
         return None if past is None else past.step
 
     step = hosts.decided(look)

@@ -8,7 +8,7 @@ from flax_asr.hosts import multihost
 
 
 class BrokenOff(Exception):
-    """The process was asked to stop in the middle of an evaluation, which is made up for later."""
+    """The process was asked to stop during an evaluation; the next start repeats it."""
 
 
 def score(
@@ -18,17 +18,17 @@ def score(
     params: step.Parameters,
     stop: multihost.SharedStop,
 ) -> tuple[scoring.Scores, list[dict[str, Any]]]:
-    """The `eval` or `test` scores of these parameters, and the predictions that they are of.
+    """The `eval` or `test` scores of these parameters, and the predictions they come from.
 
     Args:
         which: `eval` or `test`.
         made: the run.
         programs: its compiled programs.
-        params: what to score, placed on its devices.
-        stop: looked at before each batch.
+        params: the parameters to score, placed on its devices.
+        stop: checked before each batch.
 
     Raises:
-        BrokenOff: the process is to stop.
+        BrokenOff: the process was asked to stop.
     """
     data, shapes = made.corpus.scored()[which], made.eval_shapes
     padded = made.semantics.padded_scores

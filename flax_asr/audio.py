@@ -20,7 +20,7 @@ from flax_asr import errors
 from flax_asr.containers import mp3, ogg, riff
 
 SAMPLE_RATE_HZ = 16_000
-# Reasons that `decode` gives, in the order of its checks.
+# The reasons of `decode`, in the order of its checks.
 REASONS = (
     "missing",
     "empty",
@@ -66,7 +66,7 @@ def decode(
     taken instead.
 
     Args:
-        source: a path or the content of a file, in any format that libsndfile reads.
+        source: the path or the content of a file, in any format that libsndfile reads.
         max_seconds: longer recordings are refused, if possible by their header. Without it the
             limit is `LONGEST_SECONDS`.
 
@@ -87,7 +87,7 @@ def decode(
 
 def _open(path: str | os.PathLike) -> io.BufferedReader:
     try:
-        # Opening a pipe would block.
+        # Not opened first, as opening a pipe would block.
         information = os.stat(path)
         if not stat.S_ISREG(information.st_mode):
             kind = "a folder: name its files" if stat.S_ISDIR(information.st_mode) else "no file"
@@ -117,7 +117,7 @@ def _decode(
         raise errors.AudioError("damaged", "decoding it takes more memory than there is") from None
     recorded = _uncancelled(*channels)
     mono = _resample(recorded, rate_hz)
-    peak = _peak(mono)  # NaN where one of them is, or was near it before
+    peak = _peak(mono)  # not finite also if resampling overflowed
     if not isfinite(peak):
         if isfinite(_peak(recorded)):
             raise errors.AudioError("not_finite", "its samples are too large to resample")
@@ -152,7 +152,7 @@ def _check_header(
         raise errors.AudioError("empty", "its header counts no samples")
     seconds, slack = sound.frames / sound.samplerate, _MP3_SLACK_FRAMES / sound.samplerate
     if seconds > longest + slack and _is_mp3(sound):
-        # Without a count it is a guess from the first frame's size.
+        # Without a frame count, the header's length is a guess from the first frame's size.
         extent = mp3.extent(riff.content(_content(file)))
         if extent is not None:
             seconds = extent.samples / sound.samplerate
@@ -169,14 +169,14 @@ def _size(file: io.BytesIO | io.BufferedReader) -> int:
 
 
 def _content(file: io.BytesIO | io.BufferedReader) -> bytes:
-    """All of it; where a decoder reads it, it goes on where it was."""
+    """The whole content, without moving the position, which a decoder may be using."""
     if isinstance(file, io.BytesIO):
         return file.getvalue()
     return os.pread(file.fileno(), _size(file), 0)
 
 
 def _is_mp3(sound: soundfile.SoundFile) -> bool:
-    """Whether it is MP3, also inside a WAV file, as some recorders and ffmpeg write it."""
+    """Whether it is MP3, which some recorders and ffmpeg also write inside a WAV file."""
     return sound.subtype.startswith("MPEG_LAYER")
 
 
@@ -186,7 +186,7 @@ def _channels(
     """The mean of all channels, and the first channel, read in pieces."""
     frames = _BLOCK_FRAMES
     if _is_mp3(sound) or sound.format == "OGG":
-        # soundfile seeks after every read, after which such a decoder gives other last bits.
+        # soundfile seeks after every read, which changes the last bits that such a decoder returns.
         frames = max(frames, min(sound.frames, _FRAMES_A_BYTE * file_bytes))
     means, firsts = [], []
     left = sound.frames
@@ -212,7 +212,7 @@ def _check_length(
     is_mp3 = _is_mp3(sound)
     extent = mp3.extent(riff.content(_content(file))) if is_mp3 else None
     slack = _MP3_SLACK_FRAMES if is_mp3 else 0
-    # Without a count there are as many as the decoder guesses from the first frame's size.
+    # Without a frame count, `sound.frames` is a guess from the first frame's size.
     if (extent is None or extent.counted) and decoded < sound.frames - slack:
         raise errors.AudioError("truncated", f"{decoded} of {sound.frames} samples are there")
     if is_mp3:
@@ -280,7 +280,7 @@ def encode_int16(
     """
     low, high = samples.min(initial=0), samples.max(initial=0)
     if low >= -1 and high < 1:
-        # A power of two rounds nothing, and a few samples rule out most recordings.
+        # A power of two rounds nothing; a few samples are enough to rule out most recordings.
         for part in (samples[:_GLANCE_SAMPLES], samples):
             scaled = part * np.float32(32768)
             if not np.array_equal(scaled, np.rint(scaled)):
@@ -295,7 +295,7 @@ def encode_int16(
 
 
 def trim_silence(samples: Float32[np.ndarray, " samples"]) -> Float32[np.ndarray, " kept"]:
-    """Trims quiet ends to a tenth of a second; a recording that is all quiet is not changed."""
+    """Trims quiet ends to a tenth of a second; an entirely quiet recording is not changed."""
     import librosa
 
     _, (start, end) = librosa.effects.trim(samples, top_db=_QUIET_DB)

@@ -1,4 +1,4 @@
-"""Clip records from a Common Voice release, or from whatever else holds clips and sentences."""
+"""Clip records from a Common Voice release, or from another source of clips and sentences."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ _FORMS = (
     "a release folder, its .tar.gz, parquet:GLOB, hf:NAME[:CONFIG], or a .csv, .tsv or .jsonl "
     "manifest with the columns path and sentence"
 )
-# What is none of these, and what to do with it.
+# Files that are none of these, and what to do with them.
 _MENDED = {
     ".zip": "; unpack it and name the folder",
     ".parquet": "; write parquet: before it",
@@ -26,17 +26,17 @@ _HASHED_BYTES = 512 * 2**20
 
 
 def open_source(source: str, *, language: str, text_column: str | None = None) -> Source:
-    """Finds out what `data.source` is, and what splits it has.
+    """Finds out which kind of source `data.source` is, and which splits it has.
 
     Args:
         source: as in the configuration: a release folder (the language's own or the one above
             it), its .tar.gz, `parquet:GLOB`, `hf:NAME[:CONFIG]`, or a manifest.
-        language: which of a release's languages; clips whose `locale` is another are warned of.
-        text_column: the column of the transcript; by default `sentence`, in a release of
-            spontaneous speech `transcription`.
+        language: the language within a release; a warning tells of clips with another `locale`.
+        text_column: the column of the transcript; by default `sentence`, or `transcription` in a
+            release of spontaneous speech.
 
     Raises:
-        errors.DataError: it is not there, is nothing of these, or lacks a needed column.
+        errors.DataError: it does not exist, is none of these, or lacks a needed column.
     """
     column = text_column or "sentence"
     if source.startswith("parquet:"):
@@ -66,16 +66,16 @@ def open_source(source: str, *, language: str, text_column: str | None = None) -
 
 
 def is_path(source: str) -> bool:
-    """Whether `data.source` names a file or a folder: neither parquet files nor a dataset."""
+    """Whether `data.source` is a path, rather than `parquet:` files or an `hf:` dataset."""
     return not source.startswith(("parquet:", "hf:"))
 
 
 def fingerprint(source: str, *, language: str | None, split: str) -> str | None:
-    """Tells one version of a split's source from another; None where there is nothing.
+    """A string that differs between versions of a split's source; None if there is no source.
 
     Args:
         source, language: as for `open_source`.
-        split: under any of its names.
+        split: the split, under any of its names.
     """
     if source.startswith("hf:"):
         return hub.fingerprint(source.removeprefix("hf:"))
@@ -90,6 +90,6 @@ def fingerprint(source: str, *, language: str | None, split: str) -> str | None:
     if table is None:
         return None
     size = table.stat().st_size
-    if size > _HASHED_BYTES:  # an archive: reading it all takes minutes
+    if size > _HASHED_BYTES:  # an archive, which takes minutes to read
         return f"{table.name} {size} bytes"
     return seals.sha256(table)

@@ -13,7 +13,7 @@ A rule is a list of steps. A step is a name, or a mapping from a name to its arg
     spaces                          makes runs of spaces one, and removes those at the ends
     {remove: "abc"}                 removes these characters
     {replace: {"ё": "е"}}           replaces each of these strings, in one pass
-    {replace_words: {"e'": "è"}}    the same where no letter or digit is beside them
+    {replace_words: {"e'": "è"}}    the same, if no letter or digit is beside them
     end_with_space                  a space at the end, so that the target ends with "|"
     hf-4.17                         what the speech recognition example of transformers 4.17 did
 """
@@ -59,7 +59,7 @@ def _lower(text: str, language: str | None) -> str:
 
 @functools.lru_cache(maxsize=65536)
 def _kind(character: str) -> str:
-    """One of "letter", "digit", "space", "mark" (seen) and "invisible"."""
+    """One of "letter", "digit", "space", "mark" (visible) and "invisible"."""
     category = unicodedata.category(character)
     if character.isspace():
         return "space"
@@ -78,7 +78,7 @@ def _takes_a_mark(character: str) -> bool:
 
 
 def _strip_punctuation(text: str, keep: str | None) -> str:
-    """A run of marks becomes a space inside a word, and nothing beside one."""
+    """Removes marks; a run of them inside a word becomes a space."""
     kept = set(keep or "") | set(_JOINERS)
     result: list[str] = []
     start = 0
@@ -160,7 +160,7 @@ class Step:
         return {self.name: dict(self.argument) if is_mapping else self.argument}
 
     def changes(self, before: str, after: str) -> Iterator[tuple[str, str]]:
-        """(before, after) for each place where this step changed a text."""
+        """(Before, after) for each place where this step changed a text."""
         if self.name in ("nfc", "nfkc"):
             for piece in _composed(before, self):
                 if self(piece) != piece:

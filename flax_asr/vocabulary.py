@@ -28,9 +28,9 @@ class Vocabulary:
     Attributes:
         tokens: the index of a token is its id, and its column in the logits.
         blank: the id of the blank, which is Hugging Face's padding token.
-        unknown: the id for unknown characters; None: such text is refused.
+        unknown: the id for unknown characters; None if text with any is refused.
         delimiter: the token for a space; None if no transcript has one.
-        bos, eos: two tokens that old tokenizers have and no CTC model uses.
+        bos, eos: ids of two tokens that old tokenizers have and no CTC model uses; None if absent.
         lower_case: whether the model's capitals are read as lower case.
         cleans_up: whether marks and English endings are joined to the word before them, as in
             transformers' clean_up_tokenization_spaces, which folders of its version 4 may set.
@@ -72,7 +72,8 @@ class Vocabulary:
                 [UNK], [PAD] (the blank), <s>, </s>.
 
         Raises:
-            errors.DataError: there is no character at all.
+            errors.DataError: no character is left.
+            ValueError: the layout is unknown.
         """
         counts = Counter(character for text in texts for character in text)
         spaces = counts.pop(" ", 0) + counts.pop("|", 0)
@@ -83,7 +84,7 @@ class Vocabulary:
                 + (f" and text.min_count {min_count}" if min_count > 1 else "")
             )
         if layout == "hf-4.17":
-            # Every target ended with a space there, so there always was one.
+            # In that version every target ended with a space, so there always was one.
             written = ["|" if c == " " else c for c in sorted([" ", *characters])]
             size = len(written)
             tokens = (*written, "[UNK]", "[PAD]", "<s>", "</s>")
@@ -164,7 +165,7 @@ class Vocabulary:
 
         Args:
             ids: collapsed labels.
-            special: text for the unknown token and the old ones; by default their names, such as
+            special: text for the unknown token, bos and eos; by default their names, such as
                 "[UNK]", as in transformers.
         """
 
@@ -225,9 +226,9 @@ class Vocabulary:
 
         Args:
             folder: holds vocab.json and, optionally, tokenizer_config.json,
-                special_tokens_map.json and added_tokens.json. Old tokens that are not in the head
-                by its config.json are left out. Of a vocabulary for several languages (MMS), the
-                target_lang of tokenizer_config.json is read.
+                special_tokens_map.json and added_tokens.json. bos and eos are left out if the
+                head, by its config.json, has no column for them. In a vocabulary for several
+                languages (MMS), the target_lang of tokenizer_config.json is read.
 
         Raises:
             errors.ModelError: a file is missing or does not hold a character vocabulary.
@@ -244,7 +245,7 @@ class Vocabulary:
             special = json_object.read(folder / "special_tokens_map.json") or {}
             added = json_object.read(folder / "added_tokens.json") or {}
         kind = str(settings.get("tokenizer_class", "Wav2Vec2CTCTokenizer"))
-        # The second name is that of the first versions.
+        # The second name is from the first versions of transformers.
         if not kind.startswith(("Wav2Vec2CTC", "Wav2Vec2Tokenizer")):
             raise errors.ModelError(
                 f"{folder}: its tokenizer is a {kind}; only Wav2Vec2CTCTokenizer is supported"
@@ -312,7 +313,7 @@ def _one_language(nested: dict, language: str | None, file: pathlib.Path) -> dic
 def _leave_out_headless(
     names: dict[str, str | None], places: dict[str, int], head_size: object
 ) -> None:
-    """Removes the two old tokens if they have no column in the logits.
+    """Removes bos and eos if they have no column in the logits.
 
     transformers adds them to every tokenizer that it reads, also for models made without them
     (mostly before version 4.10).

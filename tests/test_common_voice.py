@@ -318,7 +318,7 @@ def test_what_is_no_source_is_refused_with_what_would_be(release, tmp_path):
             open_source(str(above), language="yue")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DataError, match="no Common Voice release"):
+    with pytest.raises(DataError, match="not a Common Voice release"):
         read(empty)
     (empty / "train.parquet").write_bytes(b"")
     with pytest.raises(DataError, match="write parquet:"):
@@ -642,7 +642,7 @@ def test_a_remote_recording_that_is_too_large_is_refused_by_row(monkeypatch):
     small, large = hub._hub_clips("hf:x", "train", rows, "sentence", "en")
     assert (small.audio, small.audio_bytes, small.refused) == (None, bytes(100), "")
     assert (large.audio, large.audio_bytes) == (None, None)
-    assert large.refused == "over 100 bytes are no clip"
+    assert large.refused == "over 100 bytes are too many for a clip"
 
 
 @pytest.mark.parametrize("form", ["table", "parquet", "release"])

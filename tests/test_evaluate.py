@@ -558,7 +558,7 @@ def test_a_run_s_own_data_that_are_not_seen_from_here_are_said_to_be_the_run_s(r
         evaluate.command(str(run), ["--data.source=y"], None)
     assert "trained on" not in str(refusal.value)
     pathlib.Path("x").mkdir()
-    with pytest.raises(errors.DataError, match="no Common Voice release") as refusal:
+    with pytest.raises(errors.DataError, match="not a Common Voice release") as refusal:
         evaluate.command(str(run), [], None)
     assert "trained on" not in str(refusal.value)
 

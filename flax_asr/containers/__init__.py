@@ -1,1 +1,1 @@
-"""What an audio file says of its own length."""
+"""Audio container formats: how long a file is, and whether it is whole."""

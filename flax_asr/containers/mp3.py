@@ -1,4 +1,4 @@
-"""How many samples an MP3 file holds, from its frame headers alone.
+"""The number of samples in an MP3 file, from its frame headers alone.
 
 A decoder trusts the file's size or its first header; only a walk over all frames shows that a file
 without a frame count has a variable bit rate, or that it ends in the middle of a frame.
@@ -15,21 +15,21 @@ _KILOBITS = (
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 )
-# Where a tag can be in the first frame: behind the side information, of mono or stereo.
+# Offsets of a tag in the first frame: after the side information of mono or stereo.
 _TAG_PLACES = (13, 21, 36)
-_COUNTS_FRAMES = 1  # of the flags of a Xing tag
+_COUNTS_FRAMES = 1  # a flag of a Xing tag
 _RATES_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """What a walk over the frames found.
+    """The length of an MP3 file, from a walk over its frames.
 
     Attributes:
-        samples: of all whole frames, a frame that only carries tags included.
-        missing_bytes: how many bytes the last frame lacks; 0 for a whole file.
-        counted: whether the first frame says how many there are. Where none does, a decoder takes
-            the size of the first frame for that of all.
+        samples: samples per channel in all whole frames, including a frame that only holds tags.
+        missing_bytes: number of bytes that the last frame lacks; 0 for a whole file.
+        counted: whether the first frame states the number of frames. If not, a decoder assumes that
+            all frames have the size of the first.
     """
 
     samples: int
@@ -38,10 +38,10 @@ class Extent:
 
 
 def extent(data: bytes) -> Extent | None:
-    """Walks from frame to frame; None where they do not follow each other to the end.
+    """Walks from frame to frame; None if they do not follow each other to the end.
 
-    Tags before and after the frames are passed over. Junk between frames ends the walk without a
-    result, for a decoder may find its way where this does not.
+    Tags before and after the frames are skipped. Junk between frames ends the walk without a
+    result, as a decoder may be able to skip it.
     """
     place = 0
     while data[place : place + 3] == b"ID3" and len(data) >= place + 10:
@@ -62,7 +62,7 @@ def extent(data: bytes) -> Extent | None:
 
 
 def _is_counted(frame: bytes) -> bool:
-    """Whether a file that begins with this frame says how many there are."""
+    """Whether this first frame of a file states the number of frames."""
     tags = [frame[place : place + 8] for place in _TAG_PLACES]
     return frame[36:40] == b"VBRI" or any(
         tag[:4] in (b"Xing", b"Info") and tag[-1] & _COUNTS_FRAMES for tag in tags
@@ -71,7 +71,7 @@ def _is_counted(frame: bytes) -> bool:
 
 @functools.lru_cache(maxsize=1024)  # a file has few kinds of frames, and thousands of them
 def _frame(header: bytes) -> tuple[int, int] | None:
-    """Bytes and samples of the frame that begins with these three bytes; None if none does."""
+    """(Bytes, samples) of the frame that begins with these three bytes; None if none does."""
     bits = int.from_bytes(header, "big")
     version, bitrate, rate = bits >> 11 & 3, bits >> 4 & 15, bits >> 2 & 3
     is_frame = bits >> 13 == 0x7FF and bits >> 9 & 3 == 1 and version != 1

@@ -1,17 +1,17 @@
-"""Whether an Ogg file ends where its last page does; decoders do not say so.
+"""Whether an Ogg file is cut off within its last page, which decoders do not report.
 
 Source: RFC 3533, section 6.
 """
 
 _HEADER_BYTES = 27
-# Of a page, its header with 255 segments of 255 bytes included.
+# Bytes of a page: its header, and 255 segments of 255 bytes.
 _LONGEST_PAGE = 65_307
 
 
 def missing_bytes(data: bytes) -> int:
-    """How many bytes the last page lacks; 0 where it is whole.
+    """The number of bytes that the last page lacks; 0 if it is whole.
 
-    Only a cut between two pages is not seen.
+    A cut exactly between two pages is not noticed.
     """
     place = data.rfind(b"OggS", max(0, len(data) - _LONGEST_PAGE))
     if place < 0:

@@ -1,15 +1,15 @@
-"""What a WAV file holds, whatever it is encoded as.
+"""The audio data inside a WAV file, whatever their encoding.
 
 Source: Multimedia Programming Interface and Data Specifications 1.0, IBM and Microsoft 1991,
 chapter 2.
 """
 
 _HEADER_BYTES = 8
-"""Of a chunk: its name and size. The file itself is one, with a name of its content behind it."""
+"""A chunk's header: name and size. The file itself is a chunk; the type of its content follows."""
 
 
 def content(data: bytes) -> bytes:
-    """The content of the chunk `data`, as far as it is there; of no RIFF file all of it."""
+    """The content of the chunk `data`, as far as it is there; all of a file that is not RIFF."""
     if data[:4] != b"RIFF":
         return data
     place = _HEADER_BYTES + 4

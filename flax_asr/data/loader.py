@@ -1,7 +1,7 @@
 """numpy batches for this host, straight from the memory maps, assembled ahead by one thread.
 
-The loader's whole state is the step number: the plan says which rows, the examples say what is in
-them.
+The loader's whole state is the step number: the plan says which rows form a batch, the examples
+hold their content.
 """
 
 import queue
@@ -23,7 +23,7 @@ _Item = TypeVar("_Item")
 class Batch(NamedTuple):
     """This host's rows of a group; a filler row has length and weight 0.
 
-    Transcription takes audio as the decoder gives it, in float32.
+    The audio is int16, to be multiplied by `gains`; in transcription it is the decoder's float32.
     """
 
     audio: Int16[np.ndarray, "rows samples"] | Float32[np.ndarray, "rows samples"]
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class CachedBatch(NamedTuple):
-    """The same with the frozen layers' output in place of audio; zeros past a clip's end."""
+    """A `Batch` with the frozen layers' output in place of audio; zeros past a clip's end."""
 
     hidden_state: Shaped[np.ndarray, "rows frames hidden"]
     sample_lengths: Int32[np.ndarray, " rows"]
@@ -53,11 +53,11 @@ def label_widths(
     shapes: Sequence[int],
     fastest: float = 1.0,
 ) -> tuple[int, ...]:
-    """Tokens to which labels are padded in each shape: static, so that nothing is compiled twice.
+    """Number of tokens to which labels are padded in each shape; fixed, so that each compiles once.
 
-    The longest label of a row that can ever be in the shape (rows move up from smaller ones),
-    rounded up to a multiple of `LABEL_MULTIPLE`. Where augmentation makes rows shorter, by
-    `fastest` at most, they come into smaller ones too.
+    It is the longest label of any row that can be in the shape (rows may move up from smaller
+    shapes), rounded up to a multiple of `LABEL_MULTIPLE`. Augmentation shortens rows by a factor of
+    at most `fastest`, so they can be in smaller shapes too.
     """
     longest = np.zeros(len(shapes), np.int64)
     shortest = np.floor(data.samples / fastest).astype(np.int32)
@@ -111,7 +111,7 @@ def assemble_cached(
     samples: int,
     tokens: int,
 ) -> CachedBatch:
-    """As `assemble`, with what is kept of the rows."""
+    """As `assemble`, with the cached features of the rows in place of audio."""
     real = rows >= 0
     found = np.where(real, rows, 0)
     label_lengths = np.where(real, data.label_lengths[found], np.int32(0))
@@ -125,10 +125,10 @@ def assemble_cached(
 
 
 class Prefetched(Generic[_Item]):
-    """An iterator whose items a thread makes ahead, at most `depth` of them.
+    """An iterator whose items a thread produces ahead, at most `depth` of them.
 
-    An error of the thread is raised where the item would have come. Close it (or use it in a `with`
-    statement) to stop early; a forgotten one stops its thread when it is collected.
+    An error in the thread is raised in place of its item. Close the iterator (or use it in a `with`
+    statement) to stop early; one that is not closed stops its thread when garbage-collected.
 
     Attributes:
         wait_seconds: time that the consumer has waited for items so far.
@@ -180,7 +180,7 @@ def _produce(items: Iterator[_Item], out: queue.Queue, stop: threading.Event) ->
             if not _put(out, (item, None), stop):
                 return
         _put(out, (None, StopIteration()), stop)
-    except Exception as error:  # whatever it is, it belongs to the consumer
+    except Exception as error:  # of any kind: it is raised in the consumer
         _put(out, (None, error), stop)
 
 
@@ -207,14 +207,14 @@ def updates(
     """Endless `(step, [(batch, group), ...])` from `start_step` on, two updates ahead.
 
     Args:
-        data: what is trained on.
+        data: the training examples.
         plan: which rows form which group.
-        start_step: the first update.
+        start_step: the index of the first update.
         host_index, host_count: a batch holds the `host_index`-th of `host_count` equal parts of
             its group's rows.
         tokens: width of the labels in each shape, where several sets share them; by default
             `label_widths` of these examples.
-        augmentation: the one whose lengths the plan is made for.
+        augmentation: the augmentation whose lengths the plan was made for.
         kept: the frozen layers' output, which takes the place of audio.
 
     Raises:

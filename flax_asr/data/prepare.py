@@ -1,7 +1,7 @@
 """Clip records -> prepared splits, decoded in parallel, with the reason for every clip left out.
 
-What an interrupted preparation has done is kept and checked; finished splits are opened as they
-are. The bytes written depend on the source and the settings, not on the number of processes.
+An interrupted preparation is checked and continued; finished splits are opened as they are.
+The bytes written depend on the source and the settings, not on the number of processes.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ def prepare(
 ) -> dict[str, shards.PreparedSplit]:
     """Opens every split that the configuration names, preparing those that are not there yet.
 
-    Left out are clips whose audio `audio.decode` refuses or whose length is out of bounds, clips
-    with an empty transcript, a clip id that came before (`duplicate`), and audio that sounds bit
-    for bit like an earlier clip's (`same_audio`: one of the two transcripts would be wrong, or a
-    test clip count twice). Processes that die or hang cost their clip (`crashed`, `timeout`).
+    A clip is left out if `audio.decode` refuses its audio, its length is out of bounds, its
+    transcript is empty, its id came before (`duplicate`), or its audio is bit for bit that of an
+    earlier clip (`same_audio`: one of the two transcripts would be wrong, or a test clip count
+    twice). If a decoding process dies or hangs, its clip is left out (`crashed`, `timeout`).
 
     Args:
-        cfg: `data` says what; `output_dir` where, unless `data.prepared_dir` does.
-        verify: check the hashes of the audio of what is already there.
-        announce: report what was prepared, in the log.
+        cfg: `data` names source and splits; `data.prepared_dir`, or else `output_dir`, the folder.
+        verify: check the hashes of the audio that is already prepared.
+        announce: log what was prepared.
 
     Raises:
-        errors.DataError: the source cannot be read, a split is missing or has no usable clip, or
-            what is there is damaged or was prepared from something else.
+        errors.DataError: the source cannot be read, a split is missing or has no usable clip, or a
+            prepared split is damaged or was made from something else.
     """
     data, folders = cfg.data, prepared_dir.split_folders(cfg)
     there = prepared_dir.bucket_urls(cfg)
@@ -73,11 +73,11 @@ def prepare(
 
 
 def command(cfg: config.Config) -> None:
-    """`flax-asr prepare`: decodes what is missing and reads again what is there; says what was left
-    out, and what the normalisation does to the transcripts.
+    """`flax-asr prepare`: prepares missing splits and verifies the others. Prints what was left out
+    and what the normalisation does to the transcripts.
 
     Raises:
-        errors.DataError: as `prepare`; also where a byte of the audio has changed.
+        errors.DataError: as `prepare`; also if a byte of the audio has changed.
     """
     cfg.require("data.language")
     normalize = compat.normalizer(cfg)
@@ -92,7 +92,7 @@ def command(cfg: config.Config) -> None:
 
 
 def report(split: shards.PreparedSplit) -> str:
-    """One line about a prepared split, with the reasons of what it left out."""
+    """One line about a prepared split, with the reasons for the clips left out."""
     line = f"{split.split}: {len(split)} clips, {split.seconds / 3600:.2f} h in {split.folder}"
     if split.left_out:
         line += f"; left out {len(split.left_out)}: {shards.summary(split.left_out)}"
@@ -131,7 +131,7 @@ def _prepare_split(
                     writer.flush()
                 bar.advance(1, left_out=len(writer.left_out))
             if writer.clips == 0:
-                # Nothing is kept: what was missing may be there the next time.
+                # Nothing is kept, as missing audio may be there the next time.
                 writer.discard()
                 first = "; ".join(f"{e.id}: {e.reason} {e.detail}" for e in writer.left_out[:1])
                 raise errors.DataError(
@@ -144,7 +144,7 @@ def _prepare_split(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why = f"No space is left for {folder}: make room"
         else:
-            why = f"The preparation in {folder} stopped ({error}): mend that"
+            why = f"The preparation in {folder} stopped ({error}): fix that"
         raise errors.DataError(
             f"{why}, or name another data.prepared_dir; in the same folder, preparation goes on"
             " where it stopped."
@@ -154,7 +154,7 @@ def _prepare_split(
 def _counted(
     clips: Iterator[common_voice.Clip],
 ) -> tuple[Iterable[common_voice.Clip], int | None]:
-    """The clips, and their number where that does not mean to hold their audio in memory."""
+    """The clips, and their number, unless counting would hold their audio in memory."""
     clips = iter(clips)
     first = next(clips, None)
     if first is None:
@@ -171,7 +171,7 @@ def _tasks(
     done: list[tuple[str, str]],
     folder: Path,
 ) -> Iterator[tuple[tuple[common_voice.Clip, shards.LeftOut | None], decoding.Task | None]]:
-    """What is to be decoded after what is done; clips that are left out unheard have no task."""
+    """The decoding tasks that remain; clips that are left out undecoded have none."""
     seen = set()
     clip_iterator = iter(clips)
     for was in done:
@@ -189,7 +189,7 @@ def _tasks(
 
 
 def left_out_unheard(clip: common_voice.Clip, seen: Set[str]) -> shards.LeftOut | None:
-    """Why a clip need not be decoded; `seen` are the ids of those before it."""
+    """Why a clip need not be decoded; `seen` holds the ids of earlier clips."""
     if clip.id in seen:
         return shards.LeftOut(clip.id, "duplicate", "the same id as an earlier clip")
     if clip.refused:

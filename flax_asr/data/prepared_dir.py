@@ -1,4 +1,4 @@
-"""`data.prepared_dir`: where prepared splits lie, and what they were made from."""
+"""`data.prepared_dir`: where prepared splits are, and what they were made from."""
 
 import contextlib
 import hashlib
@@ -14,12 +14,12 @@ from flax_asr.data import shards
 
 
 def folder(cfg: config.Config) -> Path:
-    """Where the configuration's prepared splits lie.
+    """The folder of the configuration's prepared splits.
 
-    `data.prepared_dir` (of one in a bucket the local copy), or a folder beside output_dir whose
-    name depends on what the content depends on: source, language, text column, bounds, trimming;
-    not on vocabulary or normalisation. For an output_dir in a bucket it is in the user's cache
-    folder, as memory maps need a local disk.
+    That is `data.prepared_dir` (its local copy if it is in a bucket), or else a folder beside
+    output_dir. Its name depends on everything that its content depends on: source, language, text
+    column, bounds and trimming, but not vocabulary or normalisation. If output_dir is in a bucket,
+    the folder is in the user's cache folder, as memory maps need a local disk.
     """
     if cfg.data.prepared_dir is not None:
         return store.local_folder(cfg.data.prepared_dir, kind="prepared")
@@ -33,14 +33,14 @@ def folder(cfg: config.Config) -> Path:
 
 
 def split_folders(cfg: config.Config) -> dict[str, Path]:
-    """Where every split that the configuration names lies or would lie, each once, train first."""
+    """The folder of every split that the configuration names, prepared or not; train first."""
     data, above = cfg.data, folder(cfg)
     names = dict.fromkeys((*data.train_splits, *data.eval_splits, *data.test_splits))
     return {name: above / urllib.parse.quote(name, safe="") for name in names}
 
 
 def is_prepared(cfg: config.Config) -> bool:
-    """Whether every split that the configuration names lies there, decoded."""
+    """Whether every split that the configuration names is prepared."""
     return all(map(shards.is_finished, split_folders(cfg).values()))
 
 
@@ -50,12 +50,12 @@ def alone_in(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def is_in_bucket(cfg: config.Config) -> bool:
-    """Whether prepared data lie in a bucket, where all machines find what one of them prepares."""
+    """Whether prepared data are in a bucket, so that one machine prepares them for all."""
     return cfg.data.prepared_dir is not None and store.is_remote(cfg.data.prepared_dir)
 
 
 def bucket_urls(cfg: config.Config) -> dict[str, str]:
-    """The URL of every split, where `data.prepared_dir` is one."""
+    """The URL of every split; empty if `data.prepared_dir` is not in a bucket."""
     place = cfg.data.prepared_dir
     if not is_in_bucket(cfg):
         return {}
@@ -63,7 +63,7 @@ def bucket_urls(cfg: config.Config) -> dict[str, str]:
 
 
 def content(cfg: config.Config) -> dict[str, Any]:
-    """What the content of prepared splits depends on."""
+    """The options that the content of prepared splits depends on."""
     source = cfg.data.source
     place = os.path.abspath(source) if common_voice.is_path(source) else source
     return _settings(cfg) | {"source": place}
@@ -77,7 +77,7 @@ def made_from(cfg: config.Config, split: str) -> dict[str, Any]:
 
 
 def fits(cfg: config.Config) -> bool:
-    """Whether all splits lie there, made from what is at `data.source` now, and as is asked for."""
+    """Whether all splits are prepared, from the present `data.source` and with the same options."""
     return is_prepared(cfg) and all(
         shards.PreparedSplit.open(path).manifest["settings"] == made_from(cfg, split)
         for split, path in split_folders(cfg).items()
@@ -88,8 +88,8 @@ def check(split: shards.PreparedSplit, settings: dict[str, Any]) -> None:
     """Refuses a split that was made from something else.
 
     Args:
-        split: as it lies there.
-        settings: what `made_from` gives for it now.
+        split: the prepared split.
+        settings: what `made_from` returns for it now.
 
     Raises:
         errors.DataError: they differ.

@@ -299,7 +299,9 @@ def _hub_clips(
                 clip = dataclasses.replace(clip, audio=None, audio_bytes=content)
                 if len(content) > clips.MOST_BYTES:
                     clip = dataclasses.replace(
-                        clip, audio_bytes=None, refused=f"over {clips.MOST_BYTES} bytes are no clip"
+                        clip,
+                        audio_bytes=None,
+                        refused=f"over {clips.MOST_BYTES} bytes are too many for a clip",
                     )
             yield clip
     except (datasets.exceptions.DatasetsError, OSError, ValueError, ImportError) as error:

@@ -15,22 +15,22 @@ from flax_asr.sources import archives, clips, scripted, spontaneous, tables
 
 
 def source(path: pathlib.Path, language: str, text_column: str | None) -> clips.Source:
-    """Goes through the archive once for the tables; every split read goes through it again.
+    """The release in this archive, which is read once here and once more for every split read.
 
-    A .tar.gz cannot be entered in the middle. The tables wait in temporary files, the clips come
-    in the archive's order, and nothing is unpacked onto the disk.
+    A .tar.gz can only be read from its start. The tables are kept in temporary files, the clips
+    come in the archive's order, and no clip is unpacked to disk.
 
     Args:
-        path: of the archive.
-        language: which of its languages.
-        text_column: the column of the transcript, where it is not the usual one.
+        path: the archive.
+        language: the language to read.
+        text_column: the column of the transcript; None for the usual one.
 
     Raises:
         errors.DataError: it cannot be read, or does not hold the language.
     """
     found = _tables(path)
     with found.spools as spools:
-        # The archives of the first releases had no folder of the language.
+        # The archives of the first releases had no folder for the language.
         folder = language if language in found.scripted or language in found.spontaneous else ""
         if folder in found.scripted:
             readers = _scripted(path, folder, found.scripted[folder], text_column, language)
@@ -49,10 +49,10 @@ class _Tables:
     """The tables of an archive, each in a temporary file.
 
     Attributes:
-        release: what its name is read from.
-        scripted: for each folder, "" where there is none, the tables by their splits.
-        spontaneous: for each language its one table.
-        spools: closes all of them.
+        release: the path from which the name of the release is read.
+        scripted: the tables by folder ("" if there is none) and split.
+        spontaneous: the single table of each language.
+        spools: closes the files.
     """
 
     release: pathlib.Path
@@ -126,7 +126,7 @@ def _spontaneous(
 def _clips(
     path: pathlib.Path, rows: Callable[[], Iterator[tables.Row]], marker: str, column: str
 ) -> Iterator[clips.Clip]:
-    """The clips of rows; their audio lies behind `marker` in the names of the archive's members."""
+    """The clips of rows; the name of a clip follows `marker` in that of its archive member."""
     wanted: dict[str, list[clips.Clip]] = {}
     refused = []
     for number, row in rows():
@@ -142,7 +142,7 @@ def _clips(
                 continue
             same = wanted.pop(id)
             if size > clips.MOST_BYTES:
-                why = f"{size} bytes are no clip"
+                why = f"{size} bytes are too many for a clip"
                 refused.extend(dataclasses.replace(clip, refused=why) for clip in same)
             else:
                 content = body.read()

@@ -10,15 +10,15 @@ from flax_asr.sources import clips, scripted, spontaneous, tables
 
 
 def source(path: pathlib.Path, language: str, text_column: str | None) -> clips.Source:
-    """The release in this folder, or below it.
+    """The release in this folder or below it.
 
     Args:
         path: the folder of a language, or one above it.
-        language: which of the languages there.
-        text_column: the column of the transcript, where it is not the usual one.
+        language: the language to read.
+        text_column: the column of the transcript; None for the usual one.
 
     Raises:
-        errors.DataError: it is no release, lacks the language, or is not whole.
+        errors.DataError: it is not a release, lacks the language, or is incomplete.
     """
     folders = scripted.folders_of(path, language)
     folder = next((folder for folder in folders if scripted.tables_of(folder)), None)
@@ -40,7 +40,7 @@ def table_of(release: pathlib.Path, language: str, split: str) -> pathlib.Path |
 
 
 def _is_not_there(path: pathlib.Path, language: str, spoken: Iterable[str]) -> errors.DataError:
-    """Says what the folder holds instead, and what to write if it is another form of source."""
+    """An error that says what the folder holds, and what to write if it is another source."""
     below = [*path.iterdir(), *path.glob("cv-corpus-*/*")]
     languages = sorted({*(child.name for child in below if scripted.tables_of(child)), *spoken})
     if languages:
@@ -53,7 +53,7 @@ def _is_not_there(path: pathlib.Path, language: str, spoken: Iterable[str]) -> e
     elif {"dataset_dict.json", "state.json"} & held:
         hint = f"; for a saved dataset write hf:{path}"
     return errors.DataError(
-        f"{path}: no train.tsv here or in {language}/, so this is no Common Voice release{hint}"
+        f"{path}: no train.tsv here or in {language}/, so this is not a Common Voice release{hint}"
     )
 
 
@@ -90,7 +90,7 @@ def _spontaneous(file: pathlib.Path, column: str) -> clips.Source:
 def _recordings(folder: pathlib.Path, name: str) -> pathlib.Path:
     if not (folder / name).is_dir():
         raise errors.DataError(
-            f"{folder}: has tables, but no folder {name}/; unpack all of it (of"
+            f"{folder}: has tables, but no folder {name}/; unpack all of it (for"
             " recordings of your own, name the table itself)"
         )
     return folder / name

@@ -26,7 +26,7 @@ COLUMNS = {
     "eval_wer": "Wer",
     "eval_cer": "Cer",
 }
-"""Columns of the table of results after training loss, epoch and step."""
+"""Columns of the table of results that follow training loss, epoch and step."""
 
 PACKAGES = {
     "JAX": "jax",
@@ -142,7 +142,7 @@ def versions() -> dict[str, str]:
 
 
 def _was_scored(figures: Mapping[str, Any], which: str) -> bool:
-    """Whether there are `eval` or `test` scores; a non-finite loss is not in the log."""
+    """Whether there are `eval` or `test` scores; a non-finite loss is absent from the log."""
     return bool({f"{which}_loss", f"{which}_clips"} & figures.keys())
 
 
@@ -166,7 +166,7 @@ def _rounded(value: float) -> str:
 def _scores(
     saved: checkpoint.SavedModel, history: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, float]]:
-    """Scores of the described checkpoint under `eval` and `test`, as far as there are any."""
+    """The scores of the described checkpoint, if any, under `eval` and `test`."""
     tests = [
         event
         for event in history
@@ -241,7 +241,7 @@ def _metadata(
     base = lineage.hub_model(saved.meta.facts)
     metadata = ModelCardData(
         language=[cfg.data.language],
-        # The licence of Facebook's wav2vec 2.0 weights; that of others is unknown here.
+        # The licence of Facebook's wav2vec 2.0 weights; the licence of others is not known here.
         license="apache-2.0" if (base or "").startswith("facebook/wav2vec2-") else None,
         library_name="transformers",
         pipeline_tag=_TASK[0],
@@ -344,7 +344,7 @@ def _description(saved: checkpoint.SavedModel) -> str:
 
 
 def _called(started_from: str | None, revision: str | None) -> str:
-    """A model's name for the public: of a folder only the last part, never the whole path."""
+    """A model's name for the public; for a folder only its last part, never the whole path."""
     if started_from is None:
         return "random weights"
     if revision is None:

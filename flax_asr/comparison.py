@@ -1,4 +1,4 @@
-"""Compares what a model wrote for a clip with its reference: the texts whose errors are counted."""
+"""Compares a model's output for a clip with its reference: the texts whose errors are counted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from jaxtyping import Int
 from flax_asr import alignment, languages, metrics, scoring, vocabulary
 
 _NO_CHARACTER = "\uffff"
-"""Stands for the unknown token where errors are counted: one character, and a wrong one."""
+"""Stands for the unknown token when errors are counted: a single character that is always wrong."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How hypotheses are read off the frames and compared.
+    """How hypotheses are decoded from the frames and compared with references.
 
     Attributes:
         writes: the vocabulary of the model's head.
-        language: tells whether words are separated by spaces; else spaces count for nothing.
-        normalization: the steps that made the references, to be named beside the score.
-        rewrite: what is done to the model's text before it is compared, where it was trained on
-            transcripts of other rules: capitals or marks would be errors that nobody hears.
+        language: its code, which says whether spaces separate words; otherwise spaces do not count.
+        normalization: the steps that made the references, to be stated with the score.
+        rewrite: the function that is applied to the model's text before the comparison, if it was
+            trained on transcripts with other rules: capitals or marks must not count as errors.
     """
 
     writes: vocabulary.Vocabulary
@@ -35,17 +35,17 @@ class Comparison:
         return not languages.writes_without_spaces(self.language)
 
     def rule(self, padded: bool) -> str:
-        """To be named beside a score: `scoring.rule`."""
+        """How the score is computed, as one line to state with it: `scoring.rule`."""
         rewritten = self.rewrite is not None and not padded
         return scoring.rule(self.normalization, self.spaced, padded, rewritten)
 
     def texts(self, reference: str, frames: Int[np.ndarray, " frames"]) -> tuple[str, str, str]:
         """(Reference and hypothesis as their errors are counted, hypothesis as people read it).
 
-        What the model could not spell is one wrong character in the second, "[UNK]" in the third.
+        The unknown token is one wrong character in the second, and "[UNK]" in the third.
 
         Args:
-            reference: of the clip.
+            reference: the reference of the clip.
             frames: the most likely symbol of each real frame.
         """
         labels = alignment.greedy_collapse(frames, self.writes.blank)
@@ -63,8 +63,8 @@ class Comparison:
         """Errors of characters and of words as the scripts of 2022 counted them.
 
         Args:
-            labels: of the clip.
-            frames: the most likely symbol of each frame, of which some are padding.
+            labels: the labels of the clip.
+            frames: the most likely symbol of each frame, including frames of padding.
         """
         heard = alignment.greedy_collapse(frames, self.writes.blank)
         texts = self.writes.decode(labels), self.writes.decode(heard)

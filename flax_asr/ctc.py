@@ -7,13 +7,13 @@ They are the forward and backward variables (alpha and beta), but neither contai
 so no probability is ever divided out again, and -inf is safe.
 
 Both come from one scan: read backwards in time and in labels, `leave` is `reach` of the reversed
-clip, so the reversed clips are stacked under the clips. Padding frames become free blanks, which
+clip, so the reversed clips are appended to the batch. Padding frames become free blanks, which
 leave every path where it is: clips of all lengths then start and end together. On TPU a kernel
-takes the place of the scan (ctc_kernel.py); on GPU a turn of it takes several frames.
+takes the place of the scan (ctc_kernel.py); on GPU one step takes several frames.
 
-Only the columns of the blank and of the clip's own labels take part; the rest of the vocabulary
-enters through one logsumexp a frame, and no normalised copy of the logits is kept. On TPU
-a kernel reads the logits once for both (ctc_columns.py).
+Only the columns of the blank and of the clip's own labels are needed; the rest of the vocabulary
+enters through one logsumexp per frame, and no normalised copy of the logits is kept. On TPU a
+kernel reads the logits once for both (ctc_columns.py).
 
 Source: Graves et al. 2006, "Connectionist temporal classification", equations 5-16.
 """
@@ -28,11 +28,11 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_asr import ctc_columns, ctc_kernel
 
 _FEW_SYMBOLS = 64
-"""With so many, a matrix product over all of them is quicker than a gather and a scatter."""
+"""Up to so many symbols, a matrix product over all is faster than a gather and a scatter."""
 
 _FRAMES_A_TURN = 4
-"""Of the scan on GPU, where the start of a kernel takes longer than its work: XLA makes six kernels
-of a frame by itself and six of four, of more ever larger ones that compute much over again."""
+"""Frames per iteration of the scan on GPU, where starting a kernel takes longer than its work: XLA
+makes six kernels of one frame and of four; of more it makes larger ones that recompute much."""
 
 
 def ctc_loss(
@@ -68,7 +68,7 @@ def ctc_loss(
     vocab = logits.shape[-1]
     if not 0 <= blank < vocab:
         raise ValueError(f"blank must lie in 0..{vocab - 1}, got {blank}")
-    # Sizes are compared with them, and 300 has no place in eight bits.
+    # They are compared with sizes, and a size such as 300 does not fit in eight bits.
     lengths_and_labels = (_wide(array) for array in (logit_lengths, labels, label_lengths))
     loss = _loss(blank, logits, *lengths_and_labels)
     return jnp.where(jnp.isposinf(loss), 0, loss) if zero_infinity else loss
@@ -80,7 +80,7 @@ def _wide(integers: Array) -> Array:
 
 
 def _check(logits, logit_lengths, labels, label_lengths) -> None:
-    """Refuses what would be broadcast, and the paddings that `optax.ctc_loss` takes here."""
+    """Refuses what would be broadcast, and the masks that `optax.ctc_loss` takes, not lengths."""
     if jnp.ndim(logits) != 3:
         raise ValueError(
             f"logits has the shape {jnp.shape(logits)}: it must be [batch frames vocab]"
@@ -98,13 +98,13 @@ def _check(logits, logit_lengths, labels, label_lengths) -> None:
 
 
 class _Problem(NamedTuple):
-    """What the recursion sees of a batch. Column 0 is the blank's, the others the labels'."""
+    """The input of the recursion for a batch. Column 0 is the blank's, the others the labels'."""
 
     log_norms: Float[Array, "batch frames"]  # logsumexp over the vocabulary, never -inf
     frame_mask: Bool[Array, "batch frames"]
     columns: Int[Array, "batch columns"]  # vocabulary entries
-    scores: Float[Array, "frames batch columns"]  # logits less an offset a frame
-    cost: Float[Array, " batch"]  # what log_norms and offsets take from every path
+    scores: Float[Array, "frames batch columns"]  # logits minus an offset per frame
+    cost: Float[Array, " batch"]  # sum of log_norms minus offsets, the same for every path
     is_repeat: Bool[Array, "batch tokens"]  # equal to the label before
 
 
@@ -136,7 +136,7 @@ def _loss_forward(blank, logits, logit_lengths, labels, label_lengths):
     through_blanks = reach_and_leave[0] + scores[:, :batch, :1]
     through_labels = reach_and_leave[1] + scores[:, :batch, 1:]
     # Relative to the frame's best state: only ratios within a frame matter to the gradient, and
-    # the rounding that hundreds of steps have in common cancels.
+    # the rounding errors that all its states share cancel.
     best = jnp.maximum(through_blanks.max(-1), through_labels.max(-1, initial=-jnp.inf))
     best = _finite(best)[..., None]
     weights = jnp.concatenate(
@@ -162,7 +162,7 @@ def _loss_backward(blank, residuals, cotangents):
 
 
 def _gradient_by_product(logits, log_norms, columns, weights, counts, scale):
-    """Posteriors find their vocabulary entries as a product with zeros and ones."""
+    """Moves posteriors to their vocabulary entries by a product with a matrix of zeros and ones."""
     entries = jnp.arange(logits.shape[-1])
     owns = (columns[..., None] == entries).astype(weights.dtype)
     merged = jnp.einsum("tbm,bmv->btv", weights, owns, precision=jax.lax.Precision.HIGHEST)
@@ -171,7 +171,7 @@ def _gradient_by_product(logits, log_norms, columns, weights, counts, scale):
 
 
 def _gradient_by_columns(logits, log_norms, columns, weights, counts, scale):
-    """Posteriors are written over the columns that they belong to."""
+    """Writes posteriors into the columns that they belong to."""
     probabilities = _probabilities(logits, log_norms)
     gradient = jnp.where(counts[..., None], probabilities * scale, 0).astype(logits.dtype)
     # A label that occurs twice owns one column: its weights are added up first, then every needed
@@ -190,7 +190,7 @@ def _probabilities(logits, log_norms):
 
 
 def _totals(weights):
-    """[batch frames]; the best state weighs 1, and no state is left only where nothing counts."""
+    """The weight of all states, [batch frames]. The best state weighs 1; padding may have none."""
     return jnp.maximum(weights.sum(-1), 1).T
 
 
@@ -254,7 +254,7 @@ def _scan(begin, scores, is_repeat, frames_a_turn=1):
         symbols = states[1] + frame_scores[:, 1:]
         before = jnp.pad(symbols, ((0, 0), (1, 0)), constant_values=-jnp.inf)
         to_blanks = _log_add(blanks, before)
-        # What may step to the blank before a label may step over it, unless that joins a repeat.
+        # A path that may step to the blank before a label may skip it, unless that is a repeat.
         one_back = jnp.where(is_repeat, blanks[:, :-1], to_blanks[:, :-1])
         return (to_blanks, _log_add(symbols, one_back)), states
 
@@ -262,7 +262,7 @@ def _scan(begin, scores, is_repeat, frames_a_turn=1):
 
 
 def _total(problem, blanks, label_lengths):
-    """Loss from the blanks that the last frame leads to: the one after the last label ends."""
+    """The loss, from the blanks after the last frame: paths end in the one after the last label."""
     ends = jnp.arange(blanks.shape[1]) == label_lengths[:, None]
     # Rounding may lift a certain transcript just above probability 1.
     return jnp.maximum(problem.cost - jnp.where(ends, blanks, -jnp.inf).max(-1), 0)

@@ -1,4 +1,4 @@
-"""One pass over examples: every clip is scored once, reference and hypothesis go to a file."""
+"""`flax-asr evaluate`, and the scoring of examples: every clip is scored once."""
 
 import dataclasses
 import functools
@@ -32,8 +32,8 @@ from flax_asr.hosts import cluster, multihost
 from flax_asr.record import json_lines, left_out
 
 Forward = Callable[[loader.Batch], Sequence[np.ndarray]]
-"""Runs the model on this host's rows of a group; gives three arrays of the whole group's rows: loss
-[rows], most likely symbol of each frame [rows frames], number of real frames [rows]."""
+"""Runs the model on this host's rows of a group. Returns three arrays for all rows of the group:
+loss [rows], most likely symbol of each frame [rows frames], number of real frames [rows]."""
 
 
 def score(
@@ -51,16 +51,16 @@ def score(
 
     Args:
         forward: runs the model on a batch.
-        data: what is scored.
-        plan: its batches.
+        data: the examples to score.
+        plan: their batches.
         compared: how the model's symbols are compared with the references.
-        seed: of the bootstrap.
+        seed: the seed of the bootstrap.
         tokens: label width of each shape of the plan; by default what these examples need.
-        predictions: reference and hypothesis of each clip are appended, an object each for
-            `json_lines.write`. No speaker is named, as Common Voice asks.
-        padded: score as the scripts of 2022 did as well: the frames up to the longest clip of the
-            batch are read for every clip, every space counts, unknown characters of the reference
-            are "[UNK]" there, which the model can say.
+        predictions: a list to which one object a clip is appended, with its reference and
+            hypothesis, for `json_lines.write`. It names no speaker, as Common Voice asks.
+        padded: also score as the scripts of 2022 did: every clip's frames up to the longest clip
+            of the batch are decoded, every space counts, and unknown characters of the reference
+            are "[UNK]", which the model can output.
     """
     spaced = compared.spaced
     counts = scoring.Counts.empty(len(data))
@@ -135,19 +135,20 @@ def command(
 ) -> None:
     """`flax-asr evaluate`: scores the test splits of the model's configuration.
 
-    Reference and hypothesis of every clip go to a file in the run's folder; of other models, and of
-    runs whose folder cannot be written, to one in the present folder; where neither can, nowhere.
-    `score_files` says what it is called. What is left out is named beside it.
+    Reference and hypothesis of every clip are written to a file: for a run in its folder, for other
+    models and for runs whose folder is read-only in the current folder; if that cannot be written
+    either, none is kept. `score_files` names the file, and the one beside it that lists the clips
+    left out.
 
     Args:
-        model: what `loading.load` takes.
+        model: the model, as for `loading.load`.
         overrides: options of the configuration.
-        json_file: one object a split, one a line; "-" is standard output.
+        json_file: file for JSON lines, one object per split; "-" is standard output.
         legacy: also score as the scripts of 2022 did.
 
     Raises:
-        ModelError: it cannot be loaded, or its scores of some clip are NaN.
-        ConfigError, DataError: what is scored is not known, or cannot be read.
+        ModelError: the model cannot be loaded, or its scores of some clip are NaN.
+        ConfigError, DataError: the splits to score are not known, or cannot be read.
     """
     model_options.check("evaluate", overrides)
     cluster.join()
@@ -218,7 +219,7 @@ def _score_splits(
 def _keep(
     predictions: Sequence[dict[str, Any]], place: Path | None, split: str, data: examples.Examples
 ) -> Path | None:
-    """Writes the file of predictions, if it has a place; returns the one of clips left out."""
+    """Writes the file of predictions, if any; returns the path of the list of clips left out."""
     if place is None:
         return None
     json_lines.write(place, predictions)
@@ -226,7 +227,7 @@ def _keep(
 
 
 def _legacy_result(old: scoring.Scores, rows: int, people: io.TextIOBase) -> dict[str, Any]:
-    """What `--legacy` adds to a split's object; people are told too."""
+    """The keys that `--legacy` adds to a split's object; also prints the scores for people."""
     cer, wer = old.padded.cer.value, old.padded.wer.value
     terminal.show(
         f"  as the scripts of 2022 scored, padded in batches of {rows}: CER {cer:.4f}, WER"
@@ -250,11 +251,11 @@ def _result(name: str, scores: scoring.Scores, data: examples.Examples) -> dict[
 def _caveats(
     loaded: loading.LoadedModel, data: examples.Examples, unused: Path | None = None
 ) -> str:
-    """What a reader must know beside the numbers, each a line of its own.
+    """What a reader of the scores must know, one remark per line.
 
     Args:
-        loaded, data: what was scored.
-        unused: where each clip that is left out is named.
+        loaded, data: the model and the examples that were scored.
+        unused: the file that lists the clips left out.
     """
     found = [
         f"not prepared: {shards.summary(split.left_out)} ({split.folder}/left_out.jsonl names each)"

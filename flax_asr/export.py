@@ -35,7 +35,7 @@ from flax_asr.models import convert, wav2vec2, weights
 from flax_asr.record import lineage, runlog
 
 TOLERANCE = 1e-4
-"""Largest allowed difference of a logit to PyTorch's: absolute, or relative above 1."""
+"""Largest allowed difference between a logit and PyTorch's: absolute, or relative above 1."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Verification:
 
 
 def command(run: str, out: str, step: int | None = None) -> None:
-    """`flax-asr export`: exports the best checkpoint of a run, or that of a step, to a folder.
+    """`flax-asr export`: exports a run's best checkpoint, or that of a step, to a folder.
 
     Raises:
         CheckpointError: there is no such run or step.
@@ -102,7 +102,8 @@ def write_folder(
     Raises:
         ModelError: it cannot be written, or differs from the checkpoint.
     """
-    # A link stays, and what it leads to is replaced: beside that, as it may be on another disk.
+    # A link is kept and its target replaced; the temporary folder is beside the target, as that
+    # may be on another disk.
     folder = folder.resolve()
     model_config = _config(saved)
     unfinished = atomic.unfinished(folder, shared=True)
@@ -189,7 +190,7 @@ def _replace(unfinished: Path, folder: Path) -> None:
 def _verify(
     folder: Path, saved: checkpoint.SavedModel, model_config: Wav2Vec2Config
 ) -> Verification:
-    """Reads everything back and compares it.
+    """Reads everything back and compares it with the checkpoint.
 
     Raises:
         ModelError: something differs; names it.
@@ -230,7 +231,7 @@ def _different(what: str) -> errors.ModelError:
 
 
 def _compare_logits(folder: Path, params: PyTree, model_config: Wav2Vec2Config) -> float | None:
-    """The largest difference to PyTorch's logits on noise, fp32 on the CPU; None without torch.
+    """The largest difference from PyTorch's logits on noise, fp32 on the CPU; None without torch.
 
     Raises:
         ModelError: it is above the tolerance.
@@ -254,7 +255,7 @@ def _compare_logits(folder: Path, params: PyTree, model_config: Wav2Vec2Config) 
 
 
 def _torch_is_installed() -> bool:
-    # not find_spec: the commands keep torch out of their own process
+    # Not find_spec, as the commands keep torch out of their own process.
     try:
         importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

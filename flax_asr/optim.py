@@ -35,8 +35,8 @@ def schedule(optim: config.OptimConfig, updates: int) -> optax.Schedule:
     cosine, `constant` stays. `tri_stage` rises from a hundredth of the peak, holds, and decays
     exponentially to a twentieth.
 
-    Source: transformers' get_linear_schedule_with_warmup and its siblings; oracle: those. Of
-    `tri_stage`: fairseq's TriStageLRSchedule.
+    Source: transformers' get_linear_schedule_with_warmup and its siblings, which are also the
+    oracle; for `tri_stage`, fairseq's TriStageLRSchedule.
     """
     peak = optim.learning_rate
     warmup = optim.warmup_updates(updates)
@@ -71,8 +71,8 @@ def adamw(
     In the first `freeze_encoder_steps` updates only the head is trained. The encoder's moments
     start after them, with their own count, so that their bias is corrected from there.
 
-    Its `update` takes two keyword arguments: `norm`, the norm of the whole gradients, as it may be
-    given slices of them, and `step`, the run's step with skipped updates.
+    Its `update` takes two keyword arguments: `norm`, the global norm of the whole gradients, as it
+    may get slices of them, and `step`, the run's step including skipped updates.
     """
     adam = functools.partial(
         optax.adamw,

@@ -59,14 +59,15 @@ class Scores:
 
     Attributes:
         loss: mean over the clips that have an alignment, in the unit that training minimises.
-        wer, cer: of all clips together.
-        clips: how many were scored.
-        infeasible: how many of them have no alignment, and so an infinite loss.
-        not_numbers: how many of them the model's scores are NaN for: their text means nothing.
-        blank_fraction: share of the real frames where nothing is written.
-        groups: the same by gender, age and accent, where that is known.
+        wer, cer: error rates over all clips.
+        clips: number of scored clips.
+        infeasible: number of clips without an alignment, whose loss is infinite.
+        not_numbers: number of clips for which the model's scores are NaN, so that their text means
+            nothing.
+        blank_fraction: fraction of real frames whose most likely symbol is the blank.
+        groups: scores by gender, age and accent, where known.
         spaced: whether the language separates words, so that spaces count and WER has a meaning.
-        release, hash: of the clips, as in `examples.Examples`.
+        release, hash: the origin of the clips, as in `examples.Examples`.
         rule: how the error rates were computed.
         padded: error rates with padding, if asked for.
     """

@@ -205,7 +205,7 @@ def update(
     An update with a non-finite gradient changes only the step number, the loss scale and the
     counters. The average starts as the parameters before the first update. If parameters are cut
     along `axes`, a device holds moments and average of its slices only, and updates these. `fresh`
-    means that the sums are computed in the same program, where they are squared for their norm.
+    means that the sums are computed in the same program, as for `partition.norm`.
     """
     total = partition.summed(sums, axes)
     clips = rule.clips_an_update
@@ -237,7 +237,7 @@ def update(
     metrics = Metrics(
         loss=total.loss / clips,
         learning_rate=jnp.asarray(rule.learning_rate(done), jnp.float32),
-        # At the end of a schedule, rounding may make it slightly negative.
+        # At the end of a schedule, rounding may make the rate slightly negative.
         next_learning_rate=jnp.maximum(jnp.float32(rule.learning_rate(then_done)), 0.0),
         grad_norm=norm,
         finite=finite,

@@ -1,7 +1,7 @@
-"""`flax-asr transcribe`: text of audio files of any length.
+"""`flax-asr transcribe`: the text of audio files of any length.
 
-A long recording is split into overlapping windows. Frames of neighbouring windows coincide exactly,
-so each window contributes its middle, and symbols are collapsed once, over the whole file.
+A long recording is split into overlapping windows. The frames of neighbouring windows coincide
+exactly, so each window contributes its middle, and symbols are collapsed once, over the whole file.
 """
 
 import itertools
@@ -25,12 +25,12 @@ WINDOW_SECONDS = 30.0
 OVERLAP_SECONDS = 10.0
 """Overlap of neighbouring windows; each drops half of it."""
 SHAPE_SECONDS = (2.0, 4.0, 8.0, 16.0)
-"""Recordings are padded to one of these lengths or a window, so that there are few programs."""
+"""Recordings are padded to one of these lengths or to a window, so that programs are few."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window of samples, and which of its frames are kept: [first, last)."""
+    """A window of samples, and the range [first, last) of its frames that are kept."""
 
     start_sample: int
     end_sample: int
@@ -96,7 +96,7 @@ class Recogniser:
     Args:
         loaded: the model.
         mixed_precision: fp32, bf16 or fp16.
-        rows: windows computed at once, if there are so many of one shape.
+        rows: number of windows computed at once, if so many have the same length.
     """
 
     def __init__(self, loaded: loading.LoadedModel, mixed_precision: str, rows: int):
@@ -122,7 +122,7 @@ class Recogniser:
             samples = audio.decode(path)
             return _Heard(path, samples, self.windows(len(samples)), None)
         except errors.AudioError as error:
-            # Silence has a text: the empty one.
+            # The text of silence is empty.
             failure = None if error.reason == "silent" else error
             return _Heard(path, np.zeros(0, np.float32), [], failure)
 
@@ -154,7 +154,7 @@ class Recogniser:
         config = self._model.config
         total = int(wav2vec2.frame_lengths(config, samples))
         if total == 0:
-            raise errors.AudioError("too_short", f"{samples} samples make no frame")
+            raise errors.AudioError("too_short", f"{samples} samples are too few for a frame")
         size = self._shapes[-1]
         if samples <= size:
             return [Window(0, samples, 0, total)]
@@ -207,7 +207,7 @@ class Recogniser:
 
     def _padded(self, samples: int) -> int:
         if not self._model.ignores_padding:
-            # The text must not depend on padding, so there is a program for each length.
+            # The text must not depend on padding, so every length has a program.
             return samples
         return next((shape for shape in self._shapes if shape >= samples), samples)
 

@@ -225,6 +225,13 @@ def process() -> dict[str, object]:
     }
 
 
+def changed(before: dict[str, object]) -> dict[str, object]:
+    """What is no longer as `process` gave it; a thread of an earlier test may end at any time."""
+    now = process()
+    now["threads"] |= before["threads"]
+    return {name: value for name, value in now.items() if value != before[name]}
+
+
 class Place:
     """Where runs are: one corpus, and the compiled programs of all tests."""
 

@@ -274,7 +274,7 @@ def test_a_head_of_another_size_is_refused_unless_mismatches_are_ignored(folder)
 def test_tensors_that_do_not_fit_are_refused_by_their_folder_and_nothing_else_is_said(
     built, folder, tmp_path, caplog
 ):
-    tensors = {f"module.{name}": values for name, values in small_torch.tensors(built).items()}
+    tensors = {f"model.{name}": values for name, values in small_torch.tensors(built).items()}
     shutil.copy(folder / "config.json", tmp_path)
     weights.write(tmp_path, tensors)
     for load in (

@@ -12,7 +12,6 @@ import pytest
 import small_torch
 import torch
 from jax._src.cudnn import fused_attention_stablehlo
-from one_program import outputs
 
 from flax_asr import criterion, errors, plan
 from flax_asr.data import buckets
@@ -67,10 +66,6 @@ def with_gradients(form, operands):
     *inputs, upstream = operands
     result, pull_back = jax.vjp(form, *inputs)
     return [result, *pull_back(upstream)]
-
-
-def computed(form, operands):
-    return jax.jit(functools.partial(with_gradients, form))(operands)
 
 
 def close(ours, theirs, tolerance):
@@ -160,14 +155,12 @@ def test_the_recomputed_form_equals_the_plain_form_and_keeps_no_weights(rate, le
     operands, _ = arrays(4, 8, 64)
     dropout = (jnp.array([3, 5], jnp.uint32), rate) if rate else ()
     forms = [plain(lengths, 4, form, dropout) for form in (attention.recomputed, attention.plain)]
-    ours, theirs = (computed(form, operands) for form in forms)
+    ours, theirs = (with_gradients(form, operands) for form in forms)
     close(ours, theirs, 2e-5)
-
-    def largest_kept(form):
-        pull_back = jax.eval_shape(lambda *inputs: jax.vjp(form, *inputs)[1], *operands[:-1])
-        return max(leaf.size for leaf in jax.tree.leaves(pull_back))
-
-    kept, kept_by_plain = (largest_kept(form) for form in forms)
+    kept, kept_by_plain = (
+        max(leaf.size for leaf in jax.tree.leaves(jax.vjp(form, *operands[:-1])[1]))
+        for form in forms
+    )
     assert kept == 3 * 64 * 32  # clips, frames, channels
     assert kept_by_plain == 3 * 4 * 64 * 64  # clips, heads, frames, frames
 
@@ -185,8 +178,8 @@ def test_xla_sees_no_weights_of_the_forward_pass_in_the_backward_pass_of_the_rec
 def test_the_form_that_calls_cudnn_equals_the_plain_form(frames):
     operands, lengths = arrays(4, 8, frames)
     called = functools.partial(attention.cudnn, implementation="xla")
-    ours = computed(plain(lengths, 4, called), operands)
-    close(ours, computed(plain(lengths, 4), operands), 2e-5)
+    ours = with_gradients(plain(lengths, 4, called), operands)
+    close(ours, with_gradients(plain(lengths, 4), operands), 2e-5)
 
 
 @pytest.mark.parametrize("frames", [20, 21])
@@ -312,7 +305,7 @@ def test_frames_of_padding_are_left_where_that_is_asked_for():
 
     def logits(kind, **options):
         form = module.clone(attention=kind)
-        return outputs(form, {"params": params}, values, mask, **options).logits
+        return form.apply({"params": params}, values, mask, **options).logits
 
     cut, left = logits("pallas"), logits("pallas", keep_padding=True)
     assert cut.shape[1] < left.shape[1]
@@ -322,8 +315,9 @@ def test_frames_of_padding_are_left_where_that_is_asked_for():
 
 
 def with_dropout(module, params, values, mask, **options):
-    rngs = {"dropout": jax.random.key(0)}
-    return outputs(module, {"params": params}, values, mask, rngs=rngs, **options)
+    return module.apply(
+        {"params": params}, values, mask, rngs={"dropout": jax.random.key(0)}, **options
+    )
 
 
 def test_the_plain_form_computes_where_the_weights_are_wanted():
@@ -485,8 +479,7 @@ def test_a_model_on_the_cpu_of_a_machine_with_a_gpu_computes_there(named, monkey
     _, module, params, values, mask = model()
     cpu = "cpu" if named else jax.devices("cpu")[0]
     with jax.default_device(cpu):
-        form = module.clone(dtype=jnp.bfloat16)
-        logits = outputs(form, {"params": params}, values, mask).logits
+        logits = module.clone(dtype=jnp.bfloat16).apply({"params": params}, values, mask).logits
     assert np.isfinite(logits).all()
 
 

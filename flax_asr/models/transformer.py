@@ -85,7 +85,8 @@ class _Layers(nn.Module):
         keep_attentions: bool,
     ) -> tuple[HiddenStates, Attentions]:
         config = self.config
-        layer_class = layers.rematerialised(_EncoderLayer, self.remat_policy)
+        # One trace for all layers: each of 24 would take as long as the first.
+        layer_class = nn.jit(layers.rematerialised(_EncoderLayer, self.remat_policy))
         dropping = config.layerdrop > 0.0 and not self.deterministic and not self.is_initializing()
         hidden_states, attentions = [x], []
         for index in range(self.first, config.num_hidden_layers):

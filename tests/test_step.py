@@ -393,7 +393,7 @@ def test_dropout_and_masks_differ_by_update_micro_batch_and_device(changes):
             losses += list(jax.device_get(sums.loss) - before)
             before = jax.device_get(sums.loss)
     # Far more than rounding between any two of these eight passes over the same clips.
-    assert np.diff(np.sort(losses)).min() > 1e-4 * max(losses)
+    assert np.diff(np.sort(losses)).min() > 1e-5 * max(losses)
 
 
 @pytest.mark.parametrize("mixed_precision", ["fp32", "bf16", "fp16"])

@@ -1,5 +1,7 @@
 """The transformer of wav2vec 2.0: positional convolution, layers of attention and feed-forward."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,15 @@ class _EncoderLayer(nn.Module):
         return final_norm(x + feed_forward(x)), weights
 
 
+@functools.cache
+def _layer_class(remat_policy: str) -> type[nn.Module]:
+    """The encoder layer as a function that JAX traces once for all layers that are alike.
+
+    XLA puts its code in place of the calls, so that programs are those of plain layers.
+    """
+    return nn.jit(layers.rematerialised(_EncoderLayer, remat_policy))
+
+
 class _Layers(nn.Module):
     """The layers from `first` on; each is skipped with probability `layerdrop` while training."""
 
@@ -85,8 +96,7 @@ class _Layers(nn.Module):
         keep_attentions: bool,
     ) -> tuple[HiddenStates, Attentions]:
         config = self.config
-        # One trace for all layers: each of 24 would take as long as the first.
-        layer_class = nn.jit(layers.rematerialised(_EncoderLayer, self.remat_policy))
+        layer_class = _layer_class(self.remat_policy)
         dropping = config.layerdrop > 0.0 and not self.deterministic and not self.is_initializing()
         hidden_states, attentions = [x], []
         for index in range(self.first, config.num_hidden_layers):

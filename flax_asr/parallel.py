@@ -189,9 +189,11 @@ def update_from(
     layout: partition.Layout = partition.REPLICATED,
 ) -> compilation.Compilable:
     """`step.update_from(state, batch) -> (state, metrics)` over all devices; state is donated."""
+    # By itself a function of JAX, which is traced once for the programs of all batch shapes.
+    apply = jax.jit(functools.partial(step.update, rule, layout.axes, fresh=True))
     return _over(
         devices,
-        functools.partial(step.update_from, objective.on(devices.platform), rule, layout.axes),
+        functools.partial(step.update_from, objective.on(devices.platform), apply),
         in_axes=(layout.mapped, 0),
         out_axes=(layout.mapped, None),
         donate_argnums=(0,),

@@ -6,6 +6,7 @@ if an update is one micro-batch; `evaluate` scores. The number of devices and th
 parallel.py's concern.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -254,17 +255,17 @@ def update(
 
 def update_from(
     objective: criterion.Objective,
-    rule: Rule,
-    axes: partition.Axes,
+    apply: Callable[[TrainState, Sums], tuple[TrainState, Sums, Metrics]],
     state: TrainState,
     batch: criterion.Batch | criterion.CachedBatch,
 ) -> tuple[TrainState, Metrics]:
     """`accumulate` and `update` for an update of one micro-batch.
 
-    The sums are not written to memory between the two.
+    The sums are not written to memory between the two. `apply` is `update` with its rule, axes and
+    `fresh`.
     """
     sums = _micro_batch_sums(objective, False, state, 0, batch)
-    new, _, metrics = update(rule, axes, state, sums, fresh=True)
+    new, _, metrics = apply(state, sums)
     return new, metrics
 
 

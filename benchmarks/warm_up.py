@@ -3,6 +3,7 @@
     python benchmarks/warm_up.py [--config configs/xls_r_300m_zh_hk.yaml] [--topology v5e:1x1]
         [--layers 24] [--shapes 10] [--even-shapes] [--json FILE]
     python benchmarks/warm_up.py --one-at-a-time [--every 3] [--function accumulate]
+    python benchmarks/warm_up.py --lower
 
 With the options that the recipe names for a TPU chip: bf16, nothing recomputed, or as the recipe
 itself has it with --checkpointing. Compiled for a chip that is not here, as a run compiles: the
@@ -14,7 +15,8 @@ that a second start cannot be measured here.
 
 With --one-at-a-time a line a program has its own processor time, and its code, which stays in the
 device's memory beside that of all others. --every 3 compiles the largest of a function's shapes,
-the fourth largest and so on; what all would take is worked out from those.
+the fourth largest and so on; what all would take is worked out from those. --lower stops where the
+compiler or its cache would be asked: Python's part, which a second start has to do again.
 """
 
 import argparse
@@ -43,7 +45,12 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, help="in place of data.num_buckets")
     parser.add_argument("--even-shapes", action="store_true", help="up to data.max_seconds")
     parser.add_argument("--checkpointing", action="store_true", help="activations recomputed")
-    parser.add_argument("--one-at-a-time", action="store_true", help="a line a program")
+    parser.set_defaults(rows=as_a_run)
+    for option, rows, what in (
+        ("--one-at-a-time", one_at_a_time, "a line a program"),
+        ("--lower", lowered, "until the compiler is asked, only"),
+    ):
+        parser.add_argument(option, dest="rows", action="store_const", const=rows, help=what)
     parser.add_argument("--every", type=int, default=1, help="every N-th shape of a function only")
     parser.add_argument("--function", help="this one only: accumulate, update or evaluate")
     parser.add_argument("--json", metavar="FILE", help="also write the result as an object there")
@@ -65,9 +72,8 @@ def main() -> None:
         print(f"{len(shapes)} shapes for training, in which {real:.3f} of the samples are real")
     jobs = programs.jobs(work.steps(cfg), devices, (0, workload.PLANNED_UPDATES - 1))
     jobs = {key: job for key, job in jobs.items() if arguments.function in (None, key[0])}
-    rows = one_at_a_time if arguments.one_at_a_time else as_a_run
     chosen_jobs = {key: jobs[key] for key in chosen(jobs, arguments.every)}
-    sidebyside.write_json(arguments.json, list(rows(jobs, chosen_jobs)))
+    sidebyside.write_json(arguments.json, list(arguments.rows(jobs, chosen_jobs)))
 
 
 def in_common_voice(work: workload.Workload, num_buckets: int) -> workload.Workload:
@@ -127,6 +133,25 @@ def one_at_a_time(jobs: dict, chosen_jobs: dict) -> Iterator[dict]:
         f" {total['code_bytes'] / 1e9:.2f} GB of code"
     )
     yield total
+
+
+def lowered(jobs: dict, chosen_jobs: dict) -> Iterator[dict]:
+    """One row: traced and lowered, one after the other, as Python does one thing at a time."""
+    used: dict[str, list[float]] = {}
+    for key, (function, shapes) in chosen_jobs.items():
+        before = time.process_time()
+        function.lower(*shapes)
+        used.setdefault(key[0], []).append(time.process_time() - before)
+    row = {
+        "programs": len(chosen_jobs),
+        "cpu_seconds": round(sum(map(sum, used.values())), 1),
+        "mean_seconds": {name: round(statistics.mean(all_), 2) for name, all_ in used.items()},
+    }
+    print(
+        f"{row['programs']} programs traced and lowered in {row['cpu_seconds']} s of processor"
+        f" time; seconds of one: {row['mean_seconds']}"
+    )
+    yield row
 
 
 def as_a_run(jobs: dict, chosen_jobs: dict) -> Iterator[dict]:

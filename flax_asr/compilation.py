@@ -67,12 +67,16 @@ class Compilable:
     def __call__(self, *arguments: PyTree) -> Any:
         return self._mapped(*arguments)
 
+    def lower(self, *arguments: PyTree) -> jax.stages.Lowered:
+        """What is given to the compiler, or looked up in its cache."""
+        return self._mapped.lower(*_lowerable(arguments))
+
     def compile(self, *arguments: PyTree) -> jax.stages.Compiled:
         """The program for arguments of these shapes, which may be arrays.
 
         An option that this version of the compiler does not know is dropped with a warning.
         """
-        lowered = self._mapped.lower(*_lowerable(arguments))
+        lowered = self.lower(*arguments)
         while True:
             options = _REFUSED.without(self.options)
             try:

@@ -298,6 +298,25 @@ def test_one_program_moves_a_single_micro_batch_as_two_programs_do(devices, zero
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_update_is_traced_once_for_programs_of_all_shapes(monkeypatch):
+    config, _, params = _model()
+    traced = []
+
+    def update(*arguments, **named):
+        traced.append(named)
+        return original(*arguments, **named)
+
+    original = step.update
+    monkeypatch.setattr(step, "update", update)
+    trainer = small_run.Trainer(small_run.objective(config), params)
+    function = parallel.update_from(
+        small_run.objective(config), trainer.rule, trainer.devices, trainer.layout
+    )
+    for samples in (1600, 2000):
+        function.lower(trainer.state, trainer.devices.batch_shapes(2, samples, small_run.TOKENS))
+    assert traced == [{"fresh": True}]
+
+
 def test_padding_does_not_change_the_gradients():
     config, _, params = _model()
     group = small_run.batch(4, 5, config.vocab_size)

@@ -642,6 +642,26 @@ def test_rematerialisation_does_not_change_loss_or_gradients():
                 close(gradient, expected_gradients[key], 1e-4, f"{policy} {key}")
 
 
+@pytest.mark.parametrize(("platform", "policy"), [("cpu", "none"), ("tpu", "full")])
+def test_a_program_has_the_code_of_one_layer_however_many_there_are(platform, policy):
+    """Else Python would trace each of them in each program, at every start."""
+
+    def products(count):
+        config = small_torch.config(num_hidden_layers=count, layerdrop=0.1)
+        module = wav2vec2.Wav2Vec2ForCTCModule(config, remat_policy=policy, platform=platform)
+        values = jnp.zeros((2, SAMPLES))
+        params = jax.eval_shape(lambda: module.init(jax.random.key(0), values))
+
+        def loss(params, key):
+            rngs = {"dropout": key, "masking": key}
+            return module.apply(params, values, deterministic=False, rngs=rngs).logits.sum()
+
+        program = jax.jit(jax.grad(loss)).lower(params, jax.random.key(1))
+        return program.as_text().count("stablehlo.dot_general")
+
+    assert products(5) == products(3)
+
+
 def test_full_rematerialisation_keeps_less():
     _, module, params = pair("xls-r", num_hidden_layers=6)
     values, mask = batch()

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+import types
 
 import jax
 import pytest
@@ -66,15 +67,16 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out_and_told_of_once(
 
 
 def test_what_else_the_compiler_refuses_is_an_error():
-    class Mapped:
-        def lower(self, *arguments):
-            return self
+    class TooLarge(jax.stages.Lowered):
+        def __init__(self):
+            pass
 
         def compile(self, options):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: xla_of_the_chip and all memory")
 
+    mapped = types.SimpleNamespace(lower=TooLarge)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-        compilation.Compilable(Mapped(), {"xla_of_the_chip": "1"}).compile()
+        compilation.Compilable(mapped, {"xla_of_the_chip": "1"}).compile()
 
 
 def test_compilations_are_counted_while_a_run_is_at_work_and_no_longer():

@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -499,15 +500,16 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
 def test_a_run_and_its_plan_compile_with_the_options_of_the_chip():
     asked = []
 
-    class Mapped:
-        def lower(self, *arguments):
-            return self
+    class TooLarge(jax.stages.Lowered):
+        def __init__(self):
+            pass
 
         def compile(self, options):
             asked.append(options)
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1.00G")
 
-    function = compilation.Compilable(Mapped(), {"xla_of_the_chip": "1"})
+    mapped = types.SimpleNamespace(lower=TooLarge)
+    function = compilation.Compilable(mapped, {"xla_of_the_chip": "1"})
     with pytest.raises(jax.errors.JaxRuntimeError):
         compilation.compile_all({"update": (function, ())})
     assert plan.Job("update", 0, 0, 0, function, (), 0).compile(V5E).refused

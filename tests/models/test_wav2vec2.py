@@ -642,6 +642,28 @@ def test_rematerialisation_does_not_change_loss_or_gradients():
                 close(gradient, expected_gradients[key], 1e-4, f"{policy} {key}")
 
 
+def test_every_layer_drops_other_activations():
+    """They are traced once, but each has a key of its own."""
+    _, module, params = pair("xls-r", num_hidden_layers=3, hidden_dropout=0.5, layerdrop=0.0)
+    stack = params["params"]["wav2vec2"]["encoder"]["layers"]
+    for layer in stack.values():
+        for leaf in jax.tree.leaves(layer):
+            leaf[:] = 0.0
+        # Attention adds a one to each activation that it keeps, feed-forward nothing.
+        layer["attention"]["out_proj"]["bias"][:] = 1.0
+    states = module.apply(
+        params,
+        *batch(),
+        deterministic=False,
+        output_hidden_states=True,
+        rngs={"dropout": jax.random.key(0), "masking": jax.random.key(1)},
+    ).hidden_states
+    # The last of the states has passed the encoder's own norm.
+    first, second = (states[i + 1] - states[i] > 1.0 for i in range(2))
+    assert first.mean() == pytest.approx(0.5, abs=0.05)
+    assert (first != second).mean() == pytest.approx(0.5, abs=0.05)
+
+
 @pytest.mark.parametrize(("platform", "policy"), [("cpu", "none"), ("tpu", "full")])
 def test_a_program_has_the_code_of_one_layer_however_many_there_are(platform, policy):
     """Else Python would trace each of them in each program, at every start."""
